@@ -1,0 +1,126 @@
+"""The codec in plain torch, on any device: one weight matrix to three tensors and back.
+
+    U = rotate(W / input_scales / row_norms)      coordinates of unit variance, nearly Gaussian
+    indices = nearest codeword of each pair (U[n, 2p], U[n, 2p + 1])
+    W^ = row_norms * unrotate(codebook[indices]) * input_scales
+
+``input_scales`` [K] holds rotation signs and activation-aware factors in one vector, rotation_signs / channel_scales.
+All layers that read the same activation share it, so the activation is scaled and rotated once.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from qamw_kernels.codebook import load_codebook
+from qamw_kernels.nearest import nearest
+from qamw_kernels.packing import pack_planes, unpack_planes
+from qamw_kernels.rotation import rotate, unrotate
+
+
+@dataclass
+class QuantizedWeight:
+    """One quantised weight matrix, as stored.
+
+    Attributes:
+        qweight: [index_bits, N, K / 64] int32, see :mod:`qamw_kernels.packing`.
+        row_norms: [N] float32, not negative; 0 for a zero row.
+        input_scales: [K] float16, finite and not zero.
+        rotation_block_size: Hadamard width, divides K.
+    """
+
+    qweight: torch.Tensor
+    row_norms: torch.Tensor
+    input_scales: torch.Tensor
+    rotation_block_size: int
+
+    @property
+    def index_bits(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the weight."""
+        return len(self.row_norms), len(self.input_scales)
+
+
+def check_input_scales(input_scales: torch.Tensor) -> None:
+    """Raise ValueError unless every value is a normal float16 number (finite, not zero, full precision)."""
+    magnitude = input_scales.abs()
+    normal = magnitude.isfinite() & (magnitude >= torch.finfo(torch.float16).tiny)
+    if not normal.all():
+        at = int((~normal).nonzero()[0, 0])
+        raise ValueError(f"input_scales[{at}] = {float(input_scales[at])}: expected a finite, normal float16 number")
+
+
+def make_input_scales(num_inputs: int, channel_scales: torch.Tensor | None = None) -> torch.Tensor:
+    """Random rotation signs over activation-aware factors: ``rotation_signs / channel_scales``.
+
+    The signs depend on ``num_inputs`` only, so layers that share an activation agree; they are stored, never re-drawn.
+
+    Args:
+        channel_scales: [K] positive, the weight is multiplied and the activation divided by it; None for all ones.
+    Returns:
+        [K] float16 on the CPU.
+    """
+    generator = torch.Generator().manual_seed(num_inputs)
+    signs = torch.randint(0, 2, (num_inputs,), generator=generator).float() * 2 - 1
+    input_scales = (signs if channel_scales is None else signs / channel_scales.float().cpu()).half()
+    check_input_scales(input_scales)
+    return input_scales
+
+
+def row_norms_of(scaled: torch.Tensor) -> torch.Tensor:
+    """Root mean square [N] float32 of every row of [N, K]; float64 sums, so that no bfloat16 row overflows."""
+    norms = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64) / math.sqrt(scaled.shape[1])
+    return norms.float()
+
+
+def encode_weight(
+    weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight"
+) -> QuantizedWeight:
+    """Quantise a weight matrix, every pair to its nearest codeword.
+
+    Args:
+        weight: [N, K], floating point, on any device; K a multiple of 64 and of ``rotation_block_size``.
+        input_scales: [K] float16.
+        name: the tensor's name, for errors.
+    Raises:
+        ValueError: a value of the weight is NaN or infinite, or a shape does not fit.
+    """
+    scales = input_scales.to(weight.device, torch.float32)
+    if weight.ndim != 2 or scales.shape != weight.shape[1:]:
+        raise ValueError(f"{name}: expected a weight [N, {len(scales)}], got shape {tuple(weight.shape)}")
+    if not weight.isfinite().all():
+        row, column = (~weight.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
+    scaled = weight.float() / scales
+    row_norms = row_norms_of(scaled)
+    coordinates = rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size)
+    indices = nearest(coordinates.reshape(-1, 2), index_bits).reshape(len(weight), -1)
+    return QuantizedWeight(pack_planes(indices, index_bits), row_norms, input_scales, rotation_block_size)
+
+
+def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:
+    """The weight [N, K] float32 that a quantised layer stands for, exactly as the format defines it."""
+    codebook = load_codebook(quantized.index_bits).to(quantized.qweight.device)
+    indices = unpack_planes(quantized.qweight)  # [N, P]
+    coordinates = codebook[indices.int()].flatten(1)  # [N, K]
+    weight = unrotate(coordinates, quantized.rotation_block_size)
+    return weight.mul_(quantized.row_norms[:, None]).mul_(quantized.input_scales.float())
+
+
+def linear_reference(x: torch.Tensor, quantized: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Slow truth of the kernels: rotate the activation, multiply with the codewords, scale the rows.
+
+    Args:
+        x: [..., K] floating point. bias: [N] or None.
+    Returns:
+        [..., N] in the dtype of x, accumulated in float32.
+    """
+    codebook = load_codebook(quantized.index_bits).to(x.device)
+    coordinates = codebook[unpack_planes(quantized.qweight).int()].flatten(1)  # [N, K]
+    rotated = rotate(x.float() * quantized.input_scales.float(), quantized.rotation_block_size)
+    y = rotated @ coordinates.T * quantized.row_norms
+    return (y if bias is None else y + bias.float()).to(x.dtype)
