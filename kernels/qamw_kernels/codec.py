@@ -15,8 +15,10 @@ import torch
 
 from qamw_kernels.codebook import load_codebook
 from qamw_kernels.nearest import nearest
-from qamw_kernels.packing import pack_planes, unpack_planes
+from qamw_kernels.packing import pack_planes, packed_shape, unpack_planes
 from qamw_kernels.rotation import rotate, unrotate
+
+ENCODE_CHUNK = 1 << 20  # weights encoded at once: bounds the temporaries and keeps them in cache
 
 
 @dataclass
@@ -95,11 +97,16 @@ def encode_weight(
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
-    scaled = weight.float() / scales
-    row_norms = row_norms_of(scaled)
-    coordinates = rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size)
-    indices = nearest(coordinates.reshape(-1, 2), index_bits).reshape(len(weight), -1)
-    return QuantizedWeight(pack_planes(indices, index_bits), row_norms, input_scales, rotation_block_size)
+    qweight = torch.empty(packed_shape(*weight.shape, index_bits), dtype=torch.int32, device=weight.device)
+    row_norms = torch.empty(len(weight), device=weight.device)
+    step = max(1, ENCODE_CHUNK // weight.shape[1])
+    for i in range(0, len(weight), step):
+        scaled = weight[i : i + step].float() / scales
+        norms = row_norms[i : i + step] = row_norms_of(scaled)
+        coordinates = rotate(scaled / torch.where(norms > 0, norms, 1)[:, None], rotation_block_size)
+        indices = nearest(coordinates.reshape(-1, 2), index_bits).reshape(len(scaled), -1)
+        qweight[:, i : i + step] = pack_planes(indices, index_bits)
+    return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
 
 
 def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:

@@ -1,0 +1,242 @@
+"""The torch ops ``qamw::rotate``, ``qamw::gemm`` and ``qamw::dequantize``.
+
+CUDA tensors run the Triton kernels. CPU tensors run plain torch, the truth; only when the process was started with
+Triton's interpreter (``TRITON_INTERPRET=1``) do they run the Triton kernels too. There is no other choice between
+implementations, and no falling back from one to the other.
+"""
+
+import functools
+import os
+
+import torch
+
+from qamw_kernels import rotation
+from qamw_kernels.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.packing import UNIT_INPUTS, unpack_planes
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.lru_cache(maxsize=64)
+def quadrant_words(index_bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The kernels' copy of a codebook's quadrant, [C / 4] int32: two bfloat16 per word, x in the low half.
+
+    Cached per (index_bits, device): treat it as read-only, and ask for it when a model is loaded, not in a CUDA graph.
+
+    Raises:
+        ValueError: ``index_bits`` is not in 6..12.
+    """
+    return load_quadrant(index_bits).bfloat16().view(torch.int32)[:, 0].to(device)
+
+
+def linear(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    bias: torch.Tensor | None,
+    rotation_block_size: int,
+) -> torch.Tensor:
+    """A quantised linear layer: rotate the activation, then multiply it with the codewords.
+
+    No host synchronisation and no shape that depends on data, so it can be compiled and captured in a CUDA graph.
+
+    Args:
+        x: [..., K] bfloat16, float16 or float32.
+        qweight: [index_bits, N, K / 64] int32. row_norms: [N] float32. input_scales: [K] float16.
+        quadrant_words: [C / 4] int32, from :func:`quadrant_words`. bias: [N] floating point or None.
+    Returns:
+        [..., N] in the dtype of x, accumulated in float32.
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    rotated = torch.ops.qamw.rotate(x.reshape(-1, x.shape[-1]), input_scales, rotation_block_size)
+    y = torch.ops.qamw.gemm(rotated, qweight, row_norms, quadrant_words, bias)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """``tensor`` has this shape, one of the dtypes, and lies on the device of ``like``."""
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, dtypes))}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
+
+
+def _check_matrix(name: str, x: torch.Tensor) -> None:
+    if x.ndim != 2 or x.shape[1] == 0 or x.shape[1] % UNIT_INPUTS:
+        raise ValueError(f"{name}: expected shape [M, K] with K a positive multiple of {UNIT_INPUTS}, got {tuple(x.shape)}")
+    if x.dtype not in _FLOATS:
+        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, _FLOATS))}, got {x.dtype}")
+
+
+def _check_rotation(num_inputs: int, rotation_block_size: int) -> None:
+    if rotation_block_size not in rotation.ROTATION_BLOCK_SIZES or num_inputs % rotation_block_size:
+        raise ValueError(f"rotation_block_size: expected one of {rotation.ROTATION_BLOCK_SIZES} that divides {num_inputs} inputs, "
+                         f"got {rotation_block_size}")
+
+
+def _check_weight(qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor) -> int:
+    """Check the parts of a weight against each other; returns K."""
+    if qweight.ndim != 3 or qweight.shape[0] not in INDEX_BITS or 0 in qweight.shape:
+        raise ValueError(f"qweight: expected shape [{INDEX_BITS.start}..{INDEX_BITS.stop - 1}, N, K / {UNIT_INPUTS}], "
+                         f"got {tuple(qweight.shape)}")
+    if qweight.dtype != torch.int32:
+        raise ValueError(f"qweight: expected dtype torch.int32, got {qweight.dtype}")
+    _check("row_norms", row_norms, qweight, (qweight.shape[1],), torch.float32)
+    _check("quadrant_words", quadrant_words, qweight, (2 ** (qweight.shape[0] - 2),), torch.int32)
+    return UNIT_INPUTS * qweight.shape[2]
+
+
+def _check_rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> None:
+    _check_matrix("x", x)
+    _check("input_scales", input_scales, x, (x.shape[1],), torch.float16)
+    _check_rotation(x.shape[1], rotation_block_size)
+
+
+def _check_gemm(
+    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    num_inputs = _check_weight(qweight, row_norms, quadrant_words)
+    _check_matrix("rotated", rotated)
+    _check("rotated", rotated, qweight, (rotated.shape[0], num_inputs), *_FLOATS)
+    if bias is not None:
+        _check("bias", bias, rotated, (qweight.shape[1],), *_FLOATS)
+
+
+def _check_dequantize(
+    qweight: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    rotation_block_size: int,
+    dtype: torch.dtype,
+) -> None:
+    num_inputs = _check_weight(qweight, row_norms, quadrant_words)
+    _check("input_scales", input_scales, qweight, (num_inputs,), torch.float16)
+    _check_rotation(num_inputs, rotation_block_size)
+    if dtype not in _FLOATS:
+        raise ValueError(f"dtype: expected {' or '.join(map(str, _FLOATS))}, got {dtype}")
+
+
+def _coordinates(qweight: torch.Tensor, quadrant_words: torch.Tensor) -> torch.Tensor:
+    """Rotated, normalised weight [N, K] float32: codebook[indices]."""
+    quadrant = quadrant_words[:, None].contiguous().view(torch.bfloat16).float()  # [C / 4, 2]
+    signs = quadrant.new_tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    codebook = (signs[:, None] * quadrant).reshape(-1, 2)  # [C, 2]
+    return codebook[unpack_planes(qweight).int()].flatten(1)
+
+
+def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
+    _check_rotate(x, input_scales, rotation_block_size)
+    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype)
+
+
+def _gemm_torch(
+    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
+    y = rotated.float() @ _coordinates(qweight, quadrant_words).T * row_norms
+    return (y if bias is None else y + bias.float()).to(rotated.dtype)
+
+
+def _dequantize_torch(
+    qweight: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    rotation_block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
+    weight = rotation.unrotate(_coordinates(qweight, quadrant_words), rotation_block_size)
+    return weight.mul_(row_norms[:, None]).mul_(input_scales.float()).to(dtype)
+
+
+def _rotate_triton(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
+    from qamw_kernels import triton_launch
+
+    _check_rotate(x, input_scales, rotation_block_size)
+    return triton_launch.rotate(x, input_scales, rotation_block_size)
+
+
+def _gemm_triton(
+    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    from qamw_kernels import triton_launch
+
+    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
+    return triton_launch.gemm(rotated, qweight, row_norms, quadrant_words, bias)
+
+
+def _dequantize_triton(
+    qweight: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    rotation_block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    from qamw_kernels import triton_launch
+
+    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
+    return triton_launch.dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
+
+
+def _rotate_fake(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
+    _check_rotate(x, input_scales, rotation_block_size)
+    return x.new_empty(x.shape)
+
+
+def _gemm_fake(
+    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
+    return rotated.new_empty(rotated.shape[0], qweight.shape[1])
+
+
+def _dequantize_fake(
+    qweight: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    rotation_block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
+    return row_norms.new_empty(row_norms.shape[0], input_scales.shape[0], dtype=dtype)
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("qamw", "DEF")
+    for schema, triton_backend, torch_backend, fake in (
+        ("rotate(Tensor x, Tensor input_scales, int rotation_block_size) -> Tensor", _rotate_triton, _rotate_torch, _rotate_fake),
+        (
+            "gemm(Tensor rotated, Tensor qweight, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
+            _gemm_triton,
+            _gemm_torch,
+            _gemm_fake,
+        ),
+        (
+            "dequantize(Tensor qweight, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, "
+            "int rotation_block_size, ScalarType dtype) -> Tensor",
+            _dequantize_triton,
+            _dequantize_torch,
+            _dequantize_fake,
+        ),
+    ):
+        name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, triton_backend, "CUDA")
+        library.impl(name, triton_backend if INTERPRETED else torch_backend, "CPU")
+        torch.library.register_fake(f"qamw::{name}", fake, lib=library)
+    return library
+
+
+# Kept alive for the life of the process. A module that is imported again (reload) finds the ops and leaves them alone:
+# a second definition of the same op is an error in torch.
+if not hasattr(torch.ops.qamw, "rotate"):
+    _library = _register()

@@ -1,0 +1,79 @@
+"""From the weights of one input group to quantised weights: choose the channel scales, then code every pair."""
+
+from dataclasses import dataclass
+
+import torch
+from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales
+
+from offline_quantize.calibration import InputStatistics
+
+EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+SEARCH_ROWS = 256  # of every weight: the exponent is chosen on these
+RMS_FLOOR = 1e-3  # of the mean: channels that hardly fire keep a finite scale
+
+
+@dataclass
+class EncodedGroup:
+    """The quantised weights of an input group and how well they stand for the originals.
+
+    Attributes:
+        quantized: by module name.
+        exponent: channel scales are rms(x) ** exponent; None without calibration.
+        errors: by module name: "nmse" of the weight and, with calibration, "output_nmse" of the layer's output.
+    """
+
+    quantized: dict[str, QuantizedWeight]
+    exponent: float | None
+    errors: dict[str, dict[str, float]]
+
+
+def channel_scales(rms: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Activation-aware factors [K] float32 with geometric mean 1: rms(x) ** exponent."""
+    if not rms.any():
+        return torch.ones_like(rms)
+    scales = rms.clamp_min(RMS_FLOOR * float(rms.mean())) ** exponent
+    return scales / scales.log().mean().exp()
+
+
+def output_nmse(weight: torch.Tensor, decoded: torch.Tensor, sample: torch.Tensor) -> float:
+    """Squared error of the layer's output on ``sample`` [S, K], relative to the squared output."""
+    exact = (sample @ weight.float().T).square().sum()
+    error = (sample @ (weight.float() - decoded).T).square().sum()
+    return float(error / exact) if exact > 0 else float(error)
+
+
+def _search_exponent(weights: dict[str, torch.Tensor], statistics: InputStatistics, index_bits: int, rotation_block_size: int) -> float:
+    def error(exponent: float) -> float:
+        scales = make_input_scales(len(statistics.rms), channel_scales(statistics.rms, exponent))
+        total = 0.0
+        for name, weight in weights.items():
+            rows = weight[:: max(1, len(weight) // SEARCH_ROWS)][:SEARCH_ROWS]
+            total += output_nmse(rows, decode_weight(encode_weight(rows, index_bits, rotation_block_size, scales, name)), statistics.sample)
+        return total
+
+    return min(EXPONENTS, key=error)
+
+
+def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int,
+                 statistics: InputStatistics | None) -> EncodedGroup:
+    """Quantise the weights that read one activation.
+
+    Args:
+        weights: module name -> [N, K]; all on one device, with the same K.
+        statistics: of the activation; None without calibration.
+    """
+    num_inputs = next(iter(weights.values())).shape[1]
+    if statistics is None:
+        exponent, scales = None, make_input_scales(num_inputs)
+    else:
+        exponent = _search_exponent(weights, statistics, index_bits, rotation_block_size)
+        scales = make_input_scales(num_inputs, channel_scales(statistics.rms, exponent))
+    quantized, errors = {}, {}
+    for name, weight in weights.items():
+        quantized[name] = encode_weight(weight, index_bits, rotation_block_size, scales, f"{name}.weight")
+        decoded = decode_weight(quantized[name])
+        norm = float(weight.float().square().sum())
+        errors[name] = {"nmse": float((weight.float() - decoded).square().sum()) / norm if norm else 0.0}
+        if statistics is not None:
+            errors[name]["output_nmse"] = output_nmse(weight, decoded, statistics.sample)
+    return EncodedGroup(quantized, exponent, errors)

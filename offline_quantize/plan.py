@@ -1,0 +1,271 @@
+"""What will be done to a checkpoint, decided from headers alone: rates, rotation, sizes, shards, tensor parallelism."""
+
+import fnmatch
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from qamw_kernels.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.packing import UNIT_INPUTS
+
+from offline_quantize.checkpoint import Checkpoint, TensorInfo
+from offline_quantize.errors import QuantizeError
+from offline_quantize.structure import Linear, Structure, find_structure
+
+MAX_SHARD_BYTES = 512 * 2**20
+DEFAULT_MAX_ROTATION_BLOCK_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and what it will hold, in order of writing."""
+
+    file: str
+    tensors: tuple[TensorInfo, ...]
+    last_layer: int | None  # the shard is complete after this decoder layer; None: it holds no layer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision about one run.
+
+    Attributes:
+        layers: for every decoder layer, its input groups that are quantised.
+        format: what config.json will say.
+        shards: the output files.
+        tensor_parallel_sizes: the sizes up to ``tp_max`` that the result can be served with.
+    """
+
+    checkpoint: Checkpoint
+    structure: Structure
+    layers: tuple[tuple[tuple[Linear, ...], ...], ...]
+    format: QamwFormat
+    shards: tuple[Shard, ...]
+    tp_max: int
+    tensor_parallel_sizes: tuple[int, ...]
+
+    @property
+    def linears(self) -> list[Linear]:
+        return [linear for groups in self.layers for group in groups for linear in group]
+
+    @property
+    def num_quantized_weights(self) -> int:
+        return sum(linear.num_rows * linear.num_inputs for linear in self.linears)
+
+    def layer_tensor_names(self, layer: int) -> list[str]:
+        """Names of the source tensors of one decoder layer."""
+        prefix = f"{self.structure.layers_name}.{layer}."
+        return [name for name in self.checkpoint.tensors if name.startswith(prefix)]
+
+    def output_tensors(self, linear: Linear) -> list[TensorInfo]:
+        """The tensors that replace a linear's weight."""
+        tensors = layer_tensors(linear.num_rows, linear.num_inputs, self.format.index_bits_of(linear.name))
+        return [TensorInfo(f"{linear.name}.{suffix}", "", shape, dtype) for suffix, (shape, dtype) in tensors.items()]
+
+    @property
+    def effective_bits_per_weight(self) -> float:
+        """All stored bytes of the quantised layers, codebooks included, in bits per quantised weight."""
+        stored = sum(info.num_bytes for linear in self.linears for info in self.output_tensors(linear))
+        rates = {self.format.index_bits_of(linear.name) for linear in self.linears}
+        codebooks = sum(load_quadrant(bits).numel() * 2 for bits in rates)
+        return 8 * (stored + codebooks) / self.num_quantized_weights
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(info.num_bytes for info in self.checkpoint.tensors.values())
+
+    @property
+    def output_bytes(self) -> int:
+        return sum(info.num_bytes for shard in self.shards for info in shard.tensors)
+
+    def peak_memory_bytes(self, calibration_tokens: int = 0) -> int:
+        """Estimate: interpreter and libraries, one decoder layer, one shard twice (safetensors serialises a copy)."""
+        def layer_bytes(itemsize: int | None) -> int:
+            infos = [[self.checkpoint.tensors[n] for n in self.layer_tensor_names(i)] for i in range(len(self.layers))]
+            return max(sum(i.num_bytes if itemsize is None else i.num_bytes // i.dtype.itemsize * itemsize for i in layer) for layer in infos)
+
+        peak = 900 * 2**20 + layer_bytes(None) + 2 * max(sum(i.num_bytes for i in s.tensors) for s in self.shards)
+        if calibration_tokens:
+            hidden = max(linear.num_inputs for linear in self.linears)
+            peak += layer_bytes(4) + 2 * 4 * calibration_tokens * hidden
+        return peak
+
+    def table(self) -> list[tuple[str, int, str, str, float]]:
+        """Rows (module pattern, count, shape, decision, MB written), decoder layers folded into one row by ``*``."""
+        rows: dict[tuple[str, str, str], list[float]] = {}
+        quantized = {linear.name: linear for linear in self.linears}
+
+        def add(name: str, shape: Sequence[int], decision: str, num_bytes: int) -> None:
+            parts = ["*" if part.isdigit() else part for part in name.split(".")]
+            rows.setdefault((".".join(parts), "x".join(map(str, shape)), decision), []).append(num_bytes / 1e6)
+
+        for info in self.checkpoint.tensors.values():
+            module = info.name.removesuffix(".weight")
+            if info.name.endswith(".weight") and module in quantized:
+                linear = quantized[module]
+                bits = self.format.index_bits_of(module)
+                block = self.format.rotation_block_size_of(module, linear.num_inputs)
+                add(module, info.shape, f"{bits / 2:g} bpw, rotation {block}", sum(t.num_bytes for t in self.output_tensors(linear)))
+            else:
+                add(info.name, info.shape, f"kept {str(info.dtype).removeprefix('torch.')}", info.num_bytes)
+        return [(name, len(mb), shape, decision, sum(mb)) for (name, shape, decision), mb in rows.items()]
+
+
+def index_bits_for(bpw: float) -> int:
+    """Index bits per pair of a nominal rate in bits per weight.
+
+    Raises:
+        QuantizeError: not one of 3.0, 3.5 ... 6.0.
+    """
+    bits = round(2 * bpw)
+    if bits != 2 * bpw or bits not in INDEX_BITS:
+        raise QuantizeError(f"--bpw {bpw:g}: expected one of {', '.join(f'{b / 2:g}' for b in INDEX_BITS)}")
+    return bits
+
+
+def possible_tensor_parallel_sizes(structure: Structure, tp_max: int) -> list[int]:
+    """Sizes 1..tp_max that vLLM can cut the attention heads into."""
+    heads, kv_heads = structure.num_heads, structure.num_kv_heads
+    if heads is None or kv_heads is None:
+        return [t for t in (2**i for i in range(tp_max.bit_length())) if t <= tp_max]
+    return [t for t in range(1, tp_max + 1) if heads % t == 0 and (kv_heads % t == 0 or t % kv_heads == 0)]
+
+
+def choose_rotation_block_sizes(linears: Sequence[Linear], tp_sizes: Sequence[int]) -> dict[int, int]:
+    """Hadamard width for every number of inputs: the largest power of two <= 128 that divides every shard.
+
+    Only row-parallel layers are cut along their inputs; shards that break a packing unit are impossible anyway.
+    """
+    sizes: dict[int, int] = {}
+    for linear in linears:
+        shards = [linear.num_inputs // t for t in tp_sizes if linear.num_inputs % (t * UNIT_INPUTS) == 0] if linear.row_parallel else []
+        for width in [linear.num_inputs, *shards]:
+            largest = min(width & -width, DEFAULT_MAX_ROTATION_BLOCK_SIZE)
+            sizes[linear.num_inputs] = min(largest, sizes.get(linear.num_inputs, largest))
+    return sizes
+
+
+def _served(linears: Sequence[Linear], rotation_block_sizes: dict[int, int], tp: int) -> bool:
+    for linear in linears:
+        if linear.row_parallel:
+            width, rest = divmod(linear.num_inputs, tp)
+            if rest or width % UNIT_INPUTS or width % rotation_block_sizes[linear.num_inputs]:
+                return False
+        elif linear.num_rows % tp and linear.num_rows > tp:
+            return False
+    return True
+
+
+def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Linear, ...], ...], ...]:
+    names = [linear.name for linear in structure.linears()]
+    for pattern in ignore:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise QuantizeError(f"--ignore {pattern!r} matches no linear layer; names look like {names[0]}")
+
+    def ignored(linear: Linear) -> bool:
+        return any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in ignore)
+
+    layers = []
+    for groups in structure.layers:
+        kept = []
+        for group in groups:
+            left = [linear.name for linear in group if ignored(linear)]
+            if left and len(left) < len(group):
+                raise QuantizeError(f"--ignore leaves out {left} but not {[x.name for x in group if x.name not in left]}: "
+                                    "layers that read the same input are fused when served, ignore all or none of them")
+            if not left:
+                kept.append(group)
+        layers.append(tuple(kept))
+    if not any(layers):
+        raise QuantizeError("--ignore leaves nothing to quantise")
+    return tuple(layers)
+
+
+def _check_weights(checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
+    for linear in linears:
+        info = checkpoint.tensors.get(f"{linear.name}.weight")
+        if info is None:
+            raise QuantizeError(f"{checkpoint.directory}: no tensor {linear.name}.weight, which the architecture of config.json has")
+        if info.shape != (linear.num_rows, linear.num_inputs):
+            raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, config.json says {[linear.num_rows, linear.num_inputs]}")
+        if info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            raise QuantizeError(f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32")
+        if linear.num_inputs % UNIT_INPUTS:
+            raise QuantizeError(f"{info.file}: {info.name} has {linear.num_inputs} inputs, not a multiple of {UNIT_INPUTS}: "
+                                f"leave it unquantised with --ignore '*.{linear.name.rpartition('.')[2]}'")
+
+
+def _make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
+    """Whole layers together while they fit; then the tensors outside the layers."""
+    groups: list[tuple[list[TensorInfo], int | None]] = []
+    for layer, tensors in enumerate(tensors_by_layer):
+        if groups and sum(t.num_bytes for t in groups[-1][0] + tensors) <= max_bytes:
+            groups[-1] = (groups[-1][0] + tensors, layer)
+        else:
+            groups.append((tensors, layer))
+    start = len(groups)
+    for tensor in other:
+        if len(groups) > start and sum(t.num_bytes for t in groups[-1][0]) + tensor.num_bytes <= max_bytes:
+            groups[-1][0].append(tensor)
+        else:
+            groups.append(([tensor], None))
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(tensors), layer)
+                 for i, (tensors, layer) in enumerate(groups, 1))
+
+
+def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequence[str] = (),
+              max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+    """Decide everything about quantising the checkpoint in ``directory``; reads config.json and shard headers only.
+
+    Raises:
+        QuantizeError: the checkpoint cannot be quantised as asked; names the tensor and says what to do.
+    """
+    index_bits = index_bits_for(bpw)
+    if tp_max < 1:
+        raise QuantizeError(f"--tp-max {tp_max}: expected at least 1")
+    checkpoint = Checkpoint(directory)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
+        raise QuantizeError(f"{directory}: already quantised with {method}; start from the unquantised model")
+    structure = find_structure(directory)
+    layers = _select(structure, ignore)
+    linears = [linear for groups in layers for group in groups for linear in group]
+    _check_weights(checkpoint, linears)
+    possible = possible_tensor_parallel_sizes(structure, tp_max)
+    rotation_block_sizes = choose_rotation_block_sizes(linears, possible)
+    quantized = {linear.name for linear in linears}
+    # Every other matrix is listed, not only nn.Linear: vLLM builds routers and heads as linears of its own.
+    kept = sorted(name.removesuffix(".weight") for name, info in checkpoint.tensors.items()
+                  if name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in quantized)
+    if "lm_head" not in kept:
+        kept.append("lm_head")  # tied to the embedding
+    fmt = QamwFormat(index_bits, rotation_block_sizes, ignore=tuple(kept))
+
+    plan = Plan(checkpoint, structure, layers, fmt, (), tp_max, tuple(t for t in possible if _served(linears, rotation_block_sizes, t)))
+    by_name = {linear.name: linear for linear in linears}
+    tensors_by_layer, in_layers = [], set()
+    for i in range(len(layers)):
+        names = plan.layer_tensor_names(i)
+        in_layers.update(names)
+        out: list[TensorInfo] = []
+        for name in names:
+            linear = by_name.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            out += plan.output_tensors(linear) if linear else [checkpoint.tensors[name]]
+        tensors_by_layer.append(out)
+    other = [info for name, info in checkpoint.tensors.items() if name not in in_layers]
+    shards = _make_shards(tensors_by_layer, other, max_shard_bytes)
+    return Plan(checkpoint, structure, layers, fmt, shards, tp_max, plan.tensor_parallel_sizes)
+
+
+def check_disk(plan: Plan, out: Path) -> None:
+    """Raise QuantizeError when the output would not fit, with a little room to spare."""
+    parent = out.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    copies = sum((plan.checkpoint.directory / file).stat().st_size for file in plan.checkpoint.other_files())
+    needed, free = plan.output_bytes + copies + 64 * 2**20, shutil.disk_usage(parent).free
+    if free < needed:
+        raise QuantizeError(f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk")

@@ -1,0 +1,104 @@
+"""What a run reports: a JSON file, a plot and a model card, all of them the same for the same request."""
+
+import math
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from qamw_kernels.codec import QuantizedWeight
+
+from offline_quantize.output import Output, json_bytes
+from offline_quantize.plan import Plan
+from offline_quantize.structure import Linear
+
+REPORT = "qamw_report.json"
+PLOT = "qamw_report.png"
+CARD = "README.md"
+
+
+def layer_entry(linear: Linear, quantized: QuantizedWeight, exponent: float | None, errors: dict[str, float],
+                stored: Iterable[torch.Tensor]) -> dict[str, Any]:
+    """One linear's line of the report; errors are relative squared errors, SQNR is in dB."""
+    num_bytes = sum(t.numel() * t.itemsize for t in stored)
+    return {
+        "name": linear.name,
+        "shape": [linear.num_rows, linear.num_inputs],
+        "index_bits": quantized.index_bits,
+        "rotation_block_size": quantized.rotation_block_size,
+        "effective_bits_per_weight": 8 * num_bytes / (linear.num_rows * linear.num_inputs),
+        "channel_scale_exponent": exponent,
+        "sqnr_db": -10 * math.log10(errors["nmse"]) if errors["nmse"] > 0 else None,
+        **errors,
+    }
+
+
+def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None) -> dict[str, Any]:
+    """The whole report: totals, worst layers, every layer."""
+    key = "output_nmse" if calibration else "nmse"
+    worst = sorted(entries, key=lambda entry: -entry[key])[:5]
+    return {
+        "qamw_version": version("qamw-vllm"),
+        "calibration": calibration.name if calibration else None,
+        "nominal_bits_per_weight": plan.format.index_bits / 2,
+        "effective_bits_per_weight": plan.effective_bits_per_weight,
+        "quantized_weights": plan.num_quantized_weights,
+        "source_bytes": plan.source_bytes,
+        "output_bytes": plan.output_bytes,
+        "tensor_parallel_sizes": list(plan.tensor_parallel_sizes),
+        "worst_layers": [f"{entry['name']}: {key} {entry[key]:.2e}" for entry in worst],
+        "layers": entries,
+    }
+
+
+def write_report(output: Output, result: dict[str, Any], plan: Plan) -> None:
+    output.write(REPORT, lambda path: path.write_bytes(json_bytes(result)))
+    output.write(PLOT, lambda path: _plot(path, result))
+    output.write(CARD, lambda path: path.write_bytes(_card(result, plan).encode()))
+
+
+def _plot(path: Path, result: dict[str, Any]) -> None:
+    from matplotlib.figure import Figure
+
+    calibrated = result["calibration"] is not None
+    key, label = ("output_nmse", "output error") if calibrated else ("nmse", "weight error")
+    by_role: dict[str, list[float]] = {}
+    for entry in result["layers"]:
+        role = ".".join(part for part in entry["name"].split(".")[-2:] if not part.isdigit())
+        by_role.setdefault(role, []).append(entry[key])
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for role, values in by_role.items():
+        axes.semilogy(range(len(values)), [value or math.nan for value in values], marker=".", label=role)
+    axes.set(xlabel="decoder layer", ylabel=f"{label} (squared, relative)",
+             title=f"{result['effective_bits_per_weight']:.3f} effective bits per weight")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
+
+
+def _card(result: dict[str, Any], plan: Plan) -> str:
+    name = plan.checkpoint.config.get("_name_or_path") or plan.checkpoint.directory.resolve().name
+    worst = "\n".join(f"- {line}" for line in result["worst_layers"])
+    sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
+    return f"""---
+base_model: {name}
+library_name: vllm
+tags: [qamw]
+---
+# {name}, QAM-W {result["nominal_bits_per_weight"]:g} bpw
+
+{result["quantized_weights"] / 1e6:.1f} million weights at {result["effective_bits_per_weight"]:.3f} effective bits per weight
+(every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.
+Calibration: {result["calibration"] or "none"}. Made by qamw-vllm {result["qamw_version"]}.
+
+    pip install qamw-vllm
+    vllm serve . --quantization qamw
+
+Tensor-parallel sizes: {sizes}. Not quantised: {", ".join(f"`{name}`" for name in plan.format.ignore[:8])}{" ..." if len(plan.format.ignore) > 8 else ""}.
+
+Largest errors (all layers in {REPORT} and {PLOT}):
+
+{worst}
+"""

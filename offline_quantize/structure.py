@@ -1,0 +1,192 @@
+"""Which linears of a model are quantised, found by structure: ``nn.Linear`` inside the repeated decoder layers.
+
+The model is built without weights. One decoder layer at a time is run on meta tensors, and linears that receive the very
+same tensor object form an input group: they share channel scales and rotation, as vLLM's fused layers need.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+from offline_quantize.errors import QuantizeError
+
+MIN_LINEAR_SHARE = 0.9  # of a decoder layer's parameters: below it, the weights that matter are not nn.Linear
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One ``nn.Linear``: its module name and its weight's shape [num_rows, num_inputs]."""
+
+    name: str
+    num_rows: int
+    num_inputs: int
+    row_parallel: bool  # True where vLLM may cut the inputs between tensor-parallel ranks
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The decoder layers of a model.
+
+    Attributes:
+        layers_name: module name of the list of decoder layers.
+        layers: for every layer, its input groups; for every group, its linears.
+        num_heads, num_kv_heads: attention heads, None where config.json does not say; vLLM cuts between heads.
+    """
+
+    layers_name: str
+    layers: tuple[tuple[tuple[Linear, ...], ...], ...]
+    num_heads: int | None
+    num_kv_heads: int | None
+
+    def linears(self) -> Iterator[Linear]:
+        for groups in self.layers:
+            for group in groups:
+                yield from group
+
+
+def build_empty_model(directory: Path) -> nn.Module:
+    """The transformers model of config.json with parameters on the meta device and real buffers; no remote code."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise QuantizeError(f"{directory}: unsupported architecture: {error}") from None
+    return model.eval()
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Name and module of the repeated decoder layers: the largest ``nn.ModuleList``."""
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    if not lists:
+        raise QuantizeError(f"unsupported architecture {type(model).__name__}: it has no repeated layers")
+    return max(lists, key=lambda item: size(item[1]))
+
+
+class _AllLayersCalled(Exception):
+    pass
+
+
+def record_layer_calls(model: nn.Module, layers: nn.ModuleList, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
+    """(hidden states, args, kwargs) with which the model calls each decoder layer on ``input_ids`` [batch, T].
+
+    The layers pass their input through, so only the first hidden states are real; args and kwargs (masks, rotary
+    embeddings, which may differ by layer) are what the layers need. Needs no decoder weights.
+    """
+    calls: list[tuple[torch.Tensor, tuple, dict]] = []
+
+    def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls.append((hidden, args, kwargs))
+        if len(calls) == len(layers):
+            raise _AllLayersCalled
+        return hidden
+
+    for layer in layers:
+        layer.forward = recorder
+    try:
+        with torch.no_grad():
+            model.base_model(input_ids=input_ids, use_cache=False)
+    except _AllLayersCalled:
+        pass
+    finally:
+        for layer in layers:
+            del layer.forward
+    if len(calls) != len(layers):
+        raise QuantizeError(f"unsupported architecture {type(model).__name__}: "
+                            f"{len(calls)} of its {len(layers)} decoder layers were called in order")
+    return calls
+
+
+@contextmanager
+def on_linear_inputs(layer: nn.Module, callback: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+    """While active, call ``callback(name inside the layer, input)`` whenever an ``nn.Linear`` of the layer runs."""
+    def hook_for(name: str) -> Callable[[nn.Module, tuple], None]:
+        return lambda module, args: callback(name, args[0])
+
+    handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def set_parameters(module: nn.Module, make: Callable[[str, nn.Parameter], torch.Tensor], skip: str = "") -> None:
+    """Replace every parameter of ``module`` by ``make(name, parameter)``, but for those below the submodule ``skip``."""
+    for prefix, submodule in module.named_modules():
+        if skip and (prefix + ".").startswith(skip + "."):
+            continue
+        for name, parameter in list(submodule.named_parameters(recurse=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            setattr(submodule, name, nn.Parameter(make(full, parameter), requires_grad=False))
+
+
+def _input_groups(layer: nn.Module, call: tuple[torch.Tensor, tuple, dict]) -> list[list[str]]:
+    by_input: dict[int, list[str]] = {}
+    alive = []  # keeps ids unique while the layer runs
+
+    def note(name: str, x: torch.Tensor) -> None:
+        alive.append(x)
+        by_input.setdefault(id(x), []).append(name)
+
+    hidden, args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), call)
+    with on_linear_inputs(layer, note), torch.no_grad():
+        layer(hidden, *args, **kwargs)
+    return list(by_input.values())
+
+
+def find_structure(directory: Path) -> Structure:
+    """Analyse the model of a checkpoint directory; reads config.json only.
+
+    Raises:
+        QuantizeError: the architecture is unknown, or most of its weights are not ``nn.Linear`` in repeated layers.
+    """
+    model = build_empty_model(directory)
+    layers_name, layers = decoder_layers(model)
+    # Weights outside the layers are needed to call the model; zeros are enough, and cost no memory until touched.
+    set_parameters(model, lambda name, p: torch.zeros(p.shape, dtype=p.dtype), skip=layers_name)
+    calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    layers.to("meta")
+
+    plan = getattr(model.config, "base_model_tp_plan", None) or {}
+    row_parallel = [pattern for pattern, style in plan.items() if "rowwise" in style]
+    prefix = model.base_model_prefix + "." if layers_name.startswith(model.base_model_prefix + ".") else ""
+
+    def is_row_parallel(name: str) -> bool:
+        return not plan or any(fnmatch.fnmatchcase(name, prefix + pattern) for pattern in row_parallel)
+
+    found = []
+    for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
+        modules = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        total, in_linears = sum(p.numel() for p in layer.parameters()), sum(m.weight.numel() for m in modules.values())
+        if in_linears < MIN_LINEAR_SHARE * total:
+            others = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim > 1} - set(modules))
+            raise QuantizeError(f"unsupported architecture {type(model).__name__}: nn.Linear holds only {in_linears / total:.0%} of the "
+                                f"weights of {layers_name}.{i}; the rest is in {others}")
+        try:
+            groups = _input_groups(layer, call)
+        except Exception as error:  # whatever a layer's own code raises on meta tensors
+            raise QuantizeError(f"unsupported architecture {type(model).__name__}: {layers_name}.{i} cannot be traced: {error}") from error
+        called = {name for group in groups for name in group}
+        groups += [[name] for name in modules if name not in called]
+        found.append(tuple(
+            tuple(Linear(f"{layers_name}.{i}.{name}", modules[name].out_features, modules[name].in_features,
+                         is_row_parallel(f"{layers_name}.{i}.{name}")) for name in dict.fromkeys(group))
+            for group in groups
+        ))
+    config = model.config.get_text_config()
+    num_heads = getattr(config, "num_attention_heads", None)
+    return Structure(layers_name, tuple(found), num_heads, getattr(config, "num_key_value_heads", None) or num_heads)
