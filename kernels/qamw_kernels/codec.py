@@ -18,7 +18,7 @@ from qamw_kernels.nearest import nearest
 from qamw_kernels.packing import pack_planes, packed_shape, unpack_planes
 from qamw_kernels.rotation import rotate, unrotate
 
-ENCODE_CHUNK = 1 << 20  # weights encoded at once: bounds the temporaries and keeps them in cache
+ENCODE_CHUNK = 1 << 18  # weights encoded at once: bounds the temporaries and keeps them in cache
 
 
 @dataclass

@@ -133,7 +133,7 @@ def _coordinates(qweight: torch.Tensor, quadrant_words: torch.Tensor) -> torch.T
 
 def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
     _check_rotate(x, input_scales, rotation_block_size)
-    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype)
+    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype).contiguous()
 
 
 def _gemm_torch(

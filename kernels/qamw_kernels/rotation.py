@@ -1,6 +1,5 @@
 """Block Hadamard rotation of the input dimension, in plain torch: the truth the kernels are tested against."""
 
-import functools
 import math
 
 import torch
@@ -8,31 +7,46 @@ import torch
 ROTATION_BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 
 
-@functools.lru_cache(maxsize=32)
-def hadamard(size: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The +1/-1 Sylvester Hadamard matrix [size, size]; symmetric, and H @ H = size * I."""
-    if size not in ROTATION_BLOCK_SIZES:
-        raise ValueError(f"rotation_block_size must be one of {ROTATION_BLOCK_SIZES}, got {size!r}")
+def check_rotation_block_size(rotation_block_size: int) -> None:
+    """Raise ValueError unless it is one of ROTATION_BLOCK_SIZES."""
+    if rotation_block_size not in ROTATION_BLOCK_SIZES:
+        raise ValueError(f"rotation_block_size must be one of {ROTATION_BLOCK_SIZES}, got {rotation_block_size!r}")
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """The +1/-1 Sylvester Hadamard matrix [size, size] float32: entry (i, j) is -1 to the number of bits set in i & j."""
+    check_rotation_block_size(size)
     matrix = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return matrix.to(device, dtype)
+    return matrix
 
 
 def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
     """Orthonormal Hadamard transform of each block of inputs.
+
+    Sums of two, in a fixed order, not a matrix product: the result is the same bit for bit on every machine, and so is
+    what the encoder makes of it.
 
     Args:
         x: [..., K], floating point; K a multiple of ``rotation_block_size``.
     Returns:
         [..., K] in the dtype of x; computed in float32 for narrower dtypes.
     """
+    check_rotation_block_size(rotation_block_size)
     if x.shape[-1] % rotation_block_size:
         raise ValueError(f"{x.shape[-1]} inputs are not a multiple of rotation_block_size = {rotation_block_size}")
-    compute = torch.promote_types(x.dtype, torch.float32)
-    matrix = hadamard(rotation_block_size, compute, x.device)
-    blocks = x.to(compute).reshape(-1, rotation_block_size)
-    return ((blocks @ matrix) / math.sqrt(rotation_block_size)).reshape(x.shape).to(x.dtype)
+    blocks = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, rotation_block_size)
+    y = blocks.T.contiguous()  # [B, blocks]: every sum below runs over long contiguous rows
+    z = torch.empty_like(y)
+    half = 1
+    while half < rotation_block_size:
+        a, b = y.view(-1, 2, half, y.shape[1]).unbind(1)
+        out = z.view(-1, 2, half, y.shape[1])
+        torch.add(a, b, out=out[:, 0])
+        torch.sub(a, b, out=out[:, 1])
+        y, z, half = z, y, 2 * half
+    return (y / math.sqrt(rotation_block_size)).T.reshape(x.shape).to(x.dtype)
 
 
 def unrotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ GEMM_TILES = {
 }
 # The Hadamard matrix is built and multiplied in pieces of at most 64 * UNITS inputs.
 ROTATE_TILES = {
-    2: Tile(BLOCK_M=32, BLOCK_N=0, UNITS=2, num_warps=4, num_stages=1),
+    2: Tile(BLOCK_M=16, BLOCK_N=0, UNITS=1, num_warps=8, num_stages=1),
     4: Tile(BLOCK_M=16, BLOCK_N=0, UNITS=1, num_warps=4, num_stages=1),
 }
 DEQUANTIZE_TILE = Tile(BLOCK_M=0, BLOCK_N=64, UNITS=2, num_warps=4, num_stages=1)

@@ -1,0 +1,5 @@
+import sys
+
+from offline_quantize.cli import main
+
+sys.exit(main())

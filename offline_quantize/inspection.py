@@ -1,0 +1,116 @@
+"""Look into a QAM-W checkpoint: what is inside, and whether every byte and every tensor is as it should be."""
+
+from pathlib import Path
+
+import torch
+from qamw_kernels.codec import check_input_scales
+from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
+
+from offline_quantize.checkpoint import Checkpoint, read_json
+from offline_quantize.errors import QuantizeError
+from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
+from offline_quantize.report import REPORT
+
+
+def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, tuple[int, int]]]:
+    """A QAM-W checkpoint, its format, and [N, K] of every quantised module.
+
+    Raises:
+        QuantizeError: not a QAM-W checkpoint, or unfinished.
+    """
+    if (directory / PROGRESS).is_file():
+        raise QuantizeError(f"{directory}: unfinished; continue with qamw quantize --resume")
+    checkpoint = Checkpoint(directory)
+    if "quantization_config" not in checkpoint.config:
+        raise QuantizeError(f"{directory / 'config.json'}: no quantization_config, this is not a QAM-W checkpoint")
+    try:
+        fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
+    except FormatError as error:
+        raise QuantizeError(f"{directory / 'config.json'}: {error}") from None
+    modules = {}
+    for name, info in checkpoint.tensors.items():
+        if name.endswith(".qweight"):
+            if len(info.shape) != 3:
+                raise QuantizeError(f"{info.file}: {name} has shape {list(info.shape)}, expected [index_bits, N, K / 64]")
+            modules[name.removesuffix(".qweight")] = (info.shape[1], info.shape[2] * 64)
+    return checkpoint, fmt, modules
+
+
+def inspect(directory: Path) -> str:
+    """One line per quantised layer, and totals, as text."""
+    checkpoint, fmt, modules = open_quantized(directory)
+    entries = {e["name"]: e for e in read_json(directory / REPORT)["layers"]} if (directory / REPORT).is_file() else {}
+    lines = [f"{'layer':48} {'N x K':>13} {'bpw':>5} {'eff.':>6} {'block':>5} {'SQNR dB':>8} {'output error':>12}"]
+    total_bytes = total_weights = 0
+    for name, (rows, inputs) in modules.items():
+        bits = fmt.index_bits_of(name)
+        num_bytes = sum(checkpoint.tensors[f"{name}.{s}"].num_bytes for s in layer_tensors(rows, inputs, bits))
+        total_bytes, total_weights = total_bytes + num_bytes, total_weights + rows * inputs
+        entry = entries.get(name, {})
+        sqnr, error = entry.get("sqnr_db"), entry.get("output_nmse")
+        lines.append(f"{name:48} {rows:6}x{inputs:6} {bits / 2:5g} {8 * num_bytes / (rows * inputs):6.3f} "
+                     f"{fmt.rotation_block_size_of(name, inputs):5} {'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}")
+    lines.append(f"{len(modules)} layers, {total_weights / 1e6:.1f} M weights, {8 * total_bytes / total_weights:.3f} effective bpw; "
+                 f"not quantised: {', '.join(fmt.ignore)}")
+    return "\n".join(lines)
+
+
+def verify(directory: Path) -> str:
+    """Check every file against the manifest and every tensor against the format.
+
+    Returns:
+        A line that says what was checked.
+    Raises:
+        QuantizeError: with every fault found, one per line.
+    """
+    manifest = read_json(directory / MANIFEST)["files"]
+    faults = []
+    for file, entry in manifest.items():
+        path = directory / file
+        if not path.is_file():
+            faults.append(f"{path}: missing")
+        elif path.stat().st_size != entry["bytes"]:
+            faults.append(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        elif sha256_of(path) != entry["sha256"]:
+            faults.append(f"{path}: SHA-256 {sha256_of(path)}, the manifest says {entry['sha256']}")
+    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    faults += [f"{directory / file}: not in the manifest" for file in sorted(present - set(manifest) - {MANIFEST})]
+    if faults:
+        raise QuantizeError("\n".join(faults))
+
+    checkpoint, fmt, modules = open_quantized(directory)
+    for name, (rows, inputs) in modules.items():
+        faults += _layer_faults(checkpoint, fmt, name, rows, inputs)
+    suffixes = tuple(layer_tensors(1, 64, fmt.index_bits))
+    for name, info in checkpoint.tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in suffixes and module not in modules:
+            faults.append(f"{info.file}: {name} belongs to no quantised layer: {module}.qweight is missing")
+        if suffix == "weight" and module in modules:
+            faults.append(f"{info.file}: {name} is stored beside {module}.qweight")
+        if suffix == "weight" and len(info.shape) == 2 and module not in modules and module not in fmt.ignore:
+            faults.append(f"{info.file}: {name} is neither quantised nor in config.json's ignore list")
+    if faults:
+        raise QuantizeError("\n".join(faults))
+    return f"{directory}: {len(manifest)} files and {len(checkpoint.tensors)} tensors, {len(modules)} quantised layers: all as they should be"
+
+
+def _layer_faults(checkpoint: Checkpoint, fmt: QamwFormat, name: str, rows: int, inputs: int) -> list[str]:
+    faults = []
+    for suffix, (shape, dtype) in layer_tensors(rows, inputs, fmt.index_bits_of(name)).items():
+        info = checkpoint.tensors.get(f"{name}.{suffix}")
+        if info is None:
+            faults.append(f"{checkpoint.directory}: {name}.{suffix} is missing")
+        elif (info.shape, info.dtype) != (shape, dtype):
+            faults.append(f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}")
+    if faults:
+        return faults
+    (_, norms), (_, scales) = checkpoint.load([f"{name}.row_norms", f"{name}.input_scales"])
+    if not (torch.isfinite(norms) & (norms >= 0)).all():
+        faults.append(f"{checkpoint.tensors[f'{name}.row_norms'].file}: {name}.row_norms must be finite and not negative")
+    try:
+        fmt.rotation_block_size_of(name, inputs)
+        check_input_scales(scales)
+    except ValueError as error:
+        faults.append(f"{checkpoint.tensors[f'{name}.input_scales'].file}: {name}: {error}")
+    return faults

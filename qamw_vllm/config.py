@@ -1,0 +1,96 @@
+"""Which layers of a checkpoint are quantised, and how: vLLM's view of config.json's ``quantization_config``."""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from qamw_kernels.format import QUANT_METHOD, QamwFormat
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+if TYPE_CHECKING:
+    from vllm.model_executor.models.utils import WeightsMapper
+
+
+class QamwConfig(QuantizationConfig):
+    """A :class:`QamwFormat` in vLLM's terms. It is pickled to the workers, so it holds plain data only.
+
+    Attributes:
+        format: the validated format; its module names are those of vLLM once :meth:`apply_vllm_mapper` has run.
+        packed_modules_mapping: fused vLLM module -> its parts, filled in by vLLM from the model class.
+    """
+
+    def __init__(self, format: QamwFormat) -> None:
+        super().__init__()
+        self.format = format
+        self._ignore = frozenset(format.ignore)
+
+    def __repr__(self) -> str:
+        return f"QamwConfig(index_bits={self.format.index_bits}, ignore={len(self.format.ignore)} modules)"
+
+    @classmethod
+    def get_name(cls) -> str:  # type: ignore[override]  # vLLM's type lists its own methods only
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []  # everything is in config.json
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "QamwConfig":
+        """Parse config.json's ``quantization_config``.
+
+        Raises:
+            FormatError: an invalid, incomplete or unknown format, or a codebook that this version does not ship.
+        """
+        return cls(QamwFormat.from_dict(config))
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
+        """Rename the modules of the checkpoint as the model class renames its tensors."""
+
+        def rename(module: str) -> str:
+            return hf_to_vllm_mapper.map_name(module) or module
+
+        self.format = dataclasses.replace(
+            self.format,
+            ignore=tuple(rename(module) for module in self.format.ignore),
+            layer_index_bits={rename(module): bits for module, bits in self.format.layer_index_bits.items()},
+        )
+        self._ignore = frozenset(self.format.ignore)
+
+    def parts_of(self, prefix: str) -> tuple[str, ...]:
+        """The modules of the checkpoint that a vLLM module holds: q_proj, k_proj and v_proj of a qkv_proj, or itself."""
+        parent, dot, name = prefix.rpartition(".")
+        return tuple(parent + dot + part for part in self.packed_modules_mapping.get(name) or (name,))
+
+    def index_bits_of(self, prefix: str) -> int | None:
+        """Index bits of a vLLM linear layer, or None for one that is not quantised.
+
+        Raises:
+            ValueError: the parts of a fused layer differ.
+        """
+        parts = self.parts_of(prefix)
+        bits = {part: None if part in self._ignore else self.format.index_bits_of(part) for part in parts}
+        if len(set(bits.values())) > 1:
+            seen = ", ".join(f"{part}: {'not quantised' if b is None else f'{b} index bits'}" for part, b in bits.items())
+            raise ValueError(f"{prefix}: vLLM fuses these modules, so they must be quantised alike, but the checkpoint has {seen}")
+        return bits[parts[0]]
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method of a linear layer, plain for an ignored one; None for a layer of any other kind."""
+        from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+
+        from qamw_vllm.linear import QamwLinearMethod
+
+        if not isinstance(layer, LinearBase):
+            return None
+        index_bits = self.index_bits_of(prefix)
+        if index_bits is None:
+            return UnquantizedLinearMethod()
+        return QamwLinearMethod(prefix, self.parts_of(prefix), index_bits, self.format)

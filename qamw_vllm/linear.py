@@ -1,0 +1,166 @@
+"""Quantised linear layers: fused or plain, column parallel, row parallel or replicated, on CUDA and on the CPU."""
+
+import os
+from typing import Any
+
+import torch
+from qamw_kernels import ops
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.packing import UNIT_INPUTS
+from torch.nn import Parameter
+from vllm.config import get_current_vllm_config_or_none
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
+from vllm.platforms import current_platform
+
+from qamw_vllm.loading import LayerLoader
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name
+
+CPU_BACKEND_VARIABLE = "QAMW_CPU_BACKEND"
+_ROWS_AT_ONCE = 4096
+"""Rows decoded at a time, so that the float32 intermediate of a large layer stays small."""
+
+
+def choose_backend() -> str:
+    """``triton`` or ``decode``. CUDA has one backend; on the CPU ``QAMW_CPU_BACKEND`` decides, ``decode`` by default.
+
+    Raises:
+        ValueError: another platform, an unknown value, or ``triton`` on the CPU without the interpreter or without
+            ``enforce_eager``.
+    """
+    if current_platform.is_cuda():
+        return "triton"
+    if not current_platform.is_cpu():
+        raise ValueError(f"qamw runs on CUDA and on the CPU, not on {current_platform.device_name}")
+    backend = os.environ.get(CPU_BACKEND_VARIABLE, "decode")
+    if backend not in ("decode", "triton"):
+        raise ValueError(f"{CPU_BACKEND_VARIABLE} must be 'decode' or 'triton', got {backend!r}")
+    if backend == "triton":
+        if not ops.INTERPRETED:
+            raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1 too")
+        config = get_current_vllm_config_or_none()
+        if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
+            raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton cannot be compiled: set enforce_eager=True (--enforce-eager)")
+    return backend
+
+
+@register_weight_loader_v2_supported_method
+class QamwLinearMethod(LinearMethodBase):
+    """One quantised vLLM linear layer.
+
+    With the ``triton`` backend the layer keeps the packed weight; with ``decode`` it becomes a plain linear layer while
+    loading, and vLLM's own CPU matrix multiplication runs.
+
+    Args:
+        prefix: the layer's name in vLLM.
+        parts: names of the checkpoint's modules that it holds.
+        index_bits: bits per pair of all parts.
+        format: the checkpoint's format.
+    """
+
+    def __init__(self, prefix: str, parts: tuple[str, ...], index_bits: int, format: QamwFormat) -> None:
+        self.prefix = prefix
+        self.parts = parts
+        self.index_bits = index_bits
+        self.format = format
+        self.backend = choose_backend()
+        if self.backend == "decode":
+            # Delegated to, not inherited from: vLLM takes subclasses for unquantised layers.
+            self._plain = UnquantizedLinearMethod()
+
+    def create_weights(
+        self,
+        layer: Any,  # a LinearBase of vLLM, whose attributes torch's stubs do not know
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the packed tensors of this rank, as the checkpoint holds them.
+
+        Raises:
+            ValueError: the inputs of a row-parallel layer cannot be split over this many ranks.
+        """
+        self.params_dtype = params_dtype
+        self.rotation_block_size = self.format.rotation_block_size_of(self.parts[0], input_size)
+        self._check_split(input_size, input_size_per_partition)
+        self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, len(output_partition_sizes))
+        load = extra_weight_attrs["weight_loader"]
+        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype)
+                 in layer_tensors(sum(output_partition_sizes), input_size_per_partition, self.index_bits).items()}
+        layer.register_parameter("qweight", ModelWeightParameter(
+            data=empty["qweight"], output_dim=1, input_dim=2, weight_loader=self._loader.wrap("qweight", load)))
+        layer.register_parameter("row_norms", ChannelQuantScaleParameter(
+            data=empty["row_norms"], output_dim=0, weight_loader=self._loader.wrap("row_norms", load)))
+        # One row per stacked matrix: each brings its own copy, and that they agree is verified later.
+        layer.register_parameter("input_scales", BasevLLMParameter(
+            data=empty["input_scales"].repeat(len(output_partition_sizes), 1),
+            weight_loader=self._loader.wrap("input_scales", self._loader.load_input_scales)))
+        # The layer makes its bias after this call, with its attribute weight_loader: so its arrival is noted too.
+        layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
+
+        if self.backend == "decode":
+            logger.info_once("QAM-W on the CPU: weights are decoded to %s while loading, vLLM's own matrix multiplication runs. "
+                             "This saves disk, not memory.", params_dtype)
+        else:
+            logger.info_once("QAM-W: weights stay packed, Triton kernels run%s.",
+                             " in the interpreter (slow)" if current_platform.is_cpu() else "")
+        logger.debug("%s: %d index bits, rotation blocks of %d, %d x %d on this rank", self.prefix, self.index_bits,
+                     self.rotation_block_size, sum(output_partition_sizes), input_size_per_partition)
+
+    def _check_split(self, input_size: int, input_size_per_partition: int) -> None:
+        unit = max(UNIT_INPUTS, self.rotation_block_size)  # both are powers of two
+        if input_size_per_partition % unit:
+            possible = [tp for tp in range(1, input_size // unit + 1) if input_size % (tp * unit) == 0]
+            tp = input_size // input_size_per_partition
+            raise ValueError(
+                f"{self.prefix}: tensor_parallel_size={tp} leaves {input_size_per_partition} of the {input_size} inputs to a rank, "
+                f"expected a multiple of {unit} (rotation blocks of {self.rotation_block_size}, packed units of {UNIT_INPUTS}). "
+                f"Possible for this layer: {', '.join(map(str, possible))}. Quantise with smaller rotation blocks for more.")
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Verify what arrived and bring it into the form that ``apply`` uses. Does nothing when called again.
+
+        Raises:
+            ValueError: a tensor is missing or holds impossible values.
+        """
+        input_scales = getattr(layer, "input_scales", None)
+        if input_scales is None or input_scales.ndim == 1:
+            return
+        self._loader.verify()
+        if self.backend == "decode":
+            weight = Parameter(self._decode(layer), requires_grad=False)
+            del layer.qweight, layer.row_norms, layer.input_scales
+            layer.register_parameter("weight", weight)
+            self._plain.process_weights_after_loading(layer)
+            return
+        # Plain parameters: vLLM's own classes only matter while loading.
+        layer.qweight = Parameter(layer.qweight.data, requires_grad=False)
+        layer.row_norms = Parameter(layer.row_norms.data, requires_grad=False)
+        layer.input_scales = Parameter(input_scales.data[0].clone(), requires_grad=False)
+        layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, input_scales.device), persistent=False)
+
+    def _decode(self, layer: Any) -> torch.Tensor:
+        """The weight [N, K] of this rank in the model's dtype."""
+        qweight, row_norms, input_scales = layer.qweight.data, layer.row_norms.data, layer.input_scales.data[0]
+        weight = torch.empty(len(row_norms), len(input_scales), dtype=self.params_dtype)
+        for start in range(0, len(row_norms), _ROWS_AT_ONCE):
+            rows = slice(start, start + _ROWS_AT_ONCE)
+            weight[rows] = decode_weight(QuantizedWeight(qweight[:, rows], row_norms[rows], input_scales, self.rotation_block_size))
+        return weight
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., K of this rank] to [..., N of this rank], in the dtype of x."""
+        if self.backend == "decode":  # fixed when the layer was made, so a compiled graph holds one branch
+            return self._plain.apply(layer, x, bias)
+        return ops.linear(
+            x, layer.qweight, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)

@@ -1,0 +1,133 @@
+"""What the checkpoint delivers for one linear layer: checked on arrival, counted, and complaining about what is missing.
+
+vLLM leaves uninitialised memory where a quantised checkpoint lacks a tensor, and its own shape checks are assertions
+without names; both are caught here.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from qamw_kernels.codec import check_input_scales
+from qamw_kernels.format import layer_tensors
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+TENSORS = ("qweight", "row_norms", "input_scales")
+_QKV = {"q": 0, "k": 1, "v": 2}
+
+ShardId = int | str | tuple[int, ...] | None
+Loader = Callable[..., None]
+
+
+class LayerLoader:
+    """Loaders for the tensors of one vLLM linear layer, on one tensor-parallel rank.
+
+    Args:
+        layer: the layer, a LinearBase of vLLM.
+        parts: names of the checkpoint's modules that the layer holds; one name for a layer that is fused on disk too.
+        index_bits: bits per pair of all parts.
+        num_inputs: inputs of the whole layer, not of this rank's shard.
+        num_shards: how many matrices vLLM stacks in the layer.
+    """
+
+    def __init__(self, layer: Any, parts: tuple[str, ...], index_bits: int, num_inputs: int, num_shards: int) -> None:
+        self.layer = layer
+        self.names = parts if len(parts) == num_shards else parts[:1] * num_shards
+        self.index_bits = index_bits
+        self.num_inputs = num_inputs
+        self.arrived: set[tuple[str, int]] = set()
+
+    def shards_of(self, shard_id: ShardId) -> tuple[int, ...]:
+        """Positions of the matrices that a loader's shard id stands for; all of them for None."""
+        if shard_id is None:
+            return tuple(range(len(self.names)))
+        if isinstance(shard_id, tuple):
+            return shard_id
+        return (_QKV[shard_id] if isinstance(shard_id, str) else shard_id,)
+
+    def wrap(self, tensor: str, load: Loader) -> Loader:
+        """``load``, one of vLLM's loaders, with the checks before and the arrival noted after it."""
+
+        def loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
+            shards = self.shards_of(loaded_shard_id)
+            if tensor in TENSORS:
+                self._check(tensor, loaded_weight, shards)
+            # Not every loader of vLLM takes a shard id.
+            load(param, loaded_weight) if loaded_shard_id is None else load(param, loaded_weight, loaded_shard_id)
+            self.arrived.update((tensor, shard) for shard in shards)
+
+        return loader
+
+    def load_input_scales(self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
+        """Copy one vector [K] into its rows of ``param`` [num_shards, K of this rank].
+
+        vLLM has no parameter for a vector over the inputs that every stacked matrix brings along.
+        """
+        num_inputs = param.shape[1]
+        if num_inputs != self.num_inputs:  # row parallel: this rank's slice of the inputs
+            loaded = loaded.narrow(0, self.layer.tp_rank * num_inputs, num_inputs)
+        for shard in self.shards_of(shard_id):
+            param.data[shard].copy_(loaded)
+
+    def verify(self) -> None:
+        """Refuse a layer that is incomplete or holds impossible values; the arrivals are forgotten, for a later reload.
+
+        Indices need no check: every pattern of ``index_bits`` bits is a codeword.
+
+        Raises:
+            ValueError: names the tensor, what was expected and what was found.
+        """
+        tensors = TENSORS if getattr(self.layer, "bias", None) is None else (*TENSORS, "bias")
+        missing = {f"{name}.{tensor}": None for shard, name in enumerate(self.names) for tensor in tensors
+                   if (tensor, shard) not in self.arrived}
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
+        self.arrived.clear()
+
+        row_norms = self.layer.row_norms.data
+        wrong = ~(row_norms.isfinite() & (row_norms >= 0))
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(f"{self._where()}.row_norms: expected finite values, not negative, got {float(row_norms[row])} "
+                             f"in row {row} of this rank")
+        input_scales = self.layer.input_scales.data
+        for name, scales in zip(self.names, input_scales, strict=True):
+            try:
+                check_input_scales(scales)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from None
+            if not torch.equal(scales, input_scales[0]):
+                raise ValueError(f"{name}.input_scales differs from {self.names[0]}.input_scales: modules that vLLM fuses read "
+                                 f"the same activation and must share one vector")
+
+    def _where(self) -> str:
+        return " / ".join(dict.fromkeys(self.names))
+
+    def _check(self, tensor: str, loaded: torch.Tensor, shards: tuple[int, ...]) -> None:
+        rows = _rows_on_disk(self.layer, shards)
+        if rows is None:
+            rows = loaded.shape[min(1, loaded.ndim - 1)] if loaded.ndim else 0
+        shape, dtype = layer_tensors(rows, self.num_inputs, self.index_bits)[tensor]
+        if tuple(loaded.shape) != shape or loaded.dtype != dtype:
+            raise ValueError(f"{self.names[shards[0]]}.{tensor}: expected shape {shape} {dtype} for {self.index_bits} index bits, "
+                             f"the checkpoint has {tuple(loaded.shape)} {loaded.dtype}")
+
+
+def _rows_on_disk(layer: Any, shards: tuple[int, ...]) -> int | None:
+    """Output features that ``shards`` of a layer have in the checkpoint, or None where a model's own class decides."""
+    if type(layer) is QKVParallelLinear:
+        heads = layer.total_num_heads, layer.total_num_kv_heads  # output_sizes counts replicated kv heads
+        sizes = [heads[0] * layer.head_size, heads[1] * layer.head_size, heads[1] * getattr(layer, "v_head_size", layer.head_size)]
+    elif type(layer) is MergedColumnParallelLinear:
+        sizes = layer.output_sizes
+    elif type(layer) in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear):
+        sizes = [layer.output_size]
+    else:
+        return None
+    return sum(sizes[shard] for shard in shards)

@@ -1,0 +1,24 @@
+"""Shared fixtures: everything offline, tiny models made once per session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint with a few loud channels, as real models have; treat it as read-only."""
+    from models import tiny_model
+    from safetensors.torch import load_file, save_file
+
+    directory = tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
+    tensors = load_file(directory / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layernorm.weight"):
+            tensor[::37] *= 20
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

@@ -1,0 +1,245 @@
+"""The Triton kernels against plain torch. Not collected by itself: test_kernels.py runs it in a process of its own, because
+Triton reads TRITON_INTERPRET when it is imported. Without that variable it needs a GPU:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernel_checks.py
+"""
+
+import itertools
+import math
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from qamw_kernels import ops, triton_launch
+from qamw_kernels.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
+from qamw_kernels.packing import pack_planes, unpack_planes
+from qamw_kernels.rotation import ROTATION_BLOCK_SIZES, hadamard
+from qamw_kernels.triton_kernels import cast, decode_tile, dot
+
+DEVICE = "cpu" if ops.INTERPRETED else "cuda"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+NUM_ROWS = 100  # not a multiple of any BLOCK_N
+
+
+@pytest.fixture(autouse=True)
+def nan_in_empty(monkeypatch):
+    """torch.empty returns NaN, so that an element no program writes is seen."""
+    empty = torch.empty
+
+    def nan(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        return out.fill_(math.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", nan)
+
+
+def random_weight(num_rows: int, num_inputs: int, index_bits: int, rotation_block_size: int = 64, seed: int = 0) -> QuantizedWeight:
+    """Random indices that name every codeword as often as the size allows, row norms over four octaves, signed scales."""
+    generator = torch.Generator().manual_seed(seed)
+    num_pairs = num_rows * num_inputs // 2
+    indices = (torch.randperm(num_pairs, generator=generator) % 2**index_bits).view(num_rows, -1)
+    row_norms = torch.rand(num_rows, generator=generator).mul(4).sub(2).exp2()
+    signs = torch.randint(0, 2, (num_inputs,), generator=generator) * 2 - 1
+    input_scales = (signs * (0.5 + torch.rand(num_inputs, generator=generator))).half()
+    qweight = pack_planes(indices, index_bits)
+    return QuantizedWeight(qweight.to(DEVICE), row_norms.to(DEVICE), input_scales.to(DEVICE), rotation_block_size)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def coordinates(weight: QuantizedWeight) -> torch.Tensor:
+    """[N, K] float32."""
+    return load_codebook(weight.index_bits).to(DEVICE)[unpack_planes(weight.qweight).int()].flatten(1)
+
+
+def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: torch.Tensor) -> None:
+    """The error of ``got`` against the float64 truth is at most twice that of torch in the same dtype (norms)."""
+    assert got.dtype == of_torch.dtype and got.shape == of_torch.shape == truth.shape and truth.dtype == torch.float64
+    size = truth.norm()
+    error, error_of_torch = ((y.double() - truth).norm() / size for y in (got, of_torch))
+    assert error <= 2 * error_of_torch + 1e-7, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
+
+
+@triton.jit
+def decode_kernel(
+    p_qweight, p_quadrant, p_out, N, U,
+    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    tile = decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS, DTYPE)
+    k = tl.program_id(1) * UNITS * 64 + tl.arange(0, UNITS * 64)
+    tl.store(p_out + n[:, None] * U * 64 + k[None, :], tile, mask=(n < N)[:, None] & (k < U * 64)[None, :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_decode_tile_is_exact(index_bits, dtype):
+    num_rows, num_units = 30, 5  # 4,800 pairs: every codeword occurs
+    weight = random_weight(num_rows, 64 * num_units, index_bits)
+    assert len(unpack_planes(weight.qweight).unique()) == 2**index_bits
+    out = torch.empty(num_rows, 64 * num_units, dtype=dtype, device=DEVICE)
+    decode_kernel[triton.cdiv(num_rows, 16), triton.cdiv(num_units, 2)](
+        weight.qweight, ops.quadrant_words(index_bits, DEVICE), out, num_rows, num_units,
+        INDEX_BITS=index_bits, DTYPE=triton_launch.TL_DTYPES[dtype], BLOCK_N=16, UNITS=2,
+    )
+    assert torch.equal(out.float(), coordinates(weight))
+
+
+@triton.jit
+def cast_and_dot_kernel(p_x, p_cast, p_square, DTYPE: tl.constexpr):
+    o = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x = cast(tl.load(p_x + o), DTYPE)
+    tl.store(p_cast + o, x)
+    tl.store(p_square + o, dot(x, x, tl.zeros([16, 16], dtype=tl.float32)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cast_rounds_to_nearest_and_dot_multiplies_numbers(dtype):
+    x = random(16, 16)
+    x[0] = 1 + torch.arange(16) * 2**-11  # ties and near-ties of bfloat16 and float16
+    x[1] = -2 + torch.arange(16) * 2**-12  # and a carry into the exponent
+    narrow, square = torch.empty_like(x, dtype=dtype), torch.empty_like(x)
+    cast_and_dot_kernel[1,](x, narrow, square, DTYPE=triton_launch.TL_DTYPES[dtype])
+    assert torch.equal(narrow, x.to(dtype))
+    torch.testing.assert_close(square.double(), narrow.double() @ narrow.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotation_block_size", ROTATION_BLOCK_SIZES)
+def test_rotate(rotation_block_size, dtype):
+    num_inputs = 3 * max(64, rotation_block_size)
+    input_scales = random_weight(1, num_inputs, 6).input_scales
+    for num_tokens in (1, 3, 17):
+        x = random(num_tokens, num_inputs, dtype=dtype)
+        got = torch.ops.qamw.rotate(x, input_scales, rotation_block_size)
+        matrix = hadamard(rotation_block_size).to(DEVICE, torch.float64) / math.sqrt(rotation_block_size)
+        truth = (x.double() * input_scales.double()).view(-1, rotation_block_size) @ matrix
+        scaled = (x.float() * input_scales.float()).to(dtype).view(-1, rotation_block_size)
+        of_torch = scaled @ hadamard(rotation_block_size).to(DEVICE, dtype) / math.sqrt(rotation_block_size)
+        assert_as_good_as_torch(got, of_torch.view_as(x), truth.view_as(x))
+
+
+def test_rotate_overflows_only_where_the_result_does():
+    x = torch.zeros(1, 128, dtype=torch.float16, device=DEVICE)
+    x[0, 5] = 60000
+    input_scales = torch.full((128,), -4, dtype=torch.float16, device=DEVICE)  # 240,000 is no float16
+    got = torch.ops.qamw.rotate(x, input_scales, 128)
+    assert torch.equal(got.abs(), torch.full_like(x, 240000 / math.sqrt(128)))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 33])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_gemm(index_bits, dtype, num_tokens):
+    """1, 3 and 16 tokens take the skinny tile, 17 and 33 the prefill tile; five units are an odd number of every tile's."""
+    weight = random_weight(NUM_ROWS, 5 * 64, index_bits)
+    rotated = random(num_tokens, 5 * 64, dtype=dtype)
+    bias = random(NUM_ROWS, dtype=dtype, seed=2) if num_tokens != 3 else None
+    got = torch.ops.qamw.gemm(rotated, weight.qweight, weight.row_norms, ops.quadrant_words(index_bits, DEVICE), bias)
+    plain = coordinates(weight)
+    truth = rotated.double() @ plain.double().T * weight.row_norms.double()
+    of_torch = (rotated @ plain.to(dtype).T).float() * weight.row_norms
+    if bias is not None:
+        truth, of_torch = truth + bias.double(), of_torch + bias.float()
+    assert_as_good_as_torch(got, of_torch.to(dtype), truth)
+
+
+def test_gemm_tolerance_sees_one_wrong_weight():
+    weight = random_weight(NUM_ROWS, 5 * 64, 11)
+    rotated = random(33, 5 * 64, dtype=torch.bfloat16)
+    truth = rotated.double() @ coordinates(weight).double().T * weight.row_norms.double()
+    of_torch = ((rotated @ coordinates(weight).bfloat16().T).float() * weight.row_norms).bfloat16()
+    indices = unpack_planes(weight.qweight)
+    indices[weight.row_norms.argmax(), 17] ^= 1 << 10  # the sign of one y
+    got = torch.ops.qamw.gemm(rotated, pack_planes(indices, 11), weight.row_norms, ops.quadrant_words(11, DEVICE), None)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_as_good_as_torch(got, of_torch, truth)
+
+
+@pytest.mark.parametrize("num_rows, num_units", [(1, 1), (129, 2), (64, 7)])
+@pytest.mark.parametrize("num_tokens", [1, 17])
+def test_gemm_of_odd_sizes(num_rows, num_units, num_tokens):
+    weight = random_weight(num_rows, 64 * num_units, 7)
+    rotated = random(num_tokens, 64 * num_units)
+    got = torch.ops.qamw.gemm(rotated, weight.qweight, weight.row_norms, ops.quadrant_words(7, DEVICE), None)
+    of_torch = rotated @ coordinates(weight).T * weight.row_norms
+    assert_as_good_as_torch(got, of_torch, rotated.double() @ coordinates(weight).double().T * weight.row_norms.double())
+
+
+def check_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> None:
+    got = torch.ops.qamw.dequantize(
+        weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(weight.index_bits, DEVICE),
+        weight.rotation_block_size, dtype,
+    )
+    size = weight.rotation_block_size
+    plain = coordinates(weight).double().view(-1, size) @ hadamard(size).to(DEVICE, torch.float64) / math.sqrt(size)
+    truth = plain.view_as(got) * weight.row_norms.double()[:, None] * weight.input_scales.double()
+    assert_as_good_as_torch(got, decode_weight(weight).to(dtype), truth)
+    # Element by element, one step of the dtype from the truth (a little more where cancellation leaves float32's error).
+    step = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-21}[dtype]
+    torch.testing.assert_close(got.double(), truth, rtol=step, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_dequantize(index_bits, dtype):
+    check_dequantize(random_weight(NUM_ROWS, 5 * 64, index_bits), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotation_block_size", ROTATION_BLOCK_SIZES)
+def test_dequantize_rotation_block_sizes(rotation_block_size, dtype):
+    check_dequantize(random_weight(NUM_ROWS, 3 * max(64, rotation_block_size), 11, rotation_block_size), dtype)
+
+
+@pytest.mark.parametrize("dtype, rotation_block_size", itertools.product(DTYPES, (64, 512)))
+def test_linear_end_to_end(dtype, rotation_block_size):
+    weight = random_weight(NUM_ROWS, 1536, 11, rotation_block_size)
+    x = random(2, 9, 2 * 1536, dtype=dtype)[..., ::2]  # not contiguous
+    bias = random(NUM_ROWS, dtype=dtype, seed=2)
+    got = ops.linear(
+        x, weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(11, DEVICE), bias, rotation_block_size
+    )
+    truth = x.double() @ decode_weight(weight).double().T + bias.double()
+    # The kernels round three times (scaled, rotated, result), the reference once: sqrt(3) < 2.
+    assert_as_good_as_torch(got, linear_reference(x, weight, bias), truth)
+
+
+def test_no_tokens():
+    weight = random_weight(NUM_ROWS, 128, 8)
+    x = torch.zeros(0, 128, dtype=torch.bfloat16, device=DEVICE)
+    y = ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(8, DEVICE), None, 64)
+    assert y.shape == (0, NUM_ROWS)
+
+
+def test_ops_reach_the_triton_kernels(monkeypatch):
+    """The tests above would pass against plain torch too: make sure that it is not what ran."""
+    weight, words = random_weight(NUM_ROWS, 128, 8), ops.quadrant_words(8, DEVICE)
+    x = random(1, 128)
+    calls = {
+        "rotate_kernel": lambda: torch.ops.qamw.rotate(x, weight.input_scales, 64),
+        "gemm_kernel": lambda: torch.ops.qamw.gemm(x, weight.qweight, weight.row_norms, words, None),
+        "dequantize_kernel": lambda: torch.ops.qamw.dequantize(
+            weight.qweight, weight.row_norms, weight.input_scales, words, 64, torch.float32
+        ),
+    }
+    for kernel, call in calls.items():
+        call()
+        monkeypatch.setattr(triton_launch, kernel, None)
+        with pytest.raises(TypeError, match="NoneType"):
+            call()
+
+
+def test_opcheck():
+    weight, words = random_weight(NUM_ROWS, 128, 8), ops.quadrant_words(8, DEVICE)
+    x = random(3, 128)
+    torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, 64))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, None))
+    torch.library.opcheck(
+        torch.ops.qamw.dequantize.default, (weight.qweight, weight.row_norms, weight.input_scales, words, 64, torch.bfloat16)
+    )

@@ -1,0 +1,119 @@
+"""Every kernel compiles ahead of time for sm_80, sm_89 and sm_90, to tensor-core code without spills. Needs no GPU."""
+
+import collections
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from qamw_kernels.codebook import INDEX_BITS
+from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
+from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.triton_launch import DEQUANTIZE_TILE, GEMM_TILES, ROTATE_TILES, TL_DTYPES, Tile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+pytestmark = pytest.mark.skipif(INTERPRETED.value, reason="the interpreter replaces the compiler")
+
+TARGETS = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}  # -> matrix instruction of a GEMM
+SHARED_MEMORY = 99 * 1024  # bytes per program on sm_89, the smallest of the three
+NARROW = (torch.bfloat16, torch.float16)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", re.MULTILINE)
+
+
+def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constexprs: dict, aligned: bool = True):
+    """Opcode -> count. Arguments are typed by name; ``aligned`` says that pointers and sizes are multiples of 16."""
+    activation = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
+    types = {"p_qweight": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        default = activation if name.startswith("p_") else "i32"
+        signature[name] = "constexpr" if name in constexprs else types.get(name, default)
+        if name.startswith("p_") or (aligned and name in ("N", "U", "G") and name not in constexprs):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", target, 32), options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+    )
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        sass = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+    opcodes = collections.Counter(INSTRUCTION.findall(sass))
+    assert opcodes["EXIT"] and opcodes["STG"], "the disassembly could not be read"
+    assert not opcodes["LDL"] and not opcodes["STL"], f"{opcodes['STL']} spill stores, {opcodes['LDL']} loads"
+    return opcodes
+
+
+def gemm_opcodes(target: int, dtype: torch.dtype, index_bits: int, kind: str, aligned: bool = True, **constexprs: int):
+    tile = GEMM_TILES[kind, dtype.itemsize]
+    constexprs = {"INDEX_BITS": index_bits, "HAS_BIAS": True, "DTYPE": TL_DTYPES[dtype], "BLOCK_M": tile.BLOCK_M,
+                  "BLOCK_N": tile.BLOCK_N, "UNITS": tile.UNITS, **constexprs}
+    return compile_to_sass(gemm_kernel, target, dtype, tile, constexprs, aligned)
+
+
+@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("index_bits", [8, 11])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_gemm(target, dtype, index_bits, kind):
+    assert gemm_opcodes(target, dtype, index_bits, kind)[TARGETS[target]]
+
+
+@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("index_bits", [b for b in INDEX_BITS if b not in (8, 11)])
+def test_gemm_other_index_bits(index_bits, kind):
+    assert gemm_opcodes(90, torch.bfloat16, index_bits, kind)["HGMMA"]
+
+
+@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+def test_gemm_of_odd_sizes(kind):
+    """Sizes that are no multiples of 16, and 1, which Triton turns into a constant."""
+    assert gemm_opcodes(90, torch.bfloat16, 11, kind, aligned=False, HAS_BIAS=False)["HGMMA"]
+    assert gemm_opcodes(90, torch.bfloat16, 11, kind, N=1, U=1)["HGMMA"]
+
+
+@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gemm_float32_uses_no_tf32(target, kind):
+    opcodes = gemm_opcodes(target, torch.float32, 11, kind)
+    assert opcodes["FFMA"] and not opcodes["HMMA"] and not opcodes["HGMMA"]
+
+
+@pytest.mark.parametrize(
+    "dtype, rotation_block_size",
+    [*((torch.bfloat16, size) for size in ROTATION_BLOCK_SIZES), (torch.float16, 128), (torch.float32, 128)],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_rotate(target, dtype, rotation_block_size):
+    tile = ROTATE_TILES[dtype.itemsize]
+    constexprs = {"B": rotation_block_size, "WIDTH": min(rotation_block_size, 64 * tile.UNITS), "BLOCK_R": tile.BLOCK_M,
+                  "DTYPE": TL_DTYPES[dtype]}
+    opcodes = compile_to_sass(rotate_kernel, target, dtype, tile, constexprs)
+    assert opcodes["HMMA"] + opcodes["HGMMA"] if dtype in NARROW else opcodes["FFMA"] + opcodes["FADD"]
+
+
+@pytest.mark.parametrize(
+    "dtype, index_bits, rotation_block_size",
+    [(torch.bfloat16, 8, 128), (torch.bfloat16, 11, 16), (torch.bfloat16, 11, 64), (torch.bfloat16, 11, 512),
+     (torch.float16, 11, 64), (torch.float32, 11, 64), (torch.float32, 11, 512)],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_dequantize(target, dtype, index_bits, rotation_block_size):
+    tile = DEQUANTIZE_TILE
+    constexprs = {"INDEX_BITS": index_bits, "B": rotation_block_size, "WIDTH": min(rotation_block_size, 64 * tile.UNITS),
+                  "DTYPE": TL_DTYPES[dtype], "BLOCK_N": tile.BLOCK_N, "UNITS": tile.UNITS}
+    opcodes = compile_to_sass(dequantize_kernel, target, dtype, tile, constexprs)
+    assert opcodes[TARGETS[target]]
+
+
+def test_a_spill_would_be_seen():
+    """The checks above read the disassembly: a tile far too large for the registers must fail them."""
+    tile = GEMM_TILES["prefill", 2]
+    with pytest.raises(AssertionError, match="spill"):
+        gemm_opcodes(80, torch.bfloat16, 8, "prefill", BLOCK_M=4 * tile.BLOCK_M, BLOCK_N=2 * tile.BLOCK_N)

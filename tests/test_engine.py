@@ -1,0 +1,275 @@
+"""vLLM's engine on quantised checkpoints: offline, over HTTP, tensor parallel, with the Triton kernels, and refusing.
+
+The truth is the transformers model with every weight decoded by the reference codec. Engines run in processes of their own.
+"""
+
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+pytest.importorskip("httpx")
+
+import httpx
+from models import copy_model, dequantized_model, real_model, tiny_model
+from safetensors.torch import load_file, save_file
+from vllm.platforms import current_platform
+
+from offline_quantize.quantize import quantize
+
+pytestmark = [pytest.mark.engine, pytest.mark.skipif(not current_platform.is_cpu(), reason="starts vLLM's CPU build")]
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"]  # biases in qwen2, q/k norms in qwen3, fused on disk in phi3
+IN_PROCESS = {"distributed_executor_backend": "uni"}
+TWO_RANKS = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
+PROMPTS = [[20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130], list(range(300, 200, -1))]
+NEW_TOKENS = 4
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """Small, offline, and without traces outside the test's folder."""
+    cache = tmp_path_factory.mktemp("cache")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("VLLM_", "QAMW_CPU", "TRITON_"))}
+    return {
+        **inherited, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton"), "VLLM_NO_USAGE_STATS": "1",
+        # two ranks on one NUMA node need both
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1",
+    }
+
+
+@pytest.fixture(scope="session")
+def run(environment) -> Callable[..., tuple[list[dict[str, Any]], str]]:
+    """Run jobs of engine_script.py in one process; returns their results and everything that was printed."""
+
+    def run_jobs(jobs: list[dict[str, Any]], in_process: bool = True, **variables: str) -> tuple[list[dict[str, Any]], str]:
+        for job in jobs:
+            job.setdefault("prompts", PROMPTS)
+            job.setdefault("max_tokens", NEW_TOKENS)
+            job["options"] = {**(IN_PROCESS if in_process else {}), **job.get("options", {})}
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("engine_script.py")), json.dumps(jobs)], text=True, capture_output=True,
+            timeout=600, env={**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process)), **variables})
+        printed = process.stdout + process.stderr
+        assert process.returncode == 0, printed[-10000:]
+        return json.loads(process.stdout.strip().splitlines()[-1]), printed
+
+    return run_jobs
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """architecture -> a tiny quantised checkpoint, made once."""
+    made: dict[str, Path] = {}
+
+    def make(architecture: str) -> Path:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(architecture)
+            tiny_model(folder / "model", architecture)
+            quantize(folder / "model", folder / "quantized", bpw=5.5, calibration=None, tp_max=4)
+            made[architecture] = folder / "quantized"
+        return made[architecture]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_results(run, checkpoint) -> dict[str, dict[str, Any]]:
+    """What the engine computes for every tiny architecture, in one process."""
+    jobs = [{"model": str(checkpoint(architecture)), "options": {"dtype": "float32"}} for architecture in ARCHITECTURES]
+    # The default way once: bfloat16, the method given by name, and vLLM's own tracking of what was loaded.
+    jobs.append({"model": str(checkpoint("llama")),
+                 "options": {"quantization": "qamw", "model_loader_extra_config": {"enable_weights_track": True}}})
+    results, printed = run(jobs)
+    assert "weights are decoded to torch.float32 while loading" in printed
+    return dict(zip([*ARCHITECTURES, "llama-bfloat16"], results, strict=True))
+
+
+def reference(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of every prompt token after the first, and the logits [new tokens, vocabulary] along a continuation."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + continuation])).logits[0]
+    logprobs = logits[: len(prompt) - 1].log_softmax(-1)
+    return logprobs.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0], logits[len(prompt) - 1 : -1]
+
+
+def assert_matches(result: dict[str, Any], directory: Path, tolerance: float) -> None:
+    """Log-probabilities agree, and every generated token is, within the tolerance, the most likely one."""
+    assert "error" not in result, result
+    model = dequantized_model(directory)
+    for prompt, logprobs, tokens in zip(PROMPTS, result["logprobs"], result["tokens"], strict=True):
+        expected, logits = reference(model, prompt, tokens)
+        torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=tolerance)
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        assert len(tokens) == NEW_TOKENS
+        assert (chosen >= logits.amax(1) - tolerance).all()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_engine_computes_the_decoded_model(architecture, tiny_results, checkpoint):
+    assert_matches(tiny_results[architecture], checkpoint(architecture), 1e-3)
+
+
+def test_engine_in_bfloat16(tiny_results, checkpoint):
+    assert_matches(tiny_results["llama-bfloat16"], checkpoint("llama"), 0.1)
+
+
+def test_tensor_parallel_agrees(run, checkpoint, tiny_results):
+    ((result,), _) = run([{"model": str(checkpoint("llama")), "options": {"dtype": "float32", **TWO_RANKS}}])
+    assert_matches(result, checkpoint("llama"), 1e-3)
+    assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+def test_triton_kernels_in_the_engine(run, checkpoint):
+    """The real kernels, by Triton's interpreter: fused by vLLM, fused on disk, with biases; and once in bfloat16."""
+    architectures = ["llama", "phi3", "qwen2", "llama"]
+    dtypes = ["float32", "float32", "float32", "bfloat16"]
+    jobs = [{"model": str(checkpoint(architecture)), "options": {"dtype": dtype}, "max_tokens": NEW_TOKENS}
+            for architecture, dtype in zip(architectures, dtypes, strict=True)]
+    results, printed = run(jobs, QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "weights stay packed, Triton kernels run in the interpreter" in printed
+    for architecture, dtype, result in zip(architectures, dtypes, results, strict=True):
+        assert_matches(result, checkpoint(architecture), 1e-3 if dtype == "float32" else 0.1)
+
+
+def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
+    """Replace one tensor of a checkpoint, or drop it where ``change`` returns None."""
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            changed = change(tensors.pop(name))
+            save_file(tensors if changed is None else {**tensors, name: changed}, file, metadata={"format": "pt"})
+            return
+    raise AssertionError(f"{directory} has no {name}")
+
+
+def change_config(directory: Path, **changes: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
+    good = checkpoint("llama")
+    dropped = copy_model(good, tmp_path / "dropped")
+    change_tensor(dropped, "model.layers.1.mlp.up_proj.row_norms", lambda tensor: None)
+    poisoned = copy_model(good, tmp_path / "poisoned")
+    change_tensor(poisoned, "model.layers.0.self_attn.o_proj.row_norms",
+                  lambda tensor: tensor.index_fill(0, torch.tensor(5), torch.nan))
+    mixed = copy_model(good, tmp_path / "mixed")
+    change_config(mixed, ignore=["lm_head", "model.layers.0.mlp.gate_proj"])
+    other = copy_model(good, tmp_path / "other")
+    change_config(other, codebooks={"circular-gaussian-2048-v1": "0" * 64})
+    cases = {
+        dropped: "the checkpoint lacks model.layers.1.mlp.up_proj.row_norms",
+        poisoned: "model.layers.0.self_attn.o_proj.row_norms: expected finite values, not negative, got nan in row 5",
+        mixed: "model.layers.0.mlp.gate_up_proj: vLLM fuses these modules",
+        other: "codebooks: this version of qamw ships",
+    }
+    results, _ = run([{"model": str(directory)} for directory in cases])
+    for result, message in zip(results, cases.values(), strict=True):
+        assert message in result["error"]
+
+
+def test_impossible_tensor_parallel_size_is_refused(run, checkpoint, tmp_path):
+    damaged = copy_model(checkpoint("llama"), tmp_path / "model")
+    change_config(damaged, rotation_block_sizes={"256": 256, "512": 256})
+    ((result,), printed) = run([{"model": str(damaged), "options": TWO_RANKS}])
+    assert "error" in result
+    assert re.search(r"o_proj: tensor_parallel_size=2 leaves 128 of the 256 inputs .* Possible for this layer: 1\. ", printed)
+
+
+# --- a real model, served
+
+
+@pytest.fixture(scope="session")
+def served(environment, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+    """``vllm serve`` on a quantised SmolLM2-135M: its address and the checkpoint."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:  # the `vllm` command of the CPU build needs it
+        subprocess.run([sys.executable, "-m", "qamw_vllm.cpu_metadata"], check=True)
+    folder = tmp_path_factory.mktemp("served")
+    out = folder / "smollm2-135m-qamw"
+    quantize(real_model("smollm2-135m"), out, bpw=5.5, calibration=None)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(out), "--quantization", "qamw",
+               "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port),
+               "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+    address = f"http://127.0.0.1:{port}"
+    log = folder / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                                   env={**environment, "OMP_NUM_THREADS": "2"})
+        try:
+            deadline = time.monotonic() + 400
+            while not healthy(address):
+                assert process.poll() is None, log.read_text()[-10000:]
+                assert time.monotonic() < deadline, log.read_text()[-10000:]
+                time.sleep(1)
+            yield address, out
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)  # the session that was started above
+
+
+def healthy(address: str) -> bool:
+    try:
+        return httpx.get(f"{address}/health", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def post(address: str, path: str, **request: Any) -> dict[str, Any]:
+    response = httpx.post(f"{address}{path}", json={"model": "smollm2", "temperature": 0, **request}, timeout=200)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+
+
+def test_serve_completions(served):
+    address, checkpoint = served
+    text = "The Eiffel Tower stands in Paris, the capital of France. It was built of iron by the engineer Gustave Eiffel."
+    answer = post(address, "/v1/completions", prompt=text, max_tokens=1, prompt_logprobs=0, return_token_ids=True)["choices"][0]
+    prompt = answer["prompt_token_ids"]
+    logprobs = torch.tensor([entry[str(token)]["logprob"] for token, entry
+                             in zip(prompt[1:], answer["prompt_logprobs"][1:], strict=True)])
+    expected, _ = reference(dequantized_model(checkpoint), prompt, answer["token_ids"])
+    assert (logprobs - expected).abs().mean() < 0.05  # bfloat16 against float32
+    assert -expected.mean() < 3.5  # and it is a language model
+
+
+def test_serve_chat_and_streaming(served):
+    address, _ = served
+    whole = post(address, "/v1/chat/completions", messages=QUESTION, max_tokens=24)["choices"][0]["message"]["content"]
+    assert "Paris" in whole
+    request = {"model": "smollm2", "temperature": 0, "messages": QUESTION, "max_tokens": 24, "stream": True}
+    pieces = []
+    with httpx.stream("POST", f"{address}/v1/chat/completions", json=request, timeout=200) as response:
+        assert response.status_code == 200
+        for line in response.iter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
+    assert "".join(pieces) == whole
+    assert len([piece for piece in pieces if piece]) > 3

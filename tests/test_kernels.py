@@ -1,0 +1,27 @@
+"""Runs kernel_checks.py in Triton's interpreter, and compiled where there is a GPU.
+
+In a process of its own each, because Triton reads TRITON_INTERPRET when it is imported.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECKS = Path(__file__).with_name("kernel_checks.py")
+
+
+@pytest.mark.parametrize("interpret", ["1", "0"] if torch.cuda.is_available() else ["1"])
+def test_kernels(interpret):
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CHECKS)],
+        env={**os.environ, "TRITON_INTERPRET": interpret}, cwd=CHECKS.parent.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    report = done.stdout[-20000:] + done.stderr[-5000:]
+    assert done.returncode == 0, report
+    passed = re.search(r"^(\d+) passed\b.*$", done.stdout, re.MULTILINE)
+    assert passed and int(passed[1]) >= 100 and "skipped" not in passed[0], report

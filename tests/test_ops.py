@@ -1,0 +1,201 @@
+"""The torch ops on the CPU: schema and fakes (opcheck), the truth behind them, error messages, torch.compile."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from qamw_kernels import ops
+from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
+from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
+from qamw_kernels.packing import pack_planes, unpack_planes
+from qamw_kernels.rotation import rotate
+
+pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="CPU tensors run the Triton kernels: see kernel_checks.py")
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+N, K, B = 20, 192, 64
+
+
+def random_weight(index_bits: int, num_inputs: int = K) -> QuantizedWeight:
+    torch.manual_seed(index_bits)
+    qweight = pack_planes(torch.randint(0, 2**index_bits, (N, num_inputs // 2)), index_bits)
+    return QuantizedWeight(qweight, torch.rand(N) + 0.5, (torch.rand(num_inputs) + 0.5).half(), B)
+
+
+def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    words = ops.quadrant_words(weight.index_bits)
+    return ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
+
+
+def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    words = ops.quadrant_words(weight.index_bits)
+    return torch.ops.qamw.dequantize(weight.qweight, weight.row_norms, weight.input_scales, words, B, dtype)
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_quadrant_words(index_bits):
+    words = ops.quadrant_words(index_bits)
+    assert words.shape == (2**index_bits // 4,) and words.dtype == torch.int32
+    x, y = ((words << 16).view(torch.float32), (words >> 16 << 16).view(torch.float32))
+    assert torch.equal(torch.stack((x, y), 1), load_quadrant(index_bits))
+    assert ops.quadrant_words(index_bits) is words
+
+
+def test_quadrant_words_of_an_unknown_rate():
+    with pytest.raises(ValueError, match=r"6\.\.12, got 13"):
+        ops.quadrant_words(13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_opcheck(dtype):
+    weight, words = random_weight(11), ops.quadrant_words(11)
+    x = torch.randn(3, K).to(dtype)
+    torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, B))
+    torch.library.opcheck(torch.ops.qamw.rotate.default, (torch.randn(2 * K, 3).T[:, ::2].to(dtype), weight.input_scales, B))
+    torch.library.opcheck(torch.ops.qamw.rotate.default, (x[:, :B], weight.input_scales[:B], B))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, None))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, torch.randn(N)))
+    torch.library.opcheck(
+        torch.ops.qamw.dequantize.default, (weight.qweight, weight.row_norms, weight.input_scales, words, B, dtype)
+    )
+
+
+def test_opcheck_sees_a_wrong_fake():
+    """The check of the check: an op whose fake has the wrong dtype fails."""
+    library = torch.library.Library("qamw_test", "FRAGMENT")
+    library.define("wrong(Tensor x) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("wrong", lambda x: x.clone(), "CPU")
+    torch.library.register_fake("qamw_test::wrong", lambda x: x.new_empty(x.shape, dtype=torch.int8), lib=library)
+    with pytest.raises(Exception, match="mismatched tensor metadata"):
+        torch.library.opcheck(torch.ops.qamw_test.wrong.default, (torch.randn(3),))
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_cpu_ops_are_the_codec(index_bits):
+    weight = random_weight(index_bits)
+    assert torch.equal(dequantize(weight, torch.float32), decode_weight(weight))
+    assert torch.equal(dequantize(weight, torch.bfloat16), decode_weight(weight).bfloat16())
+    x, bias = torch.randn(2, 3, K), torch.randn(N)
+    torch.testing.assert_close(linear(x, weight), linear_reference(x, weight))
+    torch.testing.assert_close(linear(x, weight, bias), linear_reference(x, weight, bias))
+    coordinates = load_codebook(index_bits)[unpack_planes(weight.qweight).int()].flatten(1)
+    identity = linear(rotate(torch.eye(K), B) / weight.input_scales, weight)  # rotated back: one input after the other
+    torch.testing.assert_close(identity.T / weight.row_norms[:, None], coordinates)
+
+
+def test_fakes_on_the_meta_device():
+    weight = random_weight(8)
+    arguments = [t.to("meta") for t in (weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(8))]
+    y = ops.linear(torch.empty(2, 5, K, dtype=torch.float16, device="meta"), *arguments, None, B)
+    assert y.shape == (2, 5, N) and y.dtype == torch.float16 and y.device.type == "meta"
+    restored = torch.ops.qamw.dequantize(*arguments, B, torch.bfloat16)
+    assert restored.shape == (N, K) and restored.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"x": torch.randn(3, K + 64)}, rf"input_scales: expected shape \({K + 64},\), got \({K},\)"),
+        ({"x": torch.randn(3, 32)}, r"x: expected shape \[M, K\] with K a positive multiple of 64, got \(3, 32\)"),
+        ({"x": torch.randn(3, K).double()}, r"x: expected dtype torch.bfloat16 or .*, got torch.float64"),
+        ({"input_scales": torch.ones(K)}, "input_scales: expected dtype torch.float16, got torch.float32"),
+        ({"rotation_block_size": 48}, r"rotation_block_size: expected one of \(16, .* 192 inputs, got 48"),
+        ({"rotation_block_size": 128}, r"rotation_block_size: expected one of \(16, .* 192 inputs, got 128"),
+        ({"qweight": torch.zeros(5, N, 3, dtype=torch.int32)}, r"qweight: expected shape \[6\.\.12, .*got \(5, 20, 3\)"),
+        ({"qweight": torch.zeros(8, N, dtype=torch.int32)}, r"qweight: expected shape \[6\.\.12, .*got \(8, 20\)"),
+        ({"qweight": torch.zeros(8, N, 3)}, "qweight: expected dtype torch.int32, got torch.float32"),
+        ({"qweight": torch.zeros(8, N, 4, dtype=torch.int32)}, r"rotated: expected shape \(3, 256\), got \(3, 192\)"),
+        ({"qweight": torch.zeros(9, N, 3, dtype=torch.int32)}, r"quadrant_words: expected shape \(128,\), got \(64,\)"),
+        ({"row_norms": torch.ones(N + 1)}, r"row_norms: expected shape \(20,\), got \(21,\)"),
+        ({"row_norms": torch.ones(N).half()}, "row_norms: expected dtype torch.float32, got torch.float16"),
+        ({"bias": torch.ones(N - 1)}, r"bias: expected shape \(20,\), got \(19,\)"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_errors_name_the_argument_the_expectation_and_the_value(change, message, device):
+    weight = random_weight(8)
+    arguments = {"x": torch.randn(3, K), "qweight": weight.qweight, "row_norms": weight.row_norms,
+                 "input_scales": weight.input_scales, "quadrant_words": ops.quadrant_words(8), "bias": None,
+                 "rotation_block_size": B, **change}
+    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.linear(**arguments)
+
+
+def test_dequantize_errors():
+    weight = random_weight(8)
+    with pytest.raises(ValueError, match=r"dtype: expected torch.bfloat16 or .*, got torch.int8"):
+        dequantize(weight, torch.int8)
+    weight.input_scales = torch.ones(K + 64).half()
+    with pytest.raises(ValueError, match=r"input_scales: expected shape \(192,\), got \(256,\)"):
+        dequantize(weight, torch.float32)
+
+
+def test_one_device():
+    weight = random_weight(8)
+    with pytest.raises(ValueError, match="input_scales: expected device meta, got cpu"):
+        torch.ops.qamw.rotate(torch.empty(3, K, device="meta"), weight.input_scales, B)
+
+
+def compile_linear(weight: QuantizedWeight, bias: torch.Tensor | None, backend):
+    """A compiled linear layer followed by an addition, and the same uncompiled."""
+    words = ops.quadrant_words(weight.index_bits)
+
+    def layer(x):
+        return 1 + ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
+
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, dynamic=True, backend=backend), layer
+
+
+def test_compile_fullgraph_without_recompiling_for_other_numbers_of_tokens():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled, layer = compile_linear(random_weight(11), torch.randn(N), backend)
+    for num_tokens in (5, 2, 33):
+        x = torch.randn(num_tokens, K)
+        assert torch.equal(compiled(x), layer(x))
+    assert len(graphs) == 1
+    called = [str(node.target) for node in graphs[0].graph.nodes if "qamw" in str(node.target)]
+    assert called == ["qamw.rotate", "qamw.gemm"]  # opaque to the compiler
+
+
+def test_compile_aot():
+    compiled, layer = compile_linear(random_weight(8), None, "aot_eager")
+    x = torch.randn(5, K)
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_importing_again_keeps_the_ops():
+    weight, x = random_weight(8), torch.randn(3, K)
+    y = linear(x, weight)
+    importlib.reload(ops)
+    sys.modules.pop("qamw_kernels.ops")
+    again = importlib.import_module("qamw_kernels.ops")
+    try:
+        words = again.quadrant_words(8)
+        assert torch.equal(y, again.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, None, B))
+    finally:
+        sys.modules["qamw_kernels.ops"] = ops
+
+
+def test_import_needs_no_triton():
+    program = """
+import sys
+sys.modules["triton"] = None  # import triton raises ImportError
+import torch
+from qamw_kernels import ops
+x = torch.ones(2, 64)
+y = ops.linear(x, torch.zeros(6, 3, 1, dtype=torch.int32), torch.ones(3), torch.ones(64).half(), ops.quadrant_words(6), None, 64)
+assert y.shape == (2, 3)
+assert not any("triton" in name for name in sys.modules if name.startswith("qamw_kernels"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,382 @@
+"""The offline quantizer on tiny models: what is written, what is refused, and that a killed run ends in the same bytes."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import copy_model, tiny_model
+from offline_quantize.cli import main
+from offline_quantize.errors import QuantizeError
+from offline_quantize.inspection import inspect, verify
+from offline_quantize.output import PROGRESS, Output
+from offline_quantize.plan import choose_rotation_block_sizes, index_bits_for, make_plan, possible_tensor_parallel_sizes
+from offline_quantize.quantize import quantize
+from offline_quantize.structure import Linear, Structure, find_structure
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat
+from safetensors.torch import load_file, save_file
+
+SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
+
+
+def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def decoded(directory: Path, module: str) -> torch.Tensor:
+    tensors = tensors_of(directory)
+    fmt = QamwFormat.from_dict(json.loads((directory / "config.json").read_text())["quantization_config"])
+    scales = tensors[f"{module}.input_scales"]
+    block = fmt.rotation_block_size_of(module, len(scales))
+    return decode_weight(QuantizedWeight(tensors[f"{module}.qweight"], tensors[f"{module}.row_norms"], scales, block))
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"])
+def test_every_architecture(architecture: str, tmp_path: Path) -> None:
+    model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
+    (model / "README.md").write_text("the model's own card")
+    report = quantize(model, out, calibration=None)
+    before, after = tensors_of(model), tensors_of(out)
+    quantized = {entry["name"] for entry in report["layers"]}
+    assert len(quantized) == 2 * (4 if architecture == "phi3" else 7)
+    for name, tensor in before.items():
+        module = name.removesuffix(".weight")
+        if module in quantized:
+            weight = decoded(out, module)
+            assert float((weight - tensor.float()).square().sum() / tensor.float().square().sum()) < 0.0013
+        else:
+            assert torch.equal(after[name], tensor)
+    assert verify(out)
+    for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert (out / file).read_bytes() == (model / file).read_bytes()
+    assert (out / "README.base-model.md").read_text() == "the model's own card"
+    config, source = (json.loads((d / "config.json").read_text()) for d in (out, model))
+    assert config.pop("quantization_config")["quant_method"] == "qamw" and config == source
+    groups = [[linear.name.rpartition(".")[2] for linear in group] for group in find_structure(model).layers[0]]
+    assert groups == ([["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]] if architecture == "phi3" else
+                      [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]])
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("calibrated") / "out"
+    quantize(tiny_llama, out, max_shard_bytes=SMALL_SHARDS)
+    return out
+
+
+def test_calibration_lowers_the_output_error(tiny_llama: Path, calibrated: Path) -> None:
+    report = json.loads((calibrated / "qamw_report.json").read_text())
+    chosen = {entry["channel_scale_exponent"] for entry in report["layers"] if entry["name"].endswith(("q_proj", "gate_proj"))}
+    assert chosen and min(chosen) > 0  # loud channels ask for scales
+    scales = tensors_of(calibrated)
+    for part in ("k_proj", "v_proj"):
+        assert torch.equal(scales["model.layers.0.self_attn.q_proj.input_scales"], scales[f"model.layers.0.self_attn.{part}.input_scales"])
+    # The same layer without scales, measured by the same function on an activation with the same loud channels.
+    from offline_quantize.calibration import InputStatistics
+    from offline_quantize.encoder import encode_group
+
+    weight = tensors_of(tiny_llama)["model.layers.0.self_attn.q_proj.weight"]
+    torch.manual_seed(0)
+    sample = torch.randn(512, 256) * (1 + 19.0 * (torch.arange(256) % 37 == 0))
+    statistics = InputStatistics(sample.square().mean(0).sqrt(), sample)
+    with_scales = encode_group({"q": weight}, 11, 64, statistics).errors["q"]["output_nmse"]
+    flat = InputStatistics(torch.ones(256), sample)
+    assert with_scales < 0.7 * encode_group({"q": weight}, 11, 64, flat).errors["q"]["output_nmse"]
+
+
+def test_same_request_same_bytes(tiny_llama: Path, calibrated: Path, tmp_path: Path) -> None:
+    quantize(tiny_llama, tmp_path / "again", max_shard_bytes=SMALL_SHARDS)
+    assert files_of(tmp_path / "again") == files_of(calibrated)
+
+
+class Killed(BaseException):
+    """Not an Exception, so that no handler can keep it."""
+
+
+def count_commits(monkeypatch: pytest.MonkeyPatch, kill_at: int | None, after_rename: bool) -> list[str]:
+    """Die at the ``kill_at``-th write, before or after its rename; returns the list that collects what was written."""
+    commit, written = Output._commit, []
+
+    def dying_commit(self: Output, file: str, write):
+        if len(written) == kill_at and not after_rename:
+            write(self.directory / f"{file}.partial")
+            raise Killed
+        path = commit(self, file, write)
+        written.append(file)
+        if len(written) - 1 == kill_at:
+            raise Killed
+        return path
+
+    monkeypatch.setattr(Output, "_commit", dying_commit)
+    return written
+
+
+@pytest.mark.parametrize("after_rename", [False, True])
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_kill_and_resume_at_every_write(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, calibrate: bool,
+                                        after_rename: bool) -> None:
+    from offline_quantize import calibration as cal
+
+    monkeypatch.setattr(cal, "NUM_WINDOWS", 4)
+    monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
+    options = {"max_shard_bytes": SMALL_SHARDS} | ({} if calibrate else {"calibration": None})
+    with monkeypatch.context() as patch:
+        written = count_commits(patch, None, after_rename)
+        quantize(tiny_llama, tmp_path / "whole", **options)
+    expected = files_of(tmp_path / "whole")
+    assert len([f for f in written if f.endswith(".safetensors")]) >= 4
+    # With calibration a run costs more, and differs only while shards are written.
+    points = [i for i, f in enumerate(written) if not calibrate or f.endswith(".safetensors")]
+    for kill_at in points:
+        out = tmp_path / f"killed-{kill_at}"
+        with monkeypatch.context() as patch:
+            count_commits(patch, kill_at, after_rename)
+            with pytest.raises(Killed):
+                quantize(tiny_llama, out, **options)
+        finished = (out / "config.json").exists()
+        assert finished == (after_rename and written[kill_at] == "config.json")
+        if not (out / PROGRESS).exists():  # died before anything was promised
+            shutil.rmtree(out)
+            quantize(tiny_llama, out, **options)
+        else:
+            quantize(tiny_llama, out, resume=True, **options)
+        assert files_of(out) == expected, f"killed at {written[kill_at]}"
+
+
+def test_sigkill_and_resume(tmp_path: Path) -> None:
+    """A real process, really killed, on a model large enough to be caught in the middle."""
+    model = tiny_model(tmp_path / "model", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=24)
+    out, script = tmp_path / "out", ("from offline_quantize.quantize import quantize; import sys; "
+                                     "quantize(sys.argv[1], sys.argv[2], calibration=None, max_shard_bytes=4_000_000)")
+    process = subprocess.Popen([sys.executable, "-c", script, model, out])
+    while not list(out.glob("model-00002*")):
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "config.json").exists()
+    quantize(model, out, calibration=None, max_shard_bytes=4_000_000, resume=True)
+    quantize(model, tmp_path / "whole", calibration=None, max_shard_bytes=4_000_000)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_resume_refuses_another_request(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        count_commits(patch, 2, True)
+        with pytest.raises(Killed):
+            quantize(tiny_llama, out, calibration=None, max_shard_bytes=SMALL_SHARDS)
+    with pytest.raises(QuantizeError, match="another request"):
+        quantize(tiny_llama, out, bpw=4.0, calibration=None, max_shard_bytes=SMALL_SHARDS, resume=True)
+    with pytest.raises(QuantizeError, match="already exists; --resume continues it"):
+        quantize(tiny_llama, out, calibration=None)
+    with pytest.raises(QuantizeError, match="nothing to resume"):
+        quantize(tiny_llama, tmp_path / "nowhere", calibration=None, resume=True)
+
+
+def test_a_damaged_finished_shard_is_written_again(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"calibration": None, "max_shard_bytes": SMALL_SHARDS}
+    quantize(tiny_llama, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        count_commits(patch, 5, True)
+        with pytest.raises(Killed):
+            quantize(tiny_llama, tmp_path / "out", **options)
+    shard = min((tmp_path / "out").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    quantize(tiny_llama, tmp_path / "out", resume=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+
+    def refused(message: str, model: Path = tiny_llama, out: Path = out, **options) -> None:
+        with pytest.raises(QuantizeError, match=message):
+            quantize(model, out, **({"calibration": None} | options))
+        assert not (tmp_path / "out").exists()
+
+    refused("already exists", out=calibrated)
+    refused("must not be the model's own directory", out=tiny_llama)
+    refused("already quantised with qamw", model=calibrated)
+    refused("--bpw 5.3: expected one of 3, 3.5", bpw=5.3)
+    refused("--bpw 7: ", bpw=7)
+    refused("--tp-max 0", tp_max=0)
+    refused(r"--ignore '\*.nothing' matches no linear layer", ignore=["*.nothing"])
+    refused("ignore all or none of them", ignore=["*.q_proj"])
+    refused("leaves nothing to quantise", ignore=["*"])
+    refused("no such file", model=tmp_path / "absent")
+    refused("No such file", calibration=tmp_path / "absent.txt")
+    (tmp_path / "short.txt").write_text("too short")
+    refused("tokens, at least", calibration=tmp_path / "short.txt")
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+        refused("GB needed")
+
+
+def test_hostile_checkpoints_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    def broken(name: str) -> Path:
+        return copy_model(tiny_llama, tmp_path / name)
+
+    def refused(model: Path, message: str) -> None:
+        out = tmp_path / f"{model.name}-out"
+        with pytest.raises(QuantizeError, match=message):
+            quantize(model, out, calibration=None)
+        assert not out.exists()
+
+    for path in ("../evil.safetensors", "/etc/evil.safetensors", "a\\..\\evil.safetensors", "weights.bin"):
+        model = broken(f"escape-{abs(hash(path))}")
+        (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": path}}))
+        refused(model, "expected a .safetensors file inside the directory")
+    model = broken("pickle")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refused(model, "pytorch_model.bin.*not read: convert")
+    model = broken("truncated")
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[: len(data) // 2])
+    refused(model, "not a readable safetensors file")
+    model = broken("remote-code")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config"}}))
+    (model / "evil.py").write_text("raise SystemExit('code of the checkpoint was run')")
+    refused(model, "unsupported architecture")
+    model = broken("not-json")
+    (model / "config.json").write_text("{")
+    refused(model, "config.json")
+
+    def change_tensors(name: str, change) -> Path:
+        model = broken(name)
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+        return model
+
+    down = "model.layers.1.mlp.down_proj.weight"
+    refused(change_tensors("missing", lambda t: t.pop(down)), f"no tensor {down}")
+    refused(change_tensors("shape", lambda t: t.update({down: torch.zeros(256, 448)})), rf"{down} has shape \[256, 448\]")
+    refused(change_tensors("dtype", lambda t: t.update({down: torch.zeros(256, 512, dtype=torch.int8)})), f"{down} is torch.int8")
+
+
+def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny_llama: Path) -> None:
+    model = copy_model(tiny_llama, tmp_path / "nan")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is nan"):
+        quantize(model, tmp_path / "out", calibration=None)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_mixture_of_experts_is_refused_with_its_reason(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match="nn.Linear holds only .* the rest is in .*experts"):
+        quantize(tiny_model(tmp_path / "moe", "mixtral"), tmp_path / "out", calibration=None)
+
+
+def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "odd", "llama", intermediate_size=500)
+    with pytest.raises(QuantizeError, match=r"down_proj.weight has 500 inputs, not a multiple of 64: .*--ignore '\*.down_proj'"):
+        quantize(model, tmp_path / "out", calibration=None)
+    report = quantize(model, tmp_path / "out", calibration=None, ignore=["*.down_proj"])
+    assert not any(entry["name"].endswith("down_proj") for entry in report["layers"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "model.layers.1.mlp.down_proj" in config["quantization_config"]["ignore"]
+
+
+def test_sizes_in_the_plan_are_those_on_disk(tiny_llama: Path, calibrated: Path) -> None:
+    plan = make_plan(tiny_llama, max_shard_bytes=SMALL_SHARDS)
+    on_disk = tensors_of(calibrated)
+    assert {t.name: (t.shape, t.dtype) for s in plan.shards for t in s.tensors} == {n: (tuple(t.shape), t.dtype) for n, t in on_disk.items()}
+    quantized = [t for n, t in on_disk.items() if n.endswith((".qweight", ".row_norms", ".input_scales"))]
+    stored = sum(t.numel() * t.itemsize for t in quantized) + 512 * 2 * 2  # and the codebook's quadrant
+    assert plan.effective_bits_per_weight == pytest.approx(8 * stored / plan.num_quantized_weights)
+    assert sorted(s.file for s in plan.shards) == sorted(p.name for p in calibrated.glob("*.safetensors"))
+
+
+def test_rates(tmp_path: Path, tiny_llama: Path) -> None:
+    assert [index_bits_for(b) for b in (3, 3.5, 4, 4.5, 5, 5.5, 6)] == list(range(6, 13))
+    errors = []
+    for bpw in (3.0, 4.5, 6.0):
+        report = quantize(tiny_llama, tmp_path / str(bpw), bpw=bpw, calibration=None)
+        errors.append(sum(e["nmse"] for e in report["layers"]) / len(report["layers"]))
+        assert report["effective_bits_per_weight"] == pytest.approx(bpw, abs=0.35)  # tiny layers: the overhead shows
+    assert errors[0] > 7 * errors[1] > 49 * errors[2]
+
+
+def test_tensor_parallel_choices() -> None:
+    def structure(heads: int | None, kv: int | None) -> Structure:
+        return Structure("layers", (), heads, kv)
+
+    assert possible_tensor_parallel_sizes(structure(9, 3), 8) == [1, 3]
+    assert possible_tensor_parallel_sizes(structure(14, 2), 8) == [1, 2]
+    assert possible_tensor_parallel_sizes(structure(32, 8), 8) == [1, 2, 4, 8]
+    assert possible_tensor_parallel_sizes(structure(None, None), 8) == [1, 2, 4, 8]
+    wide = [Linear("q", 4096, 4096, False), Linear("o", 4096, 4096, True), Linear("down", 4096, 14336, True)]
+    assert choose_rotation_block_sizes(wide, [1, 2, 4, 8]) == {4096: 128, 14336: 128}
+    # 896 = 7 x 128: alone it takes blocks of 128, cut in two only of 64
+    assert choose_rotation_block_sizes([Linear("o", 896, 896, True)], [1, 2]) == {896: 64}
+    assert choose_rotation_block_sizes([Linear("q", 896, 896, False)], [1, 2]) == {896: 128}
+
+
+def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> None:
+    def damaged(name: str) -> Path:
+        return copy_model(calibrated, tmp_path / name)
+
+    assert "all as they should be" in verify(calibrated)
+    flipped = damaged("flipped")
+    shard = min(flipped.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-10] ^= 1
+    shard.write_bytes(bytes(data))
+    with pytest.raises(QuantizeError, match=f"{shard.name}: SHA-256"):
+        verify(flipped)
+    missing = damaged("missing")
+    (missing / "tokenizer.json").unlink()
+    (missing / "extra.txt").write_text("?")
+    with pytest.raises(QuantizeError, match=r"tokenizer.json: missing\n.*extra.txt: not in the manifest"):
+        verify(missing)
+
+    # Wrong values behind a right hash: the manifest is made to agree.
+    from offline_quantize.output import MANIFEST, sha256_of
+
+    wrong = damaged("wrong")
+    shard = min(wrong.glob("*.safetensors"))
+    tensors = load_file(shard)
+    name = next(n for n in tensors if n.endswith(".row_norms"))
+    tensors[name][0] = -1
+    save_file(tensors, shard)
+    manifest = json.loads((wrong / MANIFEST).read_text())
+    manifest["files"][shard.name] = {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+    (wrong / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(QuantizeError, match=f"{name} must be finite and not negative"):
+        verify(wrong)
+
+
+def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert main(["plan", str(tiny_llama), "--bpw", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.*.mlp.down_proj" in text and "4 bpw, rotation" in text and "result: 1, 2, 4" in text
+    assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
+    assert f"vllm serve {out} --quantization qamw" in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert "14 layers" in capsys.readouterr().out
+    assert inspect(out).count("\n") == 15
+    assert main(["quantize", str(tiny_llama), str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["verify", str(tiny_llama)]) == 2
+    assert main(["quantize", "no-such/model", str(tmp_path / "x")]) == 2
+    assert "the hub answered" in capsys.readouterr().err
+    env = os.environ | {"HF_HUB_OFFLINE": "1"}
+    assert subprocess.run([sys.executable, "-m", "offline_quantize", "--help"], env=env, capture_output=True).returncode == 0
