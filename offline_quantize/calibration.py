@@ -15,7 +15,7 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 NUM_WINDOWS = 32
 WINDOW_TOKENS = 512
 BATCH = 4  # windows per forward call
-SAMPLE_TOKENS = 512  # inputs kept per group for measuring output errors
+SAMPLE_TOKENS = 256  # inputs kept per group for measuring output errors
 
 
 @dataclass

@@ -102,7 +102,8 @@ class Checkpoint:
 
     def load(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) in the given order; a shard is mapped only while its tensors are being read."""
-        open_file, shard = None, None
+        open_file = ""
+        shard: Any = None
         for name in names:
             info = self.tensors[name]
             if info.file != open_file:

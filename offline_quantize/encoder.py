@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 
 import torch
-from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales
+from qamw_kernels.codebook import load_codebook
+from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales, to_coordinates
+from qamw_kernels.nearest import nearest
+from qamw_kernels.rotation import rotate
 
 from offline_quantize.calibration import InputStatistics
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-SEARCH_ROWS = 256  # of every weight: the exponent is chosen on these
+SEARCH_ROWS = 128  # of every weight: the exponent is chosen on these
 RMS_FLOOR = 1e-3  # of the mean: channels that hardly fire keep a finite scale
 
 
@@ -43,12 +46,19 @@ def output_nmse(weight: torch.Tensor, decoded: torch.Tensor, sample: torch.Tenso
 
 
 def _search_exponent(weights: dict[str, torch.Tensor], statistics: InputStatistics, index_bits: int, rotation_block_size: int) -> float:
+    """The exponent with the least output error, summed over the group, on some rows of every weight."""
+    rows = [w[:: max(1, len(w) // SEARCH_ROWS)][:SEARCH_ROWS].float() for w in weights.values()]
+    energies = [float((statistics.sample @ w.T).square().sum()) for w in rows]
+    codebook = load_codebook(index_bits).to(rows[0].device)
+
     def error(exponent: float) -> float:
         scales = make_input_scales(len(statistics.rms), channel_scales(statistics.rms, exponent))
+        rotated = rotate(statistics.sample * scales.to(codebook.device).float(), rotation_block_size)  # [S, K]
         total = 0.0
-        for name, weight in weights.items():
-            rows = weight[:: max(1, len(weight) // SEARCH_ROWS)][:SEARCH_ROWS]
-            total += output_nmse(rows, decode_weight(encode_weight(rows, index_bits, rotation_block_size, scales, name)), statistics.sample)
+        for weight, energy in zip(rows, energies, strict=True):
+            coordinates, row_norms = to_coordinates(weight, rotation_block_size, scales)
+            coded = codebook[nearest(coordinates.view(-1, 2), index_bits).int()].view_as(coordinates)
+            total += float((rotated @ (coded - coordinates).T * row_norms).square().sum()) / (energy or 1.0)
         return total
 
     return min(EXPONENTS, key=error)

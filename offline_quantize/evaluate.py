@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import QamwFormat, layer_tensors
-from torch import nn
 
 from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.structure import build_empty_model, set_parameters
@@ -30,7 +30,7 @@ def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tupl
             yield from checkpoint.load([name])
 
 
-def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a checkpoint directory, plain or QAM-W (decoded), on the CPU."""
     checkpoint = Checkpoint(directory)
     if "quantization_config" in checkpoint.config:
@@ -72,13 +72,13 @@ class Comparison:
         return asdict(self) | {"perplexity_change_percent": self.perplexity_change_percent}
 
 
-def perplexity(model: nn.Module, tokens: torch.Tensor) -> float:
+def perplexity(model: Any, tokens: torch.Tensor) -> float:
     """exp of the mean cross-entropy of every token of ``tokens`` [n, T] given those before it in its window."""
     return compare(model, model, tokens).perplexity
 
 
 @torch.no_grad()
-def compare(reference: nn.Module, quantized: nn.Module, tokens: torch.Tensor) -> Comparison:
+def compare(reference: Any, quantized: Any, tokens: torch.Tensor) -> Comparison:
     """Run both models over the windows ``tokens`` [n, T]; only one window and LOGIT_ROWS rows of logits are held."""
     sums = torch.zeros(4, dtype=torch.float64)
     for window in tokens:
@@ -96,7 +96,7 @@ def compare(reference: nn.Module, quantized: nn.Module, tokens: torch.Tensor) ->
     return Comparison(math.exp(mean[0]), math.exp(mean[1]), mean[2], mean[3], count)
 
 
-def _logits(model: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     logits = model.get_output_embeddings()(hidden)
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     return logits if cap is None else torch.tanh(logits / cap) * cap

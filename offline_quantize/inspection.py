@@ -48,8 +48,9 @@ def inspect(directory: Path) -> str:
         total_bytes, total_weights = total_bytes + num_bytes, total_weights + rows * inputs
         entry = entries.get(name, {})
         sqnr, error = entry.get("sqnr_db"), entry.get("output_nmse")
+        figures = f"{'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}"
         lines.append(f"{name:48} {rows:6}x{inputs:6} {bits / 2:5g} {8 * num_bytes / (rows * inputs):6.3f} "
-                     f"{fmt.rotation_block_size_of(name, inputs):5} {'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}")
+                     f"{fmt.rotation_block_size_of(name, inputs):5} {figures}")
     lines.append(f"{len(modules)} layers, {total_weights / 1e6:.1f} M weights, {8 * total_bytes / total_weights:.3f} effective bpw; "
                  f"not quantised: {', '.join(fmt.ignore)}")
     return "\n".join(lines)
@@ -92,7 +93,8 @@ def verify(directory: Path) -> str:
             faults.append(f"{info.file}: {name} is neither quantised nor in config.json's ignore list")
     if faults:
         raise QuantizeError("\n".join(faults))
-    return f"{directory}: {len(manifest)} files and {len(checkpoint.tensors)} tensors, {len(modules)} quantised layers: all as they should be"
+    return (f"{directory}: {len(manifest)} files and {len(checkpoint.tensors)} tensors, {len(modules)} quantised layers: "
+            "all as they should be")
 
 
 def _layer_faults(checkpoint: Checkpoint, fmt: QamwFormat, name: str, rows: int, inputs: int) -> list[str]:

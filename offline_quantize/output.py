@@ -114,7 +114,8 @@ class Output:
         self.write(INDEX, lambda path: path.write_bytes(json_bytes(index)))
         content = json_bytes(config)
         self.files[CONFIG] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-        self._commit(MANIFEST, lambda path: path.write_bytes(json_bytes({"manifest_version": 1, "files": dict(sorted(self.files.items()))})))
+        manifest = {"manifest_version": 1, "files": dict(sorted(self.files.items()))}
+        self._commit(MANIFEST, lambda path: path.write_bytes(json_bytes(manifest)))
         self._commit(CONFIG, lambda path: path.write_bytes(content))
         (self.directory / PROGRESS).unlink()
         _sync(self.directory)

@@ -25,7 +25,7 @@ class Shard:
 
     file: str
     tensors: tuple[TensorInfo, ...]
-    last_layer: int | None  # the shard is complete after this decoder layer; None: it holds no layer
+    layers: range  # the decoder layers it holds; empty for tensors outside the layers
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,12 @@ class Plan:
 
     def peak_memory_bytes(self, calibration_tokens: int = 0) -> int:
         """Estimate: interpreter and libraries, one decoder layer, one shard twice (safetensors serialises a copy)."""
-        def layer_bytes(itemsize: int | None) -> int:
-            infos = [[self.checkpoint.tensors[n] for n in self.layer_tensor_names(i)] for i in range(len(self.layers))]
-            return max(sum(i.num_bytes if itemsize is None else i.num_bytes // i.dtype.itemsize * itemsize for i in layer) for layer in infos)
-
-        peak = 900 * 2**20 + layer_bytes(None) + 2 * max(sum(i.num_bytes for i in s.tensors) for s in self.shards)
-        if calibration_tokens:
-            hidden = max(linear.num_inputs for linear in self.linears)
-            peak += layer_bytes(4) + 2 * 4 * calibration_tokens * hidden
+        layers = [[self.checkpoint.tensors[name] for name in self.layer_tensor_names(i)] for i in range(len(self.layers))]
+        peak = 900 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
+        peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
+        if calibration_tokens:  # the layer in float32, and activations
+            peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
+            peak += 2 * 4 * calibration_tokens * max(linear.num_inputs for linear in self.linears)
         return peak
 
     def table(self) -> list[tuple[str, int, str, str, float]]:
@@ -190,7 +188,8 @@ def _check_weights(checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
         if info is None:
             raise QuantizeError(f"{checkpoint.directory}: no tensor {linear.name}.weight, which the architecture of config.json has")
         if info.shape != (linear.num_rows, linear.num_inputs):
-            raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, config.json says {[linear.num_rows, linear.num_inputs]}")
+            raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
+                                f"config.json says {[linear.num_rows, linear.num_inputs]}")
         if info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise QuantizeError(f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32")
         if linear.num_inputs % UNIT_INPUTS:
@@ -200,20 +199,20 @@ def _check_weights(checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
 
 def _make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
     """Whole layers together while they fit; then the tensors outside the layers."""
-    groups: list[tuple[list[TensorInfo], int | None]] = []
+    groups: list[tuple[list[TensorInfo], range]] = []
+
+    def add(tensors: list[TensorInfo], layers: range) -> None:
+        if groups and bool(groups[-1][1]) == bool(layers) and sum(t.num_bytes for t in groups[-1][0] + tensors) <= max_bytes:
+            groups[-1] = (groups[-1][0] + tensors, range(groups[-1][1].start, layers.stop))
+        else:
+            groups.append((tensors, layers))
+
     for layer, tensors in enumerate(tensors_by_layer):
-        if groups and sum(t.num_bytes for t in groups[-1][0] + tensors) <= max_bytes:
-            groups[-1] = (groups[-1][0] + tensors, layer)
-        else:
-            groups.append((tensors, layer))
-    start = len(groups)
+        add(tensors, range(layer, layer + 1))
     for tensor in other:
-        if len(groups) > start and sum(t.num_bytes for t in groups[-1][0]) + tensor.num_bytes <= max_bytes:
-            groups[-1][0].append(tensor)
-        else:
-            groups.append(([tensor], None))
-    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(tensors), layer)
-                 for i, (tensors, layer) in enumerate(groups, 1))
+        add([tensor], range(0))
+    return tuple(Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(tensors), layers)
+                 for i, (tensors, layers) in enumerate(groups, 1))
 
 
 def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequence[str] = (),

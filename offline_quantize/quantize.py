@@ -1,5 +1,6 @@
 """The offline quantizer: a Hugging Face checkpoint in, a checkpoint that vLLM serves out."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -71,34 +72,29 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
 
 
 def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, device: torch.device, progress: Progress | None) -> None:
-    layer_shards = [shard for shard in plan.shards if shard.last_layer is not None]
-    open_shards = [shard for shard in layer_shards if shard.file not in output.files]
-    total = plan.num_quantized_weights
+    open_shards = [shard for shard in plan.shards if shard.file not in output.files]
+    end = max((shard.layers.stop for shard in open_shards), default=0)
+    # With calibration, layers of finished shards are still passed through, up to the last layer that is needed.
+    calibrator = Calibrator(plan.checkpoint, tokens, device) if tokens is not None and end else None
     done = 0
-    # With calibration every layer up to the last open one is run; finished ones are only passed through.
-    calibrator = Calibrator(plan.checkpoint, tokens, device) if tokens is not None and open_shards else None
-    first = 0
-    for shard in layer_shards:
-        assert shard.last_layer is not None
+    for shard in plan.shards:
+        wanted = shard in open_shards
         tensors: dict[str, torch.Tensor] = {}
         entries: list[dict[str, Any]] = []
-        for layer in range(first, shard.last_layer + 1):
-            num_weights = sum(linear.num_rows * linear.num_inputs for group in plan.layers[layer] for linear in group)
-            if shard in open_shards or (calibrator is not None and shard.last_layer < open_shards[-1].last_layer):
+        for layer in shard.layers:
+            if wanted or (calibrator and layer < end):
                 weights = dict(plan.checkpoint.load(plan.layer_tensor_names(layer)))
-                groups = plan.layers[layer] if shard in open_shards else ()
+                groups = plan.layers[layer] if wanted else ()
                 statistics = calibrator.run_layer(weights, groups) if calibrator else [None] * len(groups)
-                entries += _quantize_layer(plan, layer, weights, statistics, device) if groups else []
-                tensors |= weights
-            done += num_weights
+                if wanted:
+                    entries += _quantize_layer(plan, layer, weights, statistics, device)
+                    tensors |= weights
+            done += sum(linear.num_rows * linear.num_inputs for group in plan.layers[layer] for linear in group)
             if progress:
-                progress(done, total)
-        if shard in open_shards:
+                progress(done, plan.num_quantized_weights)
+        if wanted:
+            tensors |= plan.checkpoint.load(t.name for t in shard.tensors if not shard.layers)
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
-        first = shard.last_layer + 1
-    for shard in plan.shards:
-        if shard.last_layer is None and shard.file not in output.files:
-            output.write_shard(shard.file, dict(plan.checkpoint.load(t.name for t in shard.tensors)), [])
 
 
 def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], statistics: Sequence[InputStatistics | None],
@@ -123,7 +119,7 @@ def _write_rest(plan: Plan, output: Output, calibration: Path | None) -> dict[st
     for file in source.other_files():
         # The model card is ours; the model's own stays beside it.
         target = "README.base-model.md" if file == "README.md" else file
-        output.write(target, lambda path, file=file: shutil.copyfile(source.directory / file, path))
+        output.write(target, functools.partial(shutil.copyfile, source.directory / file))
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     entries = [entry for shard in plan.shards for entry in output.notes[shard.file]]
     result = report.make_report(plan, entries, calibration)

@@ -82,6 +82,7 @@ def _card(result: dict[str, Any], plan: Plan) -> str:
     name = plan.checkpoint.config.get("_name_or_path") or plan.checkpoint.directory.resolve().name
     worst = "\n".join(f"- {line}" for line in result["worst_layers"])
     sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
+    kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")
     return f"""---
 base_model: {name}
 library_name: vllm
@@ -96,7 +97,7 @@ Calibration: {result["calibration"] or "none"}. Made by qamw-vllm {result["qamw_
     pip install qamw-vllm
     vllm serve . --quantization qamw
 
-Tensor-parallel sizes: {sizes}. Not quantised: {", ".join(f"`{name}`" for name in plan.format.ignore[:8])}{" ..." if len(plan.format.ignore) > 8 else ""}.
+Tensor-parallel sizes: {sizes}. Not quantised: {kept}.
 
 Largest errors (all layers in {REPORT} and {PLOT}):
 

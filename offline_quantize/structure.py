@@ -51,7 +51,7 @@ class Structure:
                 yield from group
 
 
-def build_empty_model(directory: Path) -> nn.Module:
+def build_empty_model(directory: Path) -> Any:
     """The transformers model of config.json with parameters on the meta device and real buffers; no remote code."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -80,7 +80,7 @@ class _AllLayersCalled(Exception):
     pass
 
 
-def record_layer_calls(model: nn.Module, layers: nn.ModuleList, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
+def record_layer_calls(model: Any, layers: nn.ModuleList, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
     """(hidden states, args, kwargs) with which the model calls each decoder layer on ``input_ids`` [batch, T].
 
     The layers pass their input through, so only the first hidden states are real; args and kwargs (masks, rotary

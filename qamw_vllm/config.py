@@ -55,7 +55,9 @@ class QamwConfig(QuantizationConfig):
         """Rename the modules of the checkpoint as the model class renames its tensors."""
 
         def rename(module: str) -> str:
-            return hf_to_vllm_mapper.map_name(module) or module
+            # As a tensor's name, because mappers of prefixes end with a dot: "lm_head." is to match the module lm_head.
+            name = hf_to_vllm_mapper.map_name(f"{module}.weight") or module
+            return name.removesuffix(".weight")
 
         self.format = dataclasses.replace(
             self.format,

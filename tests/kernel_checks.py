@@ -24,15 +24,22 @@ NUM_ROWS = 100  # not a multiple of any BLOCK_N
 
 
 @pytest.fixture(autouse=True)
-def nan_in_empty(monkeypatch):
-    """torch.empty returns NaN, so that an element no program writes is seen."""
-    empty = torch.empty
+def guarded_empty(monkeypatch):
+    """torch.empty returns NaN, followed by more NaN: a test sees an element no program writes, and a write past the end."""
+    empty, guards = torch.empty, []
 
-    def nan(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        return out.fill_(math.nan) if out.is_floating_point() else out
+    def nan_empty(*shape, dtype=torch.float32, device="cpu", **kwargs):
+        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if kwargs or not dtype.is_floating_point:
+            return empty(shape, dtype=dtype, device=device, **kwargs)
+        size = math.prod(shape)
+        buffer = empty(size + (1 << 16), dtype=dtype, device=device).fill_(math.nan)
+        guards.append(buffer[size:])
+        return buffer[:size].view(shape)
 
-    monkeypatch.setattr(torch, "empty", nan)
+    monkeypatch.setattr(torch, "empty", nan_empty)
+    yield
+    assert all(guard.isnan().all() for guard in guards), "written past the end"
 
 
 def random_weight(num_rows: int, num_inputs: int, index_bits: int, rotation_block_size: int = 64, seed: int = 0) -> QuantizedWeight:
@@ -66,28 +73,30 @@ def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: to
 
 @triton.jit
 def decode_kernel(
-    p_qweight, p_quadrant, p_out, N, U,
+    p_qweight, p_quadrant, p_out, N, U, STRIDE,
     INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    tile = decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS, DTYPE)
     k = tl.program_id(1) * UNITS * 64 + tl.arange(0, UNITS * 64)
-    tl.store(p_out + n[:, None] * U * 64 + k[None, :], tile, mask=(n < N)[:, None] & (k < U * 64)[None, :])
+    tl.store(p_out + n[:, None] * STRIDE + k[None, :], decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS, DTYPE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_decode_tile_is_exact(index_bits, dtype):
-    num_rows, num_units = 30, 5  # 4,800 pairs: every codeword occurs
+    num_rows, num_units = 30, 5  # 4,800 pairs: every codeword occurs; tiles of 16 rows x 2 units cover 32 x 6
     weight = random_weight(num_rows, 64 * num_units, index_bits)
     assert len(unpack_planes(weight.qweight).unique()) == 2**index_bits
-    out = torch.empty(num_rows, 64 * num_units, dtype=dtype, device=DEVICE)
-    decode_kernel[triton.cdiv(num_rows, 16), triton.cdiv(num_units, 2)](
-        weight.qweight, ops.quadrant_words(index_bits, DEVICE), out, num_rows, num_units,
+    out = torch.empty(32, 6 * 64, dtype=dtype, device=DEVICE)
+    decode_kernel[2, 3](
+        weight.qweight, ops.quadrant_words(index_bits, DEVICE), out, num_rows, num_units, 6 * 64,
         INDEX_BITS=index_bits, DTYPE=triton_launch.TL_DTYPES[dtype], BLOCK_N=16, UNITS=2,
     )
-    assert torch.equal(out.float(), coordinates(weight))
+    past_the_end = load_codebook(index_bits)[0].to(DEVICE)  # nothing is read there
+    expected = past_the_end.repeat(32, 3 * 64)
+    expected[:num_rows, : num_units * 64] = coordinates(weight)
+    assert torch.equal(out.float(), expected)
 
 
 @triton.jit

@@ -38,7 +38,6 @@ def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constex
         ASTSource(kernel, signature, constexprs, attributes),
         target=GPUTarget("cuda", target, 32), options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
     )
-    assert compiled.metadata.shared <= SHARED_MEMORY
     nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
@@ -47,6 +46,7 @@ def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constex
     opcodes = collections.Counter(INSTRUCTION.findall(sass))
     assert opcodes["EXIT"] and opcodes["STG"], "the disassembly could not be read"
     assert not opcodes["LDL"] and not opcodes["STL"], f"{opcodes['STL']} spill stores, {opcodes['LDL']} loads"
+    assert compiled.metadata.shared <= SHARED_MEMORY
     return opcodes
 
 
@@ -65,10 +65,9 @@ def test_gemm(target, dtype, index_bits, kind):
     assert gemm_opcodes(target, dtype, index_bits, kind)[TARGETS[target]]
 
 
-@pytest.mark.parametrize("kind", ["skinny", "prefill"])
 @pytest.mark.parametrize("index_bits", [b for b in INDEX_BITS if b not in (8, 11)])
-def test_gemm_other_index_bits(index_bits, kind):
-    assert gemm_opcodes(90, torch.bfloat16, index_bits, kind)["HGMMA"]
+def test_gemm_other_index_bits(index_bits):
+    assert gemm_opcodes(90, torch.bfloat16, index_bits, "skinny")["HGMMA"]
 
 
 @pytest.mark.parametrize("kind", ["skinny", "prefill"])

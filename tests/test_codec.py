@@ -28,6 +28,14 @@ def test_packing_is_exact(index_bits: int) -> None:
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_a_shard_of_packed_planes_unpacks_alone(index_bits: int) -> None:
+    """Tensor parallelism cuts planes down to as little as one unit of one row."""
+    indices = torch.randint(0, 2**index_bits, (3, 128), dtype=torch.int16)
+    shard = pack_planes(indices, index_bits)[:, 1:2, 2:3]
+    assert torch.equal(unpack_planes(shard), indices[1:2, 64:96])
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_packing_is_as_documented(index_bits: int) -> None:
     """A reader written from kernels/FORMAT.md alone: one field of one pair at a time, in plain integers."""
     indices = torch.randint(0, 2**index_bits, (2, 64))

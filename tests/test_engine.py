@@ -65,7 +65,8 @@ def run(environment) -> Callable[..., tuple[list[dict[str, Any]], str]]:
             timeout=600, env={**environment, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process)), **variables})
         printed = process.stdout + process.stderr
         assert process.returncode == 0, printed[-10000:]
-        return json.loads(process.stdout.strip().splitlines()[-1]), printed
+        results = json.loads(process.stdout.strip().splitlines()[-1])
+        return [{**result, "prompts": job["prompts"]} for job, result in zip(jobs, results, strict=True)], printed
 
     return run_jobs
 
@@ -93,9 +94,10 @@ def tiny_results(run, checkpoint) -> dict[str, dict[str, Any]]:
     # The default way once: bfloat16, the method given by name, and vLLM's own tracking of what was loaded.
     jobs.append({"model": str(checkpoint("llama")),
                  "options": {"quantization": "qamw", "model_loader_extra_config": {"enable_weights_track": True}}})
+    jobs.append({"model": str(checkpoint("llama")), "options": {"dtype": "float32", "enforce_eager": False}})  # torch.compile
     results, printed = run(jobs)
     assert "weights are decoded to torch.float32 while loading" in printed
-    return dict(zip([*ARCHITECTURES, "llama-bfloat16"], results, strict=True))
+    return dict(zip([*ARCHITECTURES, "llama-bfloat16", "llama-compiled"], results, strict=True))
 
 
 def reference(model: torch.nn.Module, prompt: list[int], continuation: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +112,7 @@ def assert_matches(result: dict[str, Any], directory: Path, tolerance: float) ->
     """Log-probabilities agree, and every generated token is, within the tolerance, the most likely one."""
     assert "error" not in result, result
     model = dequantized_model(directory)
-    for prompt, logprobs, tokens in zip(PROMPTS, result["logprobs"], result["tokens"], strict=True):
+    for prompt, logprobs, tokens in zip(result["prompts"], result["logprobs"], result["tokens"], strict=True):
         expected, logits = reference(model, prompt, tokens)
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=tolerance)
         chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
@@ -127,6 +129,10 @@ def test_engine_in_bfloat16(tiny_results, checkpoint):
     assert_matches(tiny_results["llama-bfloat16"], checkpoint("llama"), 0.1)
 
 
+def test_compiled_engine(tiny_results, checkpoint):
+    assert_matches(tiny_results["llama-compiled"], checkpoint("llama"), 1e-3)
+
+
 def test_tensor_parallel_agrees(run, checkpoint, tiny_results):
     ((result,), _) = run([{"model": str(checkpoint("llama")), "options": {"dtype": "float32", **TWO_RANKS}}])
     assert_matches(result, checkpoint("llama"), 1e-3)
@@ -137,8 +143,9 @@ def test_triton_kernels_in_the_engine(run, checkpoint):
     """The real kernels, by Triton's interpreter: fused by vLLM, fused on disk, with biases; and once in bfloat16."""
     architectures = ["llama", "phi3", "qwen2", "llama"]
     dtypes = ["float32", "float32", "float32", "bfloat16"]
-    jobs = [{"model": str(checkpoint(architecture)), "options": {"dtype": dtype}, "max_tokens": NEW_TOKENS}
+    jobs = [{"model": str(checkpoint(architecture)), "options": {"dtype": dtype}, "prompts": PROMPTS[:1]}
             for architecture, dtype in zip(architectures, dtypes, strict=True)]
+    jobs[0]["prompts"] = PROMPTS  # the interpreter is slow, a long prompt once
     results, printed = run(jobs, QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
     assert "weights stay packed, Triton kernels run in the interpreter" in printed
     for architecture, dtype, result in zip(architectures, dtypes, results, strict=True):

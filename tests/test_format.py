@@ -48,7 +48,7 @@ def test_missing_key_is_refused() -> None:
 
 
 def test_unknown_width_names_the_module() -> None:
-    with pytest.raises(FormatError, match="o_proj: config.json has no rotation block size for 640 inputs"):
+    with pytest.raises(FormatError, match=r"o_proj: config\.json has no rotation block size for 640 inputs"):
         GOOD.rotation_block_size_of("o_proj", 640)
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,7 +187,7 @@ def test_mixed_fused_layers_are_refused(change):
 def test_model_prefixes_are_mapped():
     config = make_config(ignore=("lm_head", "model.visual.fc"), layer_index_bits={"model.language_model.layers.0.o_proj": 8})
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={
-        "model.visual.": "visual.", "model.language_model.": "language_model.model.", "lm_head": "language_model.lm_head"}))
+        "model.visual.": "visual.", "model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head."}))
     assert config.index_bits_of("visual.fc") is None
     assert config.index_bits_of("language_model.lm_head") is None
     assert config.index_bits_of("language_model.model.layers.0.o_proj") == 8
@@ -261,6 +262,20 @@ def test_packed_layer_holds_no_decoded_tensor(rank, monkeypatch):
     assert layer.quadrant_words.shape == (2**BITS // 4,)
 
 
+def test_packed_layer_compiles_into_one_graph(rank, monkeypatch):
+    monkeypatch.setattr(qamw_vllm.linear, "choose_backend", lambda: "triton")
+    layer = make_layer("qkv_proj", make_config(), bias=True)
+    load(layer, "qkv_proj", make_checkpoint("qkv_proj", bias=True))
+
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return layer.quant_method.apply(layer, x, layer.bias)
+
+    compiled = torch.compile(apply, fullgraph=True, backend="aot_eager", dynamic=True)
+    for num_tokens in (3, 7):
+        x = torch.randn(num_tokens, K)
+        torch.testing.assert_close(compiled(x), apply(x))
+
+
 # --- refusals
 
 
@@ -303,6 +318,7 @@ def test_unknown_number_of_inputs_is_refused(rank):
 
 
 def test_cpu_backend_is_checked(monkeypatch):
+    monkeypatch.delenv("QAMW_CPU_BACKEND", raising=False)
     monkeypatch.setattr(qamw_vllm.linear.ops, "INTERPRETED", False)
     assert choose_backend() == "decode"
     monkeypatch.setenv("QAMW_CPU_BACKEND", "fast")
@@ -310,6 +326,15 @@ def test_cpu_backend_is_checked(monkeypatch):
         choose_backend()
     monkeypatch.setenv("QAMW_CPU_BACKEND", "triton")
     with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
+        choose_backend()
+    monkeypatch.setattr(qamw_vllm.linear.ops, "INTERPRETED", True)
+    assert choose_backend() == "triton"
+    compiled = SimpleNamespace(model_config=SimpleNamespace(enforce_eager=False))
+    monkeypatch.setattr(qamw_vllm.linear, "get_current_vllm_config_or_none", lambda: compiled)
+    with pytest.raises(ValueError, match="set enforce_eager=True"):
+        choose_backend()
+    monkeypatch.setattr(current_platform, "is_cpu", lambda: False)
+    with pytest.raises(ValueError, match="qamw runs on CUDA and on the CPU, not on"):
         choose_backend()
 
 

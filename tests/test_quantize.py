@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from models import copy_model, tiny_model
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat
+from safetensors.torch import load_file, save_file
+
 from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import inspect, verify
@@ -19,9 +23,6 @@ from offline_quantize.output import PROGRESS, Output
 from offline_quantize.plan import choose_rotation_block_sizes, index_bits_for, make_plan, possible_tensor_parallel_sizes
 from offline_quantize.quantize import quantize
 from offline_quantize.structure import Linear, Structure, find_structure
-from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import QamwFormat
-from safetensors.torch import load_file, save_file
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
 
@@ -279,7 +280,7 @@ def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny
 
 
 def test_mixture_of_experts_is_refused_with_its_reason(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match="nn.Linear holds only .* the rest is in .*experts"):
+    with pytest.raises(QuantizeError, match=r"nn\.Linear holds only .* the rest is in .*experts"):
         quantize(tiny_model(tmp_path / "moe", "mixtral"), tmp_path / "out", calibration=None)
 
 
@@ -296,7 +297,8 @@ def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:
 def test_sizes_in_the_plan_are_those_on_disk(tiny_llama: Path, calibrated: Path) -> None:
     plan = make_plan(tiny_llama, max_shard_bytes=SMALL_SHARDS)
     on_disk = tensors_of(calibrated)
-    assert {t.name: (t.shape, t.dtype) for s in plan.shards for t in s.tensors} == {n: (tuple(t.shape), t.dtype) for n, t in on_disk.items()}
+    planned = {t.name: (t.shape, t.dtype) for s in plan.shards for t in s.tensors}
+    assert planned == {n: (tuple(t.shape), t.dtype) for n, t in on_disk.items()}
     quantized = [t for n, t in on_disk.items() if n.endswith((".qweight", ".row_norms", ".input_scales"))]
     stored = sum(t.numel() * t.itemsize for t in quantized) + 512 * 2 * 2  # and the codebook's quadrant
     assert plan.effective_bits_per_weight == pytest.approx(8 * stored / plan.num_quantized_weights)

@@ -79,6 +79,19 @@ def row_norms_of(scaled: torch.Tensor) -> torch.Tensor:
     return norms.float()
 
 
+def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled, normalised and rotated weight: what the codebook codes.
+
+    Args:
+        weight: [N, K] floating point. input_scales: [K] float16.
+    Returns:
+        coordinates [N, K] float32 of unit variance (zeros for a zero row), and row_norms [N] float32.
+    """
+    scaled = weight.float() / input_scales.to(weight.device, torch.float32)
+    row_norms = row_norms_of(scaled)
+    return rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size), row_norms
+
+
 def encode_weight(
     weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight"
 ) -> QuantizedWeight:
@@ -91,20 +104,17 @@ def encode_weight(
     Raises:
         ValueError: a value of the weight is NaN or infinite, or a shape does not fit.
     """
-    scales = input_scales.to(weight.device, torch.float32)
-    if weight.ndim != 2 or scales.shape != weight.shape[1:]:
-        raise ValueError(f"{name}: expected a weight [N, {len(scales)}], got shape {tuple(weight.shape)}")
+    if weight.ndim != 2 or input_scales.shape != weight.shape[1:]:
+        raise ValueError(f"{name}: expected a weight [N, {len(input_scales)}], got shape {tuple(weight.shape)}")
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
-    qweight = torch.empty(packed_shape(*weight.shape, index_bits), dtype=torch.int32, device=weight.device)
+    qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
     row_norms = torch.empty(len(weight), device=weight.device)
     step = max(1, ENCODE_CHUNK // weight.shape[1])
     for i in range(0, len(weight), step):
-        scaled = weight[i : i + step].float() / scales
-        norms = row_norms[i : i + step] = row_norms_of(scaled)
-        coordinates = rotate(scaled / torch.where(norms > 0, norms, 1)[:, None], rotation_block_size)
-        indices = nearest(coordinates.reshape(-1, 2), index_bits).reshape(len(scaled), -1)
+        coordinates, row_norms[i : i + step] = to_coordinates(weight[i : i + step], rotation_block_size, input_scales)
+        indices = nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
         qweight[:, i : i + step] = pack_planes(indices, index_bits)
     return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
 

@@ -105,16 +105,14 @@ def _nearest_chunk(points: torch.Tensor, index_bits: int, grid: _Grid) -> torch.
 
 
 def _best_candidate(x: torch.Tensor, y: torch.Tensor, cell: torch.Tensor, grid: _Grid) -> torch.Tensor:
-    best = best_distance = None
+    """Quadrant row of the nearest candidate of each point's cell; candidates ascend, so ties go to the lowest."""
+    best = torch.empty_like(cell, dtype=torch.int16)
+    best_distance = torch.full_like(x, torch.inf)
     for candidates in grid.candidates:
         candidate = candidates.index_select(0, cell)
         at = candidate.int()
         distance = (x - grid.quadrant[:, 0].index_select(0, at)).square_()
         distance += (y - grid.quadrant[:, 1].index_select(0, at)).square_()
-        if best is None:
-            best, best_distance = candidate, distance
-        else:
-            nearer = distance < best_distance
-            best = torch.where(nearer, candidate, best)
-            best_distance = torch.minimum(distance, best_distance)
+        best = torch.where(distance < best_distance, candidate, best)
+        best_distance = torch.minimum(distance, best_distance)
     return best

