@@ -31,20 +31,22 @@ def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tupl
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
-    """The transformers model of a checkpoint directory, plain or QAM-W (decoded), on the CPU."""
+    """The transformers model of a checkpoint directory in ``dtype``, plain or QAM-W (decoded), on the CPU.
+
+    Raises:
+        ValueError: a parameter of the model has no tensor, or a tensor no parameter.
+    """
     checkpoint = Checkpoint(directory)
-    if "quantization_config" in checkpoint.config:
-        # Through the checkpoint's 16-bit dtype, as it is served.
-        tensors = dict(decoded_tensors(checkpoint, torch.bfloat16))
-    else:
-        tensors = dict(checkpoint.load(checkpoint.tensors))
+    quantized = "quantization_config" in checkpoint.config
+    tensors = dict(decoded_tensors(checkpoint, dtype) if quantized else checkpoint.load(checkpoint.tensors))
     model = build_empty_model(directory)
     set_parameters(model, lambda name, p: tensors[name].to(dtype) if name in tensors else p)
     model.tie_weights()
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    if left:
-        raise ValueError(f"{directory}: no tensor for {left[:3]}")
-    return model.to(dtype)
+    missing = [name for name, p in model.named_parameters() if p.is_meta]
+    unknown = sorted(set(tensors) - set(model.state_dict()))
+    if missing or unknown:
+        raise ValueError(f"{directory}: no tensor for {missing[:3]}, no parameter for {unknown[:3]}")
+    return model  # buffers, such as rotary frequencies, stay float32
 
 
 def windows(token_ids: list[int], length: int, count: int | None = None, bos: int | None = None) -> torch.Tensor:

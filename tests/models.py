@@ -6,7 +6,6 @@ whoever packaged them and are dequantised here: fine for comparing with each oth
 """
 
 import hashlib
-import json
 import os
 import shutil
 import subprocess
@@ -162,34 +161,6 @@ def tiny_model(directory: Path, architecture: str, **overrides: Any) -> Path:
                 torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(directory)
     return directory
-
-
-def dequantized_model(directory: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """The transformers model that a quantised checkpoint stands for, every weight decoded by the reference codec."""
-    from qamw_kernels.codec import QuantizedWeight, decode_weight
-    from qamw_kernels.format import QamwFormat
-    from safetensors.torch import load_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as temporary:
-        fields = json.loads((directory / "config.json").read_text())
-        format = QamwFormat.from_dict(fields.pop("quantization_config"))
-        (Path(temporary) / "config.json").write_text(json.dumps(fields))
-        config = AutoConfig.from_pretrained(temporary)
-    tensors = {name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        input_scales = tensors.pop(f"{module}.input_scales")
-        quantized = QuantizedWeight(
-            tensors.pop(name), tensors.pop(f"{module}.row_norms"), input_scales,
-            format.rotation_block_size_of(module, len(input_scales)))
-        tensors[f"{module}.weight"] = decode_weight(quantized)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise ValueError(f"{directory}: the model lacks {missing} and does not know {unexpected}")
-    model.tie_weights()
-    return model
 
 
 def copy_model(source: Path, target: Path) -> Path:

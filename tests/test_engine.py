@@ -5,6 +5,7 @@ The truth is the transformers model with every weight decoded by the reference c
 
 import importlib.metadata
 import json
+import math
 import os
 import re
 import signal
@@ -23,10 +24,12 @@ pytest.importorskip("vllm")
 pytest.importorskip("httpx")
 
 import httpx
-from models import copy_model, dequantized_model, real_model, tiny_model
+from models import copy_model, real_model, tiny_model
 from safetensors.torch import load_file, save_file
 from vllm.platforms import current_platform
 
+from offline_quantize.calibration import DEFAULT_TEXT
+from offline_quantize.evaluate import load_model, perplexity, windows
 from offline_quantize.quantize import quantize
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not current_platform.is_cpu(), reason="starts vLLM's CPU build")]
@@ -34,6 +37,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.skipif(not current_platform.is_cpu
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"]  # biases in qwen2, q/k norms in qwen3, fused on disk in phi3
 IN_PROCESS = {"distributed_executor_backend": "uni"}
 TWO_RANKS = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
+EVALUATION_TEXT = Path(__file__).parent / "data" / "evaluation.txt"
 PROMPTS = [[20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130], list(range(300, 200, -1))]
 NEW_TOKENS = 4
 
@@ -111,7 +115,7 @@ def reference(model: torch.nn.Module, prompt: list[int], continuation: list[int]
 def assert_matches(result: dict[str, Any], directory: Path, tolerance: float) -> None:
     """Log-probabilities agree, and every generated token is, within the tolerance, the most likely one."""
     assert "error" not in result, result
-    model = dequantized_model(directory)
+    model = load_model(directory)
     for prompt, logprobs, tokens in zip(result["prompts"], result["logprobs"], result["tokens"], strict=True):
         expected, logits = reference(model, prompt, tokens)
         torch.testing.assert_close(torch.tensor(logprobs), expected, rtol=0, atol=tolerance)
@@ -199,19 +203,53 @@ def test_impossible_tensor_parallel_size_is_refused(run, checkpoint, tmp_path):
     assert re.search(r"o_proj: tensor_parallel_size=2 leaves 128 of the 256 inputs .* Possible for this layer: 1\. ", printed)
 
 
-# --- a real model, served
+# --- real models
 
 
 @pytest.fixture(scope="session")
-def served(environment, tmp_path_factory) -> Iterator[tuple[str, Path]]:
+def real_checkpoint(tmp_path_factory) -> Callable[[str], Path]:
+    """name -> a real model, quantised at 5.5 bpw, made once; with calibration but for the largest."""
+    made: dict[str, Path] = {}
+
+    def make(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name) / "quantized"
+            quantize(real_model(name), made[name], bpw=5.5, calibration=None if "qwen" in name else DEFAULT_TEXT)
+        return made[name]
+
+    return make
+
+
+def test_served_perplexity_is_that_of_the_decoded_model(run, real_checkpoint):
+    """Llama with GQA; Qwen2 with biases; Gemma 3 with q/k norms, a sliding window and the BOS it cannot do without."""
+    from transformers import AutoTokenizer
+
+    jobs, tokens = [], {}
+    for name in ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b"):
+        tokenizer = AutoTokenizer.from_pretrained(real_checkpoint(name))
+        ids = tokenizer(EVALUATION_TEXT.read_text(), add_special_tokens=False, verbose=False)["input_ids"]
+        tokens[name] = windows(ids, 512, 3, tokenizer.bos_token_id if "gemma" in name else None)
+        jobs.append({"model": str(real_checkpoint(name)), "prompts": tokens[name].tolist(), "max_tokens": 1,
+                     "options": {"dtype": "float32", "max_model_len": 1024, "max_num_batched_tokens": 1024}})
+    results, _ = run(jobs, OMP_NUM_THREADS="2")
+    for (name, prompts), result in zip(tokens.items(), results, strict=True):
+        assert "error" not in result, result
+        logprobs = torch.tensor(result["logprobs"], dtype=torch.float64)
+        served, decoded = math.exp(-logprobs.mean()), perplexity(load_model(real_checkpoint(name)), prompts)
+        original = perplexity(load_model(real_model(name)), prompts)
+        assert served == pytest.approx(decoded, rel=1e-3), name
+        assert served == pytest.approx(original, rel=0.06), name
+        assert original < 60, name  # it is a language model
+
+
+@pytest.fixture(scope="session")
+def served(environment, real_checkpoint, tmp_path_factory) -> Iterator[tuple[str, Path]]:
     """``vllm serve`` on a quantised SmolLM2-135M: its address and the checkpoint."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:  # the `vllm` command of the CPU build needs it
         subprocess.run([sys.executable, "-m", "qamw_vllm.cpu_metadata"], check=True)
-    folder = tmp_path_factory.mktemp("served")
-    out = folder / "smollm2-135m-qamw"
-    quantize(real_model("smollm2-135m"), out, bpw=5.5, calibration=None)
+    out, folder = real_checkpoint("smollm2-135m"), tmp_path_factory.mktemp("served")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -262,7 +300,7 @@ def test_serve_completions(served):
     prompt = answer["prompt_token_ids"]
     logprobs = torch.tensor([entry[str(token)]["logprob"] for token, entry
                              in zip(prompt[1:], answer["prompt_logprobs"][1:], strict=True)])
-    expected, _ = reference(dequantized_model(checkpoint), prompt, answer["token_ids"])
+    expected, _ = reference(load_model(checkpoint), prompt, answer["token_ids"])
     assert (logprobs - expected).abs().mean() < 0.05  # bfloat16 against float32
     assert -expected.mean() < 3.5  # and it is a language model
 
