@@ -68,7 +68,6 @@ class Calibrator:
         self.layers_name, self.layers = decoder_layers(self.model)
         self.next_layer = 0
         self._load_outside_layers(checkpoint)
-        self.model.to(device) if device.type != "cpu" else None
         self.calls: list[tuple[tuple, dict]] = []
         hidden = []
         for batch in tokens.split(BATCH):
@@ -83,9 +82,13 @@ class Calibrator:
 
         def real(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
             # The head is not needed, and a checkpoint with tied embeddings has none.
-            return next(checkpoint.load([name]))[1].float() if name in tensors and "lm_head" not in name else parameter
+            wanted = name in tensors and not name.startswith("lm_head.")
+            return next(checkpoint.load([name]))[1].to(self.device, torch.float32) if wanted else parameter
 
         set_parameters(self.model, real, skip=self.layers_name)
+        for module in self.model.modules():  # not model.to(): the decoder layers are on the meta device
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
 
     def run_layer(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]]) -> list[InputStatistics | None]:
         """Run the next decoder layer and collect the statistics of its input groups.

@@ -113,7 +113,7 @@ class Checkpoint:
     def other_files(self) -> list[str]:
         """Relative paths of every file that holds no weights: tokenizer, chat template, generation config, licence."""
         found = []
-        for root, folders, files in os.walk(self.directory, followlinks=True):
+        for root, folders, files in os.walk(self.directory):
             folders[:] = sorted(f for f in folders if not f.startswith("."))
             for file in sorted(files):
                 relative = (Path(root) / file).relative_to(self.directory).as_posix()

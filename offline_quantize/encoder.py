@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+
+from offline_quantize.calibration import InputStatistics
 from qamw_kernels.codebook import load_codebook
 from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales, to_coordinates
 from qamw_kernels.nearest import nearest
 from qamw_kernels.rotation import rotate
-
-from offline_quantize.calibration import InputStatistics
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SEARCH_ROWS = 128  # of every weight: the exponent is chosen on these

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import QamwFormat, layer_tensors
 
 from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.structure import build_empty_model, set_parameters
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat, layer_tensors
 
 LOGIT_ROWS = 256  # tokens whose logits over the whole vocabulary are in memory at once
 

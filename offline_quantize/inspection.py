@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from qamw_kernels.codec import check_input_scales
-from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
 
 from offline_quantize.checkpoint import Checkpoint, read_json
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
 from offline_quantize.report import REPORT
+from qamw_kernels.codec import check_input_scales
+from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
 
 
 def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, tuple[int, int]]]:

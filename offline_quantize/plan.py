@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from qamw_kernels.codebook import INDEX_BITS, load_quadrant
-from qamw_kernels.format import QamwFormat, layer_tensors
-from qamw_kernels.packing import UNIT_INPUTS
 
 from offline_quantize.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
+from qamw_kernels.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.packing import UNIT_INPUTS
 
 MAX_SHARD_BYTES = 512 * 2**20
 DEFAULT_MAX_ROTATION_BLOCK_SIZE = 128

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qamw_kernels.codec import QuantizedWeight
 
 from offline_quantize.output import Output, json_bytes
 from offline_quantize.plan import Plan
 from offline_quantize.structure import Linear
+from qamw_kernels.codec import QuantizedWeight
 
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"

@@ -4,8 +4,9 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
-from qamw_kernels.format import QUANT_METHOD, QamwFormat
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from qamw_kernels.format import QUANT_METHOD, QamwFormat
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper

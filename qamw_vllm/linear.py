@@ -4,10 +4,6 @@ import os
 from typing import Any
 
 import torch
-from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import QamwFormat, layer_tensors
-from qamw_kernels.packing import UNIT_INPUTS
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
@@ -19,6 +15,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.platforms import current_platform
 
+from qamw_kernels import ops
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.packing import UNIT_INPUTS
 from qamw_vllm.loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name

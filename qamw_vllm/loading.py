@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from qamw_kernels.codec import check_input_scales
-from qamw_kernels.format import layer_tensors
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -17,6 +15,9 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+
+from qamw_kernels.codec import check_input_scales
+from qamw_kernels.format import layer_tensors
 
 TENSORS = ("qweight", "row_norms", "input_scales")
 _QKV = {"q": 0, "k": 1, "v": 2}

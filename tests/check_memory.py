@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 
 import torch
-from models import CACHE
 from safetensors.torch import save_file
 
+from models import CACHE
 from offline_quantize.plan import make_plan
 
 LIMIT_GIB = 4

@@ -11,6 +11,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+
 from qamw_kernels import ops, triton_launch
 from qamw_kernels.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference

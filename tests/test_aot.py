@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
 from qamw_kernels.codebook import INDEX_BITS
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
 from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel
 from qamw_kernels.triton_launch import DEQUANTIZE_TILE, GEMM_TILES, ROTATE_TILES, TL_DTYPES, Tile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-pytestmark = pytest.mark.skipif(INTERPRETED.value, reason="the interpreter replaces the compiler")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED.value, reason="the interpreter replaces the compiler")]
 
 TARGETS = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}  # -> matrix instruction of a GEMM
 SHARED_MEMORY = 99 * 1024  # bytes per program on sm_89, the smallest of the three

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
 from qamw_kernels.codec import decode_weight, encode_weight, linear_reference, make_input_scales
 from qamw_kernels.nearest import nearest, nearest_brute_force

@@ -24,10 +24,10 @@ pytest.importorskip("vllm")
 pytest.importorskip("httpx")
 
 import httpx
-from models import copy_model, real_model, tiny_model
 from safetensors.torch import load_file, save_file
 from vllm.platforms import current_platform
 
+from models import copy_model, real_model, tiny_model
 from offline_quantize.calibration import DEFAULT_TEXT
 from offline_quantize.evaluate import load_model, perplexity, windows
 from offline_quantize.quantize import quantize

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
 
 GOOD = QamwFormat(11, {576: 64, 1536: 128}, {"model.layers.0.mlp.down_proj": 8}, ("lm_head",))

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+
 from qamw_kernels import ops
 from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
 from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference

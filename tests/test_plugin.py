@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from qamw_kernels.codec import decode_weight, encode_weight, make_input_scales
 from qamw_kernels.format import FormatError, QamwFormat
 

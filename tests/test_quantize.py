@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import copy_model, tiny_model
-from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import QamwFormat
 from safetensors.torch import load_file, save_file
 
+from models import copy_model, tiny_model
 from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import inspect, verify
@@ -23,6 +21,8 @@ from offline_quantize.output import PROGRESS, Output
 from offline_quantize.plan import choose_rotation_block_sizes, index_bits_for, make_plan, possible_tensor_parallel_sizes
 from offline_quantize.quantize import quantize
 from offline_quantize.structure import Linear, Structure, find_structure
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import QamwFormat
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
 
@@ -123,6 +123,7 @@ def count_commits(monkeypatch: pytest.MonkeyPatch, kill_at: int | None, after_re
     return written
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after_rename", [False, True])
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_kill_and_resume_at_every_write(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, calibrate: bool,
@@ -155,6 +156,7 @@ def test_kill_and_resume_at_every_write(tmp_path: Path, tiny_llama: Path, monkey
         assert files_of(out) == expected, f"killed at {written[kill_at]}"
 
 
+@pytest.mark.slow
 def test_sigkill_and_resume(tmp_path: Path) -> None:
     """A real process, really killed, on a model large enough to be caught in the middle."""
     model = tiny_model(tmp_path / "model", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=24)

@@ -87,7 +87,7 @@ def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales:
     Returns:
         coordinates [N, K] float32 of unit variance (zeros for a zero row), and row_norms [N] float32.
     """
-    scaled = weight.float() / input_scales.to(weight.device, torch.float32)
+    scaled = weight.float() / input_scales.to(weight.device).float()
     row_norms = row_norms_of(scaled)
     return rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size), row_norms
 
@@ -109,6 +109,7 @@ def encode_weight(
     if not weight.isfinite().all():
         row, column = (~weight.isfinite()).nonzero()[0].tolist()
         raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
+    input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
     row_norms = torch.empty(len(weight), device=weight.device)
     step = max(1, ENCODE_CHUNK // weight.shape[1])
