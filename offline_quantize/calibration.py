@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map_only
 
 from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.errors import QuantizeError
@@ -68,27 +67,26 @@ class Calibrator:
         self.layers_name, self.layers = decoder_layers(self.model)
         self.next_layer = 0
         self._load_outside_layers(checkpoint)
-        self.calls: list[tuple[tuple, dict]] = []
-        hidden = []
+        self.hidden: list[torch.Tensor] = []  # per batch
+        self.calls: list[list[tuple[tuple, dict]]] = []  # per batch and layer: masks, positions
         for batch in tokens.split(BATCH):
             calls = record_layer_calls(self.model, self.layers, batch.to(device))
-            self.calls = [(args, kwargs) for _, args, kwargs in calls]  # the same for every batch: positions and masks
-            hidden.append(calls[0][0].cpu())
-        self.hidden = hidden
+            self.calls.append([(args, kwargs) for _, args, kwargs in calls])
+            self.hidden.append(calls[0][0].cpu())
         self.num_tokens = tokens.numel()
+        # Embeddings have done their work.
+        set_parameters(self.model, lambda name, p: torch.empty_like(p, device="meta"), skip=self.layers_name)
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors
 
-        def real(name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+        def real(name: str, old: torch.Tensor) -> torch.Tensor:
             # The head is not needed, and a checkpoint with tied embeddings has none.
-            wanted = name in tensors and not name.startswith("lm_head.")
-            return next(checkpoint.load([name]))[1].to(self.device, torch.float32) if wanted else parameter
+            if name in tensors and not name.startswith("lm_head."):
+                return next(checkpoint.load([name]))[1].to(self.device, torch.float32)
+            return old if old.is_meta else old.to(self.device)
 
-        set_parameters(self.model, real, skip=self.layers_name)
-        for module in self.model.modules():  # not model.to(): the decoder layers are on the meta device
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(self.device))
+        set_parameters(self.model, real, skip=self.layers_name, buffers=True)
 
     def run_layer(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]]) -> list[InputStatistics | None]:
         """Run the next decoder layer and collect the statistics of its input groups.
@@ -100,9 +98,14 @@ class Calibrator:
             One entry per group; None where no token reached the group.
         """
         index, self.next_layer = self.next_layer, self.next_layer + 1
-        layer, (args, kwargs) = self.layers[index], self.calls[index]
+        layer = self.layers[index]
         prefix = f"{self.layers_name}.{index}."
-        set_parameters(layer, lambda name, p: weights[prefix + name].to(self.device, torch.float32))
+
+        def real(name: str, old: torch.Tensor) -> torch.Tensor:
+            stored = weights.get(prefix + name)
+            return old.to(self.device) if stored is None else stored.to(self.device, torch.float32)
+
+        set_parameters(layer, real, buffers=True)
         first = {group[0].name.removeprefix(prefix): i for i, group in enumerate(groups)}
         squares = [torch.zeros(g[0].num_inputs, dtype=torch.float64, device=self.device) for g in groups]
         counts = [0] * len(groups)
@@ -118,8 +121,8 @@ class Calibrator:
 
         with torch.no_grad(), on_linear_inputs(layer, note):
             for i, batch in enumerate(self.hidden):
-                call = tree_map_only(torch.Tensor, lambda t: t.to(self.device), (args, kwargs))
-                out = layer(batch.to(self.device), *call[0], **call[1])
+                args, kwargs = self.calls[i][index]
+                out = layer(batch.to(self.device), *args, **kwargs)
                 self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
         set_parameters(layer, lambda name, p: torch.empty_like(p, device="meta"))
         if not all(batch.isfinite().all() for batch in self.hidden):

@@ -42,7 +42,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise QuantizeError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise QuantizeError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise QuantizeError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -53,13 +53,16 @@ class Checkpoint:
     """A directory with config.json and safetensors shards.
 
     Attributes:
-        directory: the path given.
+        directory: the path given. name: the directory's own, or the id of a model in the hub's cache.
         config: config.json.
         tensors: name -> TensorInfo, of all shards.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        folder = directory.resolve()
+        repository = folder.parent.parent.name  # models--ORG--NAME/snapshots/REVISION in the hub's cache
+        self.name = repository.removeprefix("models--").replace("--", "/") if repository.startswith("models--") else folder.name
         self.config = read_json(directory / "config.json")
         self.tensors: dict[str, TensorInfo] = {}
         for file in self._shards():
@@ -119,8 +122,15 @@ class Checkpoint:
                 relative = (Path(root) / file).relative_to(self.directory).as_posix()
                 is_index = any(file.endswith(suffix + ".index.json") for suffix in WEIGHT_SUFFIXES)
                 if not (file.startswith(".") or file.endswith(WEIGHT_SUFFIXES) or is_index or relative == "config.json"):
+                    self._check_link(Path(root) / file)
                     found.append(relative)
         return found
+
+    def _check_link(self, path: Path) -> None:
+        """Files are copied into something that will be published: links must not lead out, but to the hub cache's blobs."""
+        target, own = path.resolve(), self.directory.resolve()
+        if not target.is_file() or not (target.is_relative_to(own) or target.is_relative_to(own.parent.parent / "blobs")):
+            raise QuantizeError(f"{path}: a link to {target}, which is not a file of the model; replace it by a copy or remove it")
 
 
 def resolve_model(model: str) -> Path:

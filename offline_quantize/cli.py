@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     run = {"quantize": _quantize, "plan": _plan, "inspect": _inspect, "verify": _verify}[args.command]
     try:
         run(args)
-    except (QuantizeError, ValueError) as error:
+    except (QuantizeError, ValueError, OSError) as error:  # ValueError: a bad tensor; OSError: a full disk
         print(f"qamw: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

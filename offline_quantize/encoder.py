@@ -12,6 +12,7 @@ from qamw_kernels.rotation import rotate
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SEARCH_ROWS = 128  # of every weight: the exponent is chosen on these
+MEASURED_ROWS = 1024  # decoded at once
 RMS_FLOOR = 1e-3  # of the mean: channels that hardly fire keep a finite scale
 
 
@@ -38,11 +39,19 @@ def channel_scales(rms: torch.Tensor, exponent: float) -> torch.Tensor:
     return scales / scales.log().mean().exp()
 
 
-def output_nmse(weight: torch.Tensor, decoded: torch.Tensor, sample: torch.Tensor) -> float:
-    """Squared error of the layer's output on ``sample`` [S, K], relative to the squared output."""
-    exact = (sample @ weight.float().T).square().sum()
-    error = (sample @ (weight.float() - decoded).T).square().sum()
-    return float(error / exact) if exact > 0 else float(error)
+def measure(weight: torch.Tensor, quantized: QuantizedWeight, sample: torch.Tensor | None) -> dict[str, float]:
+    """Squared errors of a quantised weight, relative to the squared originals: of the weight, and of its output on ``sample`` [S, K]."""
+    error = energy = output_error = output_energy = 0.0
+    for rows in torch.arange(len(weight)).split(MEASURED_ROWS):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        original = weight[part].float()
+        difference = decode_weight(quantized.rows(part)) - original
+        error, energy = error + float(difference.square().sum()), energy + float(original.square().sum())
+        if sample is not None:
+            output_error += float((sample @ difference.T).square().sum())
+            output_energy += float((sample @ original.T).square().sum())
+    measured = {"nmse": error / (energy or 1.0)}
+    return measured if sample is None else measured | {"output_nmse": output_error / (output_energy or 1.0)}
 
 
 def _search_exponent(weights: dict[str, torch.Tensor], statistics: InputStatistics, index_bits: int, rotation_block_size: int) -> float:
@@ -81,9 +90,5 @@ def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_blo
     quantized, errors = {}, {}
     for name, weight in weights.items():
         quantized[name] = encode_weight(weight, index_bits, rotation_block_size, scales, f"{name}.weight")
-        decoded = decode_weight(quantized[name])
-        norm = float(weight.float().square().sum())
-        errors[name] = {"nmse": float((weight.float() - decoded).square().sum()) / norm if norm else 0.0}
-        if statistics is not None:
-            errors[name]["output_nmse"] = output_nmse(weight, decoded, statistics.sample)
+        errors[name] = measure(weight, quantized[name], None if statistics is None else statistics.sample)
     return EncodedGroup(quantized, exponent, errors)

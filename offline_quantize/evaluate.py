@@ -37,10 +37,10 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         ValueError: a parameter of the model has no tensor, or a tensor no parameter.
     """
     checkpoint = Checkpoint(directory)
-    quantized = "quantization_config" in checkpoint.config
+    quantized = checkpoint.config.get("quantization_config")
     tensors = dict(decoded_tensors(checkpoint, dtype) if quantized else checkpoint.load(checkpoint.tensors))
     model = build_empty_model(directory)
-    set_parameters(model, lambda name, p: tensors[name].to(dtype) if name in tensors else p)
+    set_parameters(model, lambda name, old: tensors[name].to(dtype) if name in tensors else old, buffers=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     unknown = sorted(set(tensors) - set(model.state_dict()))
@@ -99,6 +99,12 @@ def compare(reference: Any, quantized: Any, tokens: torch.Tensor) -> Comparison:
 
 
 def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    logits = model.get_output_embeddings()(hidden)
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return logits if cap is None else torch.tanh(logits / cap) * cap
+    """Logits [T, vocabulary] of last hidden states [T, H], by the model's own head with whatever scales and caps it has."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    states: Any = hidden[None]
+    model.base_model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+    try:
+        return model(input_ids=torch.zeros(1, len(hidden), dtype=torch.long)).logits[0]
+    finally:
+        del model.base_model.forward

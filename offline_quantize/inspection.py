@@ -8,8 +8,14 @@ from offline_quantize.checkpoint import Checkpoint, read_json
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
 from offline_quantize.report import REPORT
+from offline_quantize.structure import find_structure
 from qamw_kernels.codec import check_input_scales
 from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
+
+
+def _check_finished(directory: Path) -> None:
+    if (directory / PROGRESS).is_file():
+        raise QuantizeError(f"{directory}: unfinished; continue with qamw quantize --resume")
 
 
 def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, tuple[int, int]]]:
@@ -18,10 +24,9 @@ def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, t
     Raises:
         QuantizeError: not a QAM-W checkpoint, or unfinished.
     """
-    if (directory / PROGRESS).is_file():
-        raise QuantizeError(f"{directory}: unfinished; continue with qamw quantize --resume")
+    _check_finished(directory)
     checkpoint = Checkpoint(directory)
-    if "quantization_config" not in checkpoint.config:
+    if not checkpoint.config.get("quantization_config"):
         raise QuantizeError(f"{directory / 'config.json'}: no quantization_config, this is not a QAM-W checkpoint")
     try:
         fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
@@ -33,6 +38,12 @@ def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, t
             if len(info.shape) != 3:
                 raise QuantizeError(f"{info.file}: {name} has shape {list(info.shape)}, expected [index_bits, N, K / 64]")
             modules[name.removesuffix(".qweight")] = (info.shape[1], info.shape[2] * 64)
+    for name, (rows, inputs) in modules.items():
+        for suffix in layer_tensors(rows, inputs, fmt.index_bits_of(name)):
+            if f"{name}.{suffix}" not in checkpoint.tensors:
+                raise QuantizeError(f"{directory}: {name}.{suffix} is missing")
+    if not modules:
+        raise QuantizeError(f"{directory}: no quantised layer found")
     return checkpoint, fmt, modules
 
 
@@ -64,17 +75,23 @@ def verify(directory: Path) -> str:
     Raises:
         QuantizeError: with every fault found, one per line.
     """
-    manifest = read_json(directory / MANIFEST)["files"]
+    _check_finished(directory)
+    manifest = read_json(directory / MANIFEST).get("files")
+    if not isinstance(manifest, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= set(e) for e in manifest.values()):
+        raise QuantizeError(f"{directory / MANIFEST}: files must map every name to its bytes and sha256")
     faults = []
     for file, entry in manifest.items():
         path = directory / file
-        if not path.is_file():
+        if ".." in path.parts or Path(file).is_absolute():
+            faults.append(f"{directory / MANIFEST}: {file} is outside the directory")
+        elif not path.is_file():
             faults.append(f"{path}: missing")
         elif path.stat().st_size != entry["bytes"]:
             faults.append(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
         elif sha256_of(path) != entry["sha256"]:
             faults.append(f"{path}: SHA-256 {sha256_of(path)}, the manifest says {entry['sha256']}")
     present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
+    present = {file for file in present if not any(part.startswith(".") for part in Path(file).parts)}  # .gitattributes, .cache
     faults += [f"{directory / file}: not in the manifest" for file in sorted(present - set(manifest) - {MANIFEST})]
     if faults:
         raise QuantizeError("\n".join(faults))
@@ -91,6 +108,10 @@ def verify(directory: Path) -> str:
             faults.append(f"{info.file}: {name} is stored beside {module}.qweight")
         if suffix == "weight" and len(info.shape) == 2 and module not in modules and module not in fmt.ignore:
             faults.append(f"{info.file}: {name} is neither quantised nor in config.json's ignore list")
+    for groups in find_structure(directory).layers if not faults else ():
+        faults += [f"{directory}: {linear.name}.input_scales differs from that of {group[0].name}, which reads the same input"
+                   for group in groups for linear in group[1:] if {linear.name, group[0].name} <= set(modules)
+                   and not torch.equal(*(t for _, t in checkpoint.load(f"{x.name}.input_scales" for x in (group[0], linear))))]
     if faults:
         raise QuantizeError("\n".join(faults))
     return (f"{directory}: {len(manifest)} files and {len(checkpoint.tensors)} tensors, {len(modules)} quantised layers: "
@@ -100,10 +121,8 @@ def verify(directory: Path) -> str:
 def _layer_faults(checkpoint: Checkpoint, fmt: QamwFormat, name: str, rows: int, inputs: int) -> list[str]:
     faults = []
     for suffix, (shape, dtype) in layer_tensors(rows, inputs, fmt.index_bits_of(name)).items():
-        info = checkpoint.tensors.get(f"{name}.{suffix}")
-        if info is None:
-            faults.append(f"{checkpoint.directory}: {name}.{suffix} is missing")
-        elif (info.shape, info.dtype) != (shape, dtype):
+        info = checkpoint.tensors[f"{name}.{suffix}"]
+        if (info.shape, info.dtype) != (shape, dtype):
             faults.append(f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}")
     if faults:
         return faults

@@ -40,6 +40,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _is_blank(directory: Path) -> bool:
+    """An empty directory, or one whose run was killed before anything was promised."""
+    return directory.is_dir() and all(path.name == PROGRESS + _TEMPORARY for path in directory.iterdir())
+
+
 class Output:
     """One output directory being written.
 
@@ -55,7 +60,7 @@ class Output:
         self.notes: dict[str, Any] = {}
         if resume:
             self._load_progress()
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=resume or _is_blank(directory))
         for leftover in directory.rglob(f"*{_TEMPORARY}"):
             leftover.unlink()
         self._save_progress()
@@ -64,7 +69,7 @@ class Output:
     def check_target(directory: Path, resume: bool) -> None:
         """Refuse a directory that is there already, unless it is to be resumed and is unfinished."""
         if not resume:
-            if directory.exists():
+            if directory.exists() and not _is_blank(directory):
                 hint = "; --resume continues it" if (directory / PROGRESS).is_file() else ""
                 raise QuantizeError(f"{directory}: already exists{hint}")
         elif not (directory / PROGRESS).is_file():

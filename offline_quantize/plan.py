@@ -1,5 +1,6 @@
 """What will be done to a checkpoint, decided from headers alone: rates, rotation, sizes, shards, tensor parallelism."""
 
+import dataclasses
 import fnmatch
 import shutil
 from collections.abc import Sequence
@@ -146,13 +147,13 @@ def choose_rotation_block_sizes(linears: Sequence[Linear], tp_sizes: Sequence[in
     return sizes
 
 
-def _served(linears: Sequence[Linear], rotation_block_sizes: dict[int, int], tp: int) -> bool:
+def _served(structure: Structure, linears: Sequence[Linear], rotation_block_sizes: dict[int, int], tp: int) -> bool:
     for linear in linears:
         if linear.row_parallel:
             width, rest = divmod(linear.num_inputs, tp)
             if rest or width % UNIT_INPUTS or width % rotation_block_sizes[linear.num_inputs]:
                 return False
-        elif linear.num_rows % tp and linear.num_rows > tp:
+        elif linear.num_rows % tp and linear.num_rows != structure.kv_rows:
             return False
     return True
 
@@ -182,11 +183,12 @@ def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Li
     return tuple(layers)
 
 
-def _check_weights(checkpoint: Checkpoint, linears: Sequence[Linear]) -> None:
+def _check_weights(checkpoint: Checkpoint, structure: Structure, linears: Sequence[Linear]) -> None:
+    for name in structure.parameter_names:
+        if name not in checkpoint.tensors:
+            raise QuantizeError(f"{checkpoint.directory}: no tensor {name}, which the architecture of config.json has")
     for linear in linears:
-        info = checkpoint.tensors.get(f"{linear.name}.weight")
-        if info is None:
-            raise QuantizeError(f"{checkpoint.directory}: no tensor {linear.name}.weight, which the architecture of config.json has")
+        info = checkpoint.tensors[f"{linear.name}.weight"]
         if info.shape != (linear.num_rows, linear.num_inputs):
             raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
                                 f"config.json says {[linear.num_rows, linear.num_inputs]}")
@@ -226,13 +228,13 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
     if tp_max < 1:
         raise QuantizeError(f"--tp-max {tp_max}: expected at least 1")
     checkpoint = Checkpoint(directory)
-    if "quantization_config" in checkpoint.config:
+    if checkpoint.config.get("quantization_config"):
         method = checkpoint.config["quantization_config"].get("quant_method", "an unknown method")
         raise QuantizeError(f"{directory}: already quantised with {method}; start from the unquantised model")
     structure = find_structure(directory)
     layers = _select(structure, ignore)
     linears = [linear for groups in layers for group in groups for linear in group]
-    _check_weights(checkpoint, linears)
+    _check_weights(checkpoint, structure, linears)
     possible = possible_tensor_parallel_sizes(structure, tp_max)
     rotation_block_sizes = choose_rotation_block_sizes(linears, possible)
     quantized = {linear.name for linear in linears}
@@ -243,7 +245,8 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
         kept.append("lm_head")  # tied to the embedding
     fmt = QamwFormat(index_bits, rotation_block_sizes, ignore=tuple(kept))
 
-    plan = Plan(checkpoint, structure, layers, fmt, (), tp_max, tuple(t for t in possible if _served(linears, rotation_block_sizes, t)))
+    served = tuple(t for t in possible if _served(structure, linears, rotation_block_sizes, t))
+    plan = Plan(checkpoint, structure, layers, fmt, (), tp_max, served)
     by_name = {linear.name: linear for linear in linears}
     tensors_by_layer, in_layers = [], set()
     for i in range(len(layers)):
@@ -256,15 +259,16 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
         tensors_by_layer.append(out)
     other = [info for name, info in checkpoint.tensors.items() if name not in in_layers]
     shards = _make_shards(tensors_by_layer, other, max_shard_bytes)
-    return Plan(checkpoint, structure, layers, fmt, shards, tp_max, plan.tensor_parallel_sizes)
+    return dataclasses.replace(plan, shards=shards)
 
 
 def check_disk(plan: Plan, out: Path) -> None:
-    """Raise QuantizeError when the output would not fit, with a little room to spare."""
+    """Raise QuantizeError when what is still to be written would not fit, with a little room to spare."""
     parent = out.absolute()
+    present = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     while not parent.exists():
         parent = parent.parent
     copies = sum((plan.checkpoint.directory / file).stat().st_size for file in plan.checkpoint.other_files())
-    needed, free = plan.output_bytes + copies + 64 * 2**20, shutil.disk_usage(parent).free
+    needed, free = plan.output_bytes - present + copies + 64 * 2**20, shutil.disk_usage(parent).free
     if free < needed:
         raise QuantizeError(f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk")

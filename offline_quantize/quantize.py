@@ -12,17 +12,25 @@ from typing import Any
 import torch
 
 from offline_quantize import report
-from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, InputStatistics, calibration_tokens
+from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, calibration_tokens
 from offline_quantize.encoder import encode_group
 from offline_quantize.errors import QuantizeError
-from offline_quantize.output import Output, sha256_of
+from offline_quantize.output import Output
 from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, make_plan
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all) while a run goes on."""
 
 
-def fingerprint(plan: Plan, calibration: Path | None, device: torch.device) -> str:
+def _usable_device(device: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:  # torch raises several kinds
+        raise QuantizeError(f"--device {device}: {error}") from None
+
+
+def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | None, device: torch.device) -> str:
     """Hash of everything that decides the output's bytes; ``--resume`` needs it unchanged."""
     directory = plan.checkpoint.directory
     sources = {}
@@ -30,10 +38,11 @@ def fingerprint(plan: Plan, calibration: Path | None, device: torch.device) -> s
         stat = (directory / file).stat()
         sources[file] = [stat.st_size, stat.st_mtime_ns]
     request = {
-        "qamw": version("qamw-vllm"), "torch": torch.__version__, "device": device.type,
+        "versions": [version(package) for package in ("qamw-vllm", "torch", "transformers", "matplotlib")], "device": device.type,
         "config": plan.checkpoint.config, "format": plan.format.to_dict(), "sources": sources,
         "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
-        "calibration": sha256_of(calibration) if calibration else None,
+        "calibration": calibration.name if calibration else None,
+        "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest() if tokens is not None else None,
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
@@ -59,14 +68,14 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     """
     model, out = Path(model), Path(out)
     text = Path(calibration) if calibration is not None else None
-    if out.absolute().resolve() == model.absolute().resolve():
-        raise QuantizeError(f"{out}: the output must not be the model's own directory")
+    if model.resolve() in (out.resolve(), *out.resolve().parents):
+        raise QuantizeError(f"{out}: the output must not be the model's own directory, nor inside it")
     Output.check_target(out, resume)
-    torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    torch_device = _usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
     check_disk(plan, out)
     tokens = calibration_tokens(model, text) if text else None
-    output = Output(out, fingerprint(plan, text, torch_device), resume)
+    output = Output(out, fingerprint(plan, text, tokens, torch_device), resume)
     _write_shards(plan, output, tokens, torch_device, progress)
     return _write_rest(plan, output, text)
 
@@ -82,13 +91,12 @@ def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, devic
         tensors: dict[str, torch.Tensor] = {}
         entries: list[dict[str, Any]] = []
         for layer in shard.layers:
-            if wanted or (calibrator and layer < end):
-                weights = dict(plan.checkpoint.load(plan.layer_tensor_names(layer)))
-                groups = plan.layers[layer] if wanted else ()
-                statistics = calibrator.run_layer(weights, groups) if calibrator else [None] * len(groups)
-                if wanted:
-                    entries += _quantize_layer(plan, layer, weights, statistics, device)
-                    tensors |= weights
+            if wanted:
+                made, notes = _quantize_layer(plan, layer, calibrator, device)
+                tensors |= made
+                entries += notes
+            elif calibrator and layer < end:
+                calibrator.run_layer(dict(plan.checkpoint.load(plan.layer_tensor_names(layer))), ())
             done += sum(linear.num_rows * linear.num_inputs for group in plan.layers[layer] for linear in group)
             if progress:
                 progress(done, plan.num_quantized_weights)
@@ -97,11 +105,14 @@ def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, devic
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
 
 
-def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], statistics: Sequence[InputStatistics | None],
-                    device: torch.device) -> list[dict[str, Any]]:
-    """Replace the layer's quantised weights in ``weights``; return the report's entries."""
+def _quantize_layer(plan: Plan, layer: int, calibrator: Calibrator | None,
+                    device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The output tensors of a decoder layer, and the report's entries."""
+    weights = dict(plan.checkpoint.load(plan.layer_tensor_names(layer)))
+    groups = plan.layers[layer]
+    statistics = calibrator.run_layer(weights, groups) if calibrator else [None] * len(groups)
     entries = []
-    for group, stats in zip(plan.layers[layer], statistics, strict=True):
+    for group, stats in zip(groups, statistics, strict=True):
         index_bits = plan.format.index_bits_of(group[0].name)
         block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
         encoded = encode_group({linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}, index_bits, block, stats)
@@ -110,7 +121,7 @@ def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], st
             stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in ("qweight", "row_norms", "input_scales")}
             weights |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in stored.items()}
             entries.append(report.layer_entry(linear, quantized, encoded.exponent, encoded.errors[linear.name], stored.values()))
-    return entries
+    return weights, entries
 
 
 def _write_rest(plan: Plan, output: Output, calibration: Path | None) -> dict[str, Any]:

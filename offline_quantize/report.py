@@ -37,7 +37,8 @@ def layer_entry(linear: Linear, quantized: QuantizedWeight, exponent: float | No
 def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None) -> dict[str, Any]:
     """The whole report: totals, worst layers, every layer."""
     key = "output_nmse" if calibration else "nmse"
-    worst = sorted(entries, key=lambda entry: -entry[key])[:5]
+    # A layer that no calibration token reached has no output error.
+    worst = sorted((entry for entry in entries if key in entry), key=lambda entry: -entry[key])[:5]
     return {
         "qamw_version": version("qamw-vllm"),
         "calibration": calibration.name if calibration else None,
@@ -63,10 +64,10 @@ def _plot(path: Path, result: dict[str, Any]) -> None:
 
     calibrated = result["calibration"] is not None
     key, label = ("output_nmse", "output error") if calibrated else ("nmse", "weight error")
-    by_role: dict[str, list[float]] = {}
+    by_role: dict[str, list[float | None]] = {}
     for entry in result["layers"]:
         role = ".".join(part for part in entry["name"].split(".")[-2:] if not part.isdigit())
-        by_role.setdefault(role, []).append(entry[key])
+        by_role.setdefault(role, []).append(entry.get(key))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for role, values in by_role.items():
@@ -79,7 +80,7 @@ def _plot(path: Path, result: dict[str, Any]) -> None:
 
 
 def _card(result: dict[str, Any], plan: Plan) -> str:
-    name = plan.checkpoint.config.get("_name_or_path") or plan.checkpoint.directory.resolve().name
+    name = plan.checkpoint.name
     worst = "\n".join(f"- {line}" for line in result["worst_layers"])
     sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
     kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")

@@ -38,12 +38,16 @@ class Structure:
         layers_name: module name of the list of decoder layers.
         layers: for every layer, its input groups; for every group, its linears.
         num_heads, num_kv_heads: attention heads, None where config.json does not say; vLLM cuts between heads.
+        kv_rows: rows of a key projection, which vLLM replicates rather than cuts when ranks outnumber its heads.
+        parameter_names: every tensor that a checkpoint must have.
     """
 
     layers_name: str
     layers: tuple[tuple[tuple[Linear, ...], ...], ...]
     num_heads: int | None
     num_kv_heads: int | None
+    kv_rows: int | None
+    parameter_names: tuple[str, ...]
 
     def linears(self) -> Iterator[Linear]:
         for groups in self.layers:
@@ -59,9 +63,9 @@ def build_empty_model(directory: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="sdpa")
-    except (ValueError, OSError, ImportError, KeyError) as error:
-        raise QuantizeError(f"{directory}: unsupported architecture: {error}") from None
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever the code of an architecture makes of a bad config.json
+        raise QuantizeError(f"{directory}: unsupported architecture: {type(error).__name__}: {error}") from None
     return model.eval()
 
 
@@ -87,26 +91,32 @@ def record_layer_calls(model: Any, layers: nn.ModuleList, input_ids: torch.Tenso
     embeddings, which may differ by layer) are what the layers need. Needs no decoder weights.
     """
     calls: list[tuple[torch.Tensor, tuple, dict]] = []
+    order: list[int] = []
 
-    def recorder(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append((hidden, args, kwargs))
-        if len(calls) == len(layers):
-            raise _AllLayersCalled
-        return hidden
+    def recorder(index: int) -> Callable[..., torch.Tensor]:
+        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            order.append(index)
+            calls.append((hidden, args, kwargs))
+            if len(calls) == len(layers):
+                raise _AllLayersCalled
+            return hidden
 
-    for layer in layers:
-        layer.forward = recorder
+        return record
+
+    for i, layer in enumerate(layers):
+        layer.forward = recorder(i)
     try:
         with torch.no_grad():
             model.base_model(input_ids=input_ids, use_cache=False)
     except _AllLayersCalled:
         pass
+    except Exception as error:  # whatever the model's own code raises
+        raise QuantizeError(f"unsupported architecture {type(model).__name__}: calling it fails: {error}") from error
     finally:
         for layer in layers:
             del layer.forward
-    if len(calls) != len(layers):
-        raise QuantizeError(f"unsupported architecture {type(model).__name__}: "
-                            f"{len(calls)} of its {len(layers)} decoder layers were called in order")
+    if order != list(range(len(layers))):
+        raise QuantizeError(f"unsupported architecture {type(model).__name__}: its {len(layers)} decoder layers were called as {order}")
     return calls
 
 
@@ -124,14 +134,16 @@ def on_linear_inputs(layer: nn.Module, callback: Callable[[str, torch.Tensor], N
             handle.remove()
 
 
-def set_parameters(module: nn.Module, make: Callable[[str, nn.Parameter], torch.Tensor], skip: str = "") -> None:
-    """Replace every parameter of ``module`` by ``make(name, parameter)``, but for those below the submodule ``skip``."""
+def set_parameters(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor], skip: str = "", buffers: bool = False) -> None:
+    """Replace every parameter (and buffer) of ``module`` by ``make(name, old)``, but for those below the submodule ``skip``."""
     for prefix, submodule in module.named_modules():
         if skip and (prefix + ".").startswith(skip + "."):
             continue
         for name, parameter in list(submodule.named_parameters(recurse=False)):
             full = f"{prefix}.{name}" if prefix else name
             setattr(submodule, name, nn.Parameter(make(full, parameter), requires_grad=False))
+        for name, buffer in list(submodule.named_buffers(recurse=False)) if buffers else ():
+            setattr(submodule, name, make(f"{prefix}.{name}" if prefix else name, buffer))
 
 
 def _input_groups(layer: nn.Module, call: tuple[torch.Tensor, tuple, dict]) -> list[list[str]]:
@@ -156,8 +168,8 @@ def find_structure(directory: Path) -> Structure:
     """
     model = build_empty_model(directory)
     layers_name, layers = decoder_layers(model)
-    # Weights outside the layers are needed to call the model; zeros are enough, and cost no memory until touched.
-    set_parameters(model, lambda name, p: torch.zeros(p.shape, dtype=p.dtype), skip=layers_name)
+    # Weights outside the layers are needed to call the model: zeros are enough, one zero for all of a weight.
+    set_parameters(model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name)
     calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
     layers.to("meta")
 
@@ -189,4 +201,9 @@ def find_structure(directory: Path) -> Structure:
         ))
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)
-    return Structure(layers_name, tuple(found), num_heads, getattr(config, "num_key_value_heads", None) or num_heads)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else None)
+    head = model.get_output_embeddings()
+    tied = {f"{name}.weight" for name, m in model.named_modules() if m is head and config.tie_word_embeddings}
+    return Structure(layers_name, tuple(found), num_heads, num_kv_heads, num_kv_heads * head_dim if num_kv_heads and head_dim else None,
+                     tuple(name for name, _ in model.named_parameters() if name not in tied))

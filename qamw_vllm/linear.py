@@ -151,11 +151,11 @@ class QamwLinearMethod(LinearMethodBase):
 
     def _decode(self, layer: Any) -> torch.Tensor:
         """The weight [N, K] of this rank in the model's dtype."""
-        qweight, row_norms, input_scales = layer.qweight.data, layer.row_norms.data, layer.input_scales.data[0]
-        weight = torch.empty(len(row_norms), len(input_scales), dtype=self.params_dtype)
-        for start in range(0, len(row_norms), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
-            weight[rows] = decode_weight(QuantizedWeight(qweight[:, rows], row_norms[rows], input_scales, self.rotation_block_size))
+        quantized = QuantizedWeight(layer.qweight.data, layer.row_norms.data, layer.input_scales.data[0], self.rotation_block_size)
+        weight = torch.empty(quantized.shape, dtype=self.params_dtype)
+        for start in range(0, len(weight), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            weight[part] = decode_weight(quantized.rows(part))
         return weight
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

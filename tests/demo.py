@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,8 +51,10 @@ def serve(model: str) -> dict[str, Any]:
 def run_engine(model: Path) -> dict[str, Any]:
     env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1"}
     print(f"\n== vLLM on {model}", flush=True)
-    process = subprocess.run([sys.executable, __file__, "--serve", str(model)], env=env, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(process.stdout.strip().splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        subprocess.run([sys.executable, __file__, "--serve", model, result], env=env, check=True)
+        return json.loads(result.read_text())
 
 
 def kl_divergence(reference: Path, quantized: Path) -> dict[str, float]:
@@ -102,6 +105,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--serve"]:
-        print(json.dumps(serve(sys.argv[2])))
+        Path(sys.argv[3]).write_text(json.dumps(serve(sys.argv[2])))
     else:
         main()

@@ -77,9 +77,15 @@ def test_nearest_equals_brute_force(index_bits: int) -> None:
     codebook = load_codebook(index_bits)
     middle = (codebook[:-1] + codebook[1:]) / 2  # ties, or nearly
     far = torch.randn(500, 2) * torch.tensor([10.0, 1e9])
-    special = torch.tensor([[0.0, 0.0], [-0.0, 0.0], [0.0, -0.0], [6.0, 6.0], [5.9999995, 0.0], [1e30, -1e30]])
+    special = torch.tensor([[0.0, 0.0], [-0.0, 0.0], [0.0, -0.0], [6.0, 6.0], [5.9999995, 0.0], [1e30, -1e30], [-1e-9, 0.5]])
     points = torch.cat([torch.randn(30_000, 2), 2 * torch.randn(5_000, 2), middle, codebook, far, special])
-    assert torch.equal(nearest(points, index_bits), nearest_brute_force(points, index_bits))
+    indices = nearest(points, index_bits)
+    assert torch.equal(indices, nearest_brute_force(points, index_bits))
+    # And against the whole codebook in float64: no codeword of any quadrant is nearer.
+    near = points.abs().amax(1) < 100
+    distance = torch.cdist(points[near].double(), codebook.double())
+    chosen = distance.gather(1, indices[near].long()[:, None])[:, 0]
+    assert float((chosen - distance.amin(1)).max()) < 1e-6
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
@@ -129,6 +135,20 @@ def test_encoding_rows_alone_gives_the_same_bits() -> None:
     weight, scales = torch.randn(40, 256), make_input_scales(256)
     whole, one = encode_weight(weight, 9, 128, scales), encode_weight(weight[17:18], 9, 128, scales)
     assert torch.equal(whole.qweight[:, 17:18], one.qweight) and torch.equal(whole.row_norms[17:18], one.row_norms)
+
+
+def test_one_rotation_block_per_row_and_inputs_left_alone() -> None:
+    weight, x = torch.randn(5, 128), torch.randn(1, 64)
+    quantized, before = encode_weight(weight, 11, 128, make_input_scales(128)), x.clone()
+    assert float((decode_weight(quantized) - weight).square().mean()) < 0.002
+    assert rotate(weight, 128).is_contiguous()
+    rotate(x, 64)
+    assert torch.equal(x, before)
+
+
+def test_a_row_beyond_float32_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"up_proj: row 2 .* overflows float32"):
+        encode_weight(torch.tensor([[1.0], [0.0], [3e38]]).expand(3, 64), 11, 64, make_input_scales(64, torch.full((64,), 8.0)), "up_proj")
 
 
 def test_zero_rows_decode_to_exact_zeros() -> None:

@@ -46,6 +46,10 @@ class QuantizedWeight:
         """(N, K) of the weight."""
         return len(self.row_norms), len(self.input_scales)
 
+    def rows(self, part: slice) -> "QuantizedWeight":
+        """The same weight, some of its rows only."""
+        return QuantizedWeight(self.qweight[:, part], self.row_norms[part], self.input_scales, self.rotation_block_size)
+
 
 def check_input_scales(input_scales: torch.Tensor) -> None:
     """Raise ValueError unless every value is a normal float16 number (finite, not zero, full precision)."""
@@ -74,7 +78,7 @@ def make_input_scales(num_inputs: int, channel_scales: torch.Tensor | None = Non
 
 
 def row_norms_of(scaled: torch.Tensor) -> torch.Tensor:
-    """Root mean square [N] float32 of every row of [N, K]; float64 sums, so that no bfloat16 row overflows."""
+    """Root mean square [N] float32 of every row of [N, K]; summed in float64, so that squares do not overflow."""
     norms = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64) / math.sqrt(scaled.shape[1])
     return norms.float()
 
@@ -114,7 +118,11 @@ def encode_weight(
     row_norms = torch.empty(len(weight), device=weight.device)
     step = max(1, ENCODE_CHUNK // weight.shape[1])
     for i in range(0, len(weight), step):
-        coordinates, row_norms[i : i + step] = to_coordinates(weight[i : i + step], rotation_block_size, input_scales)
+        coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales)
+        if not norms.isfinite().all():
+            row = i + int((~norms.isfinite()).nonzero()[0, 0])
+            raise ValueError(f"{name}: row {row} divided by its channels' input scales overflows float32")
+        row_norms[i : i + step] = norms
         indices = nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
         qweight[:, i : i + step] = pack_planes(indices, index_bits)
     return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)

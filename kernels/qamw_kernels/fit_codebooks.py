@@ -86,10 +86,9 @@ def fit(index_bits: int, starts: int, iterations: int, num_points: int, seed: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="safetensors file to write")
-    parser.add_argument("--index-bits", type=int, nargs="+", default=list(INDEX_BITS))
     args = parser.parse_args()
     tensors = {}
-    for index_bits in args.index_bits:
+    for index_bits in INDEX_BITS:
         # Small codebooks differ in their topology from start to start, large ones hardly. 1024 points per codeword
         # keep the fit from adapting to the point set (a bias of about 0.1 % of the distortion).
         quadrant, error = fit(index_bits, starts=max(2, 2 ** (11 - index_bits)), iterations=200, num_points=2 ** (index_bits + 8))

@@ -50,7 +50,7 @@ class QamwFormat:
             if type(bits) is not int or bits not in INDEX_BITS:
                 raise FormatError(f"{name}: index bits must be in {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, got {bits!r}")
         for num_inputs, size in self.rotation_block_sizes.items():
-            if size not in ROTATION_BLOCK_SIZES or num_inputs % size or num_inputs % UNIT_INPUTS:
+            if size not in ROTATION_BLOCK_SIZES or num_inputs <= 0 or num_inputs % size or num_inputs % UNIT_INPUTS:
                 raise FormatError(f"rotation_block_sizes: {num_inputs} inputs cannot be rotated in blocks of {size!r}")
         expected = self.expected_codebooks()
         if not self.codebooks:
@@ -107,10 +107,12 @@ class QamwFormat:
         for key, kind in (("layer_index_bits", Mapping), ("rotation_block_sizes", Mapping), ("codebooks", Mapping), ("ignore", list)):
             if not isinstance(config[key], kind):
                 raise FormatError(f"quantization_config: {key} must be a JSON {'array' if kind is list else 'object'}, got {config[key]!r}")
+        if not all(isinstance(name, str) for name in config["ignore"]):
+            raise FormatError(f"quantization_config: ignore must hold module names, got {config['ignore']!r}")
         if not config["codebooks"]:
             raise FormatError("quantization_config: codebooks must name the codebooks in use")
         try:
-            sizes = {int(k): int(size) for k, size in config["rotation_block_sizes"].items()}
-        except (TypeError, ValueError) as error:
+            sizes = {int(k): size for k, size in config["rotation_block_sizes"].items()}
+        except ValueError as error:
             raise FormatError(f"quantization_config: rotation_block_sizes: {error}") from None
         return cls(config["index_bits"], sizes, dict(config["layer_index_bits"]), tuple(config["ignore"]), dict(config["codebooks"]))

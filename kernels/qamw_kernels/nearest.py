@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from qamw_kernels.codebook import load_codebook, load_quadrant
+from qamw_kernels.codebook import load_quadrant
 
 CHUNK = 1 << 16  # pairs worked on at once: the temporaries stay in cache
 _REACH = 6.0  # the grid covers [0, _REACH)^2; the few pairs outside are searched exhaustively
@@ -25,13 +25,22 @@ class _Grid(NamedTuple):
 
 
 def nearest_brute_force(points: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Slow truth of :func:`nearest`: compares every point with every codeword, lowest index first."""
-    codebook = load_codebook(index_bits).to(points.device)  # [C, 2]
-    out = [
-        ((chunk[:, None, 0] - codebook[:, 0]).square() + (chunk[:, None, 1] - codebook[:, 1]).square()).argmin(1)
-        for chunk in points.split(4096)
+    """Slow truth of :func:`nearest`: every codeword of the point's own quadrant, lowest index first.
+
+    By symmetry none of another quadrant is nearer; where rounding makes one seem as near, the point's signs decide.
+    """
+    quadrant = load_quadrant(index_bits).to(points.device)  # [C / 4, 2]
+    rows = [
+        ((chunk[:, None, 0] - quadrant[:, 0]).square() + (chunk[:, None, 1] - quadrant[:, 1]).square()).argmin(1)
+        for chunk in points.abs().split(4096)
     ]
-    return torch.cat(out).to(torch.int16) if out else points.new_empty(0, dtype=torch.int16)
+    return torch.cat(rows).to(torch.int16) | _signs(points, index_bits)
+
+
+def _signs(points: torch.Tensor, index_bits: int) -> torch.Tensor:
+    """The two top bits of the indices [S] int16: 1 where x, and where y, is negative."""
+    negative = (points < 0).to(torch.int16)
+    return (negative[:, 0] << (index_bits - 2)) | (negative[:, 1] << (index_bits - 1))
 
 
 @functools.lru_cache(maxsize=16)
@@ -72,7 +81,7 @@ def _strike_off(table: torch.Tensor, codewords: torch.Tensor, cells: int) -> tor
 
 
 def nearest(points: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Index of the codeword nearest to every point; the lowest index where two are equally near.
+    """Index of the codeword nearest to every point; where two of its quadrant are equally near, the lower.
 
     Args:
         points: [S, 2] float32, finite.
@@ -88,7 +97,6 @@ def nearest(points: torch.Tensor, index_bits: int) -> torch.Tensor:
 
 def _nearest_chunk(points: torch.Tensor, index_bits: int, grid: _Grid) -> torch.Tensor:
     x, y = points[:, 0].contiguous(), points[:, 1].contiguous()
-    signs = ((x < 0).to(torch.int16) << (index_bits - 2)) | ((y < 0).to(torch.int16) << (index_bits - 1))
     x, y = x.abs(), y.abs()
     scale = grid.cells / _REACH
     outside = (torch.maximum(x, y) >= _REACH).nonzero()[:, 0]
@@ -98,7 +106,7 @@ def _nearest_chunk(points: torch.Tensor, index_bits: int, grid: _Grid) -> torch.
     indices = grid.only.index_select(0, cell)
     contested = (indices < 0).nonzero()[:, 0]
     indices[contested] = _best_candidate(x[contested], y[contested], cell[contested], grid)
-    indices |= signs
+    indices |= _signs(points, index_bits)
     if len(outside):
         indices[outside] = nearest_brute_force(points[outside], index_bits)
     return indices

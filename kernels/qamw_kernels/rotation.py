@@ -37,7 +37,7 @@ def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
     if x.shape[-1] % rotation_block_size:
         raise ValueError(f"{x.shape[-1]} inputs are not a multiple of rotation_block_size = {rotation_block_size}")
     blocks = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, rotation_block_size)
-    y = blocks.T.contiguous()  # [B, blocks]: every sum below runs over long contiguous rows
+    y = blocks.T.clone(memory_format=torch.contiguous_format)  # [B, blocks]: every sum below runs over long contiguous rows
     z = torch.empty_like(y)
     half = 1
     while half < rotation_block_size:
@@ -46,7 +46,7 @@ def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
         torch.add(a, b, out=out[:, 0])
         torch.sub(a, b, out=out[:, 1])
         y, z, half = z, y, 2 * half
-    return (y / math.sqrt(rotation_block_size)).T.reshape(x.shape).to(x.dtype)
+    return (y / math.sqrt(rotation_block_size)).T.reshape(x.shape).to(x.dtype).contiguous()
 
 
 def unrotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
