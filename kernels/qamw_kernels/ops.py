@@ -7,6 +7,8 @@ implementations, and no falling back from one to the other.
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -132,14 +134,12 @@ def _coordinates(qweight: torch.Tensor, quadrant_words: torch.Tensor) -> torch.T
 
 
 def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    _check_rotate(x, input_scales, rotation_block_size)
-    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype).contiguous()
+    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype)
 
 
 def _gemm_torch(
     rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
     y = rotated.float() @ _coordinates(qweight, quadrant_words).T * row_norms
     return (y if bias is None else y + bias.float()).to(rotated.dtype)
 
@@ -152,87 +152,66 @@ def _dequantize_torch(
     rotation_block_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
     weight = rotation.unrotate(_coordinates(qweight, quadrant_words), rotation_block_size)
     return weight.mul_(row_norms[:, None]).mul_(input_scales.float()).to(dtype)
 
 
-def _rotate_triton(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    from qamw_kernels import triton_launch
-
-    _check_rotate(x, input_scales, rotation_block_size)
-    return triton_launch.rotate(x, input_scales, rotation_block_size)
-
-
-def _gemm_triton(
-    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    from qamw_kernels import triton_launch
-
-    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
-    return triton_launch.gemm(rotated, qweight, row_norms, quadrant_words, bias)
-
-
-def _dequantize_triton(
-    qweight: torch.Tensor,
-    row_norms: torch.Tensor,
-    input_scales: torch.Tensor,
-    quadrant_words: torch.Tensor,
-    rotation_block_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    from qamw_kernels import triton_launch
-
-    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
-    return triton_launch.dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
-
-
 def _rotate_fake(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    _check_rotate(x, input_scales, rotation_block_size)
     return x.new_empty(x.shape)
 
 
-def _gemm_fake(
-    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    _check_gemm(rotated, qweight, row_norms, quadrant_words, bias)
+def _gemm_fake(rotated: torch.Tensor, qweight: torch.Tensor, *others: object) -> torch.Tensor:
     return rotated.new_empty(rotated.shape[0], qweight.shape[1])
 
 
-def _dequantize_fake(
-    qweight: torch.Tensor,
-    row_norms: torch.Tensor,
-    input_scales: torch.Tensor,
-    quadrant_words: torch.Tensor,
-    rotation_block_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    _check_dequantize(qweight, row_norms, input_scales, quadrant_words, rotation_block_size, dtype)
-    return row_norms.new_empty(row_norms.shape[0], input_scales.shape[0], dtype=dtype)
+def _dequantize_fake(qweight: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor, *others: Any) -> torch.Tensor:
+    return row_norms.new_empty(row_norms.shape[0], input_scales.shape[0], dtype=others[-1])
+
+
+def _triton(name: str) -> Callable[..., torch.Tensor]:
+    """The launcher of that name; triton is imported at the first launch."""
+
+    def launch(*args: Any) -> torch.Tensor:
+        from qamw_kernels import triton_launch
+
+        return getattr(triton_launch, name)(*args)
+
+    return launch
+
+
+def _checked(check: Callable[..., None], implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def run(*args: Any) -> torch.Tensor:
+        check(*args)
+        return implementation(*args)
+
+    return run
+
+
+_OPS = (
+    (
+        "rotate(Tensor x, Tensor input_scales, int rotation_block_size) -> Tensor",
+        _check_rotate, _rotate_torch, _rotate_fake,
+    ),
+    (
+        "gemm(Tensor rotated, Tensor qweight, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
+        _check_gemm, _gemm_torch, _gemm_fake,
+    ),
+    (
+        "dequantize(Tensor qweight, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, int rotation_block_size, "
+        "ScalarType dtype) -> Tensor",
+        _check_dequantize, _dequantize_torch, _dequantize_fake,
+    ),
+)  # fmt: skip
 
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("qamw", "DEF")
-    for schema, triton_backend, torch_backend, fake in (
-        ("rotate(Tensor x, Tensor input_scales, int rotation_block_size) -> Tensor", _rotate_triton, _rotate_torch, _rotate_fake),
-        (
-            "gemm(Tensor rotated, Tensor qweight, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
-            _gemm_triton,
-            _gemm_torch,
-            _gemm_fake,
-        ),
-        (
-            "dequantize(Tensor qweight, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, "
-            "int rotation_block_size, ScalarType dtype) -> Tensor",
-            _dequantize_triton,
-            _dequantize_torch,
-            _dequantize_fake,
-        ),
-    ):
+    for schema, check, truth, fake in _OPS:
         name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(name, triton_backend, "CUDA")
-        library.impl(name, triton_backend if INTERPRETED else torch_backend, "CPU")
-        torch.library.register_fake(f"qamw::{name}", fake, lib=library)
+        launch = _checked(check, _triton(name))
+        library.impl(name, launch, "CUDA")
+        library.impl(name, launch if INTERPRETED else _checked(check, truth), "CPU")
+        torch.library.register_fake(f"qamw::{name}", _checked(check, fake), lib=library)
     return library
 
 
