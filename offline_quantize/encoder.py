@@ -42,8 +42,8 @@ def channel_scales(rms: torch.Tensor, exponent: float) -> torch.Tensor:
 def measure(weight: torch.Tensor, quantized: QuantizedWeight, sample: torch.Tensor | None) -> dict[str, float]:
     """Squared errors of a quantised weight, relative to the squared originals: of the weight, and of its output on ``sample`` [S, K]."""
     error = energy = output_error = output_energy = 0.0
-    for rows in torch.arange(len(weight)).split(MEASURED_ROWS):
-        part = slice(int(rows[0]), int(rows[-1]) + 1)
+    for start in range(0, len(weight), MEASURED_ROWS):
+        part = slice(start, start + MEASURED_ROWS)
         original = weight[part].float()
         difference = decode_weight(quantized.rows(part)) - original
         error, energy = error + float(difference.square().sum()), energy + float(original.square().sum())

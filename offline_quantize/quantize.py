@@ -17,6 +17,7 @@ from offline_quantize.encoder import encode_group
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import Output
 from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, make_plan
+from qamw_kernels.codec import check_finite
 
 Progress = Callable[[int, int], None]
 """Called with (weights done, weights in all) while a run goes on."""
@@ -110,6 +111,8 @@ def _quantize_layer(plan: Plan, layer: int, calibrator: Calibrator | None,
     """The output tensors of a decoder layer, and the report's entries."""
     weights = dict(plan.checkpoint.load(plan.layer_tensor_names(layer)))
     groups = plan.layers[layer]
+    for linear in (linear for group in groups for linear in group):  # before calibration spreads it
+        check_finite(weights[f"{linear.name}.weight"], f"{linear.name}.weight")
     statistics = calibrator.run_layer(weights, groups) if calibrator else [None] * len(groups)
     entries = []
     for group, stats in zip(groups, statistics, strict=True):

@@ -317,13 +317,14 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path, tiny_llama: Path) -> No
     refused(change_tensors("dtype", lambda t: t.update({down: torch.zeros(256, 512, dtype=torch.int8)})), f"{down} is torch.int8")
 
 
-def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("options", [{"calibration": None}, {}])
+def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny_llama: Path, options: dict) -> None:
     model = copy_model(tiny_llama, tmp_path / "nan")
     tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is nan"):
-        quantize(model, tmp_path / "out", calibration=None)
+        quantize(model, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -96,6 +96,13 @@ def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales:
     return rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size), row_norms
 
 
+def check_finite(weight: torch.Tensor, name: str) -> None:
+    """Raise ValueError that names the first value of a weight [N, K] which is NaN or infinite."""
+    if not weight.isfinite().all():
+        row, column = (~weight.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
+
+
 def encode_weight(
     weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight"
 ) -> QuantizedWeight:
@@ -110,9 +117,7 @@ def encode_weight(
     """
     if weight.ndim != 2 or input_scales.shape != weight.shape[1:]:
         raise ValueError(f"{name}: expected a weight [N, {len(input_scales)}], got shape {tuple(weight.shape)}")
-    if not weight.isfinite().all():
-        row, column = (~weight.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
+    check_finite(weight, name)
     input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
     row_norms = torch.empty(len(weight), device=weight.device)
