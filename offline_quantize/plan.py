@@ -85,7 +85,7 @@ class Plan:
     def peak_memory_bytes(self, calibration_tokens: int = 0) -> int:
         """Estimate: interpreter and libraries, one decoder layer, one shard twice (safetensors serialises a copy)."""
         layers = [[self.checkpoint.tensors[name] for name in self.layer_tensor_names(i)] for i in range(len(self.layers))]
-        peak = 900 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
+        peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
         peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
         if calibration_tokens:  # the layer in float32, and activations
             peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
