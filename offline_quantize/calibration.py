@@ -41,7 +41,7 @@ def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
     try:
         text = text_file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise QuantizeError(f"--calibration {text_file}: {error}") from None
+        raise QuantizeError(f"--calibration {text_file}: {error.strerror if isinstance(error, OSError) else error}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways; all mean the same here

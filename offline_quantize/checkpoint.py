@@ -143,7 +143,7 @@ def resolve_model(model: str) -> Path:
     if path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise QuantizeError(f"{model}: not a directory")
+        raise QuantizeError(f"{model}: not a directory, nor a hub id of the form ORG/NAME")
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,7 +1,9 @@
 """The command line: ``qamw``, the same as ``python -m offline_quantize``."""
 
 import argparse
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from offline_quantize.errors import QuantizeError
@@ -44,9 +46,13 @@ def _quantize(args: argparse.Namespace) -> None:
     from offline_quantize.checkpoint import resolve_model
     from offline_quantize.quantize import quantize
 
-    with tqdm(unit="weight", unit_scale=True, desc="quantising", dynamic_ncols=True) as bar:
+    with ExitStack() as stack:
+        bar: tqdm | None = None
+
         def progress(done: int, total: int) -> None:
-            bar.total = total
+            nonlocal bar
+            if bar is None:  # only once there is something to show: a refused request has no bar
+                bar = stack.enter_context(tqdm(total=total, unit="weight", unit_scale=True, desc="quantising", dynamic_ncols=True))
             bar.update(done - bar.n)
 
         report = quantize(resolve_model(args.model), args.out, args.bpw, _calibration(args.calibration), args.tp_max,
@@ -93,10 +99,13 @@ def main(argv: list[str] | None = None) -> int:
     run = {"quantize": _quantize, "plan": _plan, "inspect": _inspect, "verify": _verify}[args.command]
     try:
         run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (QuantizeError, ValueError, OSError) as error:  # ValueError: a bad tensor; OSError: a full disk
         print(f"qamw: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qamw: interrupted; --resume continues", file=sys.stderr)
+        print("qamw: interrupted; --resume continues after the last finished shard", file=sys.stderr)
         return 130
     return 0

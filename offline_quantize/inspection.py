@@ -53,7 +53,8 @@ def inspect(directory: Path) -> str:
     entries = {e["name"]: e for e in read_json(directory / REPORT)["layers"]} if (directory / REPORT).is_file() else {}
     lines = [f"{'layer':48} {'N x K':>13} {'bpw':>5} {'eff.':>6} {'block':>5} {'SQNR dB':>8} {'output error':>12}"]
     total_bytes = total_weights = 0
-    for name, (rows, inputs) in modules.items():
+    for name in sorted(modules, key=lambda n: [(part.isdigit(), int(part) if part.isdigit() else part) for part in n.split(".")]):
+        rows, inputs = modules[name]
         bits = fmt.index_bits_of(name)
         num_bytes = sum(checkpoint.tensors[f"{name}.{s}"].num_bytes for s in layer_tensors(rows, inputs, bits))
         total_bytes, total_weights = total_bytes + num_bytes, total_weights + rows * inputs

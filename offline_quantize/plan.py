@@ -162,7 +162,8 @@ def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Li
     names = [linear.name for linear in structure.linears()]
     for pattern in ignore:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise QuantizeError(f"--ignore {pattern!r} matches no linear layer; names look like {names[0]}")
+            raise QuantizeError(f"--ignore {pattern!r} matches no linear layer of the decoder; names look like {names[0]} "
+                                "(everything outside the decoder layers, such as lm_head, is left alone anyway)")
 
     def ignored(linear: Linear) -> bool:
         return any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in ignore)

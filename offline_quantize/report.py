@@ -95,7 +95,8 @@ tags: [qamw]
 (every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.
 Calibration: {result["calibration"] or "none"}. Made by qamw-vllm {result["qamw_version"]}.
 
-    pip install qamw-vllm
+With the vLLM plugin of qamw-vllm installed:
+
     vllm serve . --quantization qamw
 
 Tensor-parallel sizes: {sizes}. Not quantised: {kept}.
