@@ -2,4 +2,5 @@ import sys
 
 from offline_quantize.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # vLLM's processes import this module again
+    sys.exit(main())

@@ -1,7 +1,6 @@
 """Activation statistics, one decoder layer in memory at a time, so that a model larger than memory can be calibrated."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,20 +13,6 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 NUM_WINDOWS = 32
 WINDOW_TOKENS = 512
 BATCH = 4  # windows per forward call
-SAMPLE_TOKENS = 256  # inputs kept per group for measuring output errors
-
-
-@dataclass
-class InputStatistics:
-    """What is known about the activation that an input group reads.
-
-    Attributes:
-        rms: [K] float32, root mean square of every channel over all calibration tokens.
-        sample: [S, K] float32, evenly spaced tokens.
-    """
-
-    rms: torch.Tensor
-    sample: torch.Tensor
 
 
 def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
@@ -55,77 +40,106 @@ def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
     return torch.stack([torch.cat((torch.tensor(bos, dtype=torch.long), tokens[s : s + width])) for s in starts])
 
 
-class Calibrator:
-    """Carries the calibration tokens through the decoder layers, in order.
+class LayerRunner:
+    """Runs the decoder layers of a checkpoint over the calibration tokens, with one layer's weights in memory at a time.
 
-    Layers are run in float32, and the hidden states between two layers are kept in CPU memory.
+    Layers are run in float32; hidden states between two layers are kept in CPU memory.
+
+    Attributes:
+        hidden: what the next layer reads, per batch [BATCH, WINDOW_TOKENS, hidden size].
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device) -> None:
         self.device = device
         self.model = build_empty_model(checkpoint.directory)
         self.layers_name, self.layers = decoder_layers(self.model)
-        self.next_layer = 0
         self._load_outside_layers(checkpoint)
-        self.hidden: list[torch.Tensor] = []  # per batch
+        self.hidden: list[torch.Tensor] = []
         self.calls: list[list[tuple[tuple, dict]]] = []  # per batch and layer: masks, positions
         for batch in tokens.split(BATCH):
             calls = record_layer_calls(self.model, self.layers, batch.to(device))
             self.calls.append([(args, kwargs) for _, args, kwargs in calls])
             self.hidden.append(calls[0][0].cpu())
-        self.num_tokens = tokens.numel()
-        # Embeddings have done their work.
-        set_parameters(self.model, lambda name, p: torch.empty_like(p, device="meta"), skip=self.layers_name)
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
-        tensors = checkpoint.tensors
-
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
-            # The head is not needed, and a checkpoint with tied embeddings has none.
-            if name in tensors and not name.startswith("lm_head."):
+            if name in checkpoint.tensors:  # not the head, where it is tied to the embeddings
                 return next(checkpoint.load([name]))[1].to(self.device, torch.float32)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, real, skip=self.layers_name, buffers=True)
+        self.model.tie_weights()
 
-    def run_layer(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]]) -> list[InputStatistics | None]:
-        """Run the next decoder layer and collect the statistics of its input groups.
-
-        Args:
-            weights: the layer's tensors by full name.
-            groups: the groups whose statistics are wanted; empty when the layer is only passed through.
-        Returns:
-            One entry per group; None where no token reached the group.
-        """
-        index, self.next_layer = self.next_layer, self.next_layer + 1
-        layer = self.layers[index]
-        prefix = f"{self.layers_name}.{index}."
-
+    def load(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Give decoder layer ``index`` its tensors, by full name."""
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
-            stored = weights.get(prefix + name)
+            stored = weights.get(f"{self.layers_name}.{index}.{name}")
             return old.to(self.device) if stored is None else stored.to(self.device, torch.float32)
 
-        set_parameters(layer, real, buffers=True)
+        set_parameters(self.layers[index], real, buffers=True)
+
+    def unload(self, index: int) -> None:
+        """Let go of the tensors of decoder layer ``index``."""
+        set_parameters(self.layers[index], lambda name, p: torch.empty_like(p, device="meta"))
+
+    def run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of decoder layer ``index`` for the hidden states of one batch."""
+        args, kwargs = self.calls[batch][index]
+        out = self.layers[index](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Run decoder layer ``index`` over all batches, and go on to the next."""
+        self.hidden = [self.run(index, i, batch.to(self.device)).cpu() for i, batch in enumerate(self.hidden)]
+        if not all(batch.isfinite().all() for batch in self.hidden):
+            raise QuantizeError(f"{self.layers_name}.{index}: its output is not finite on the calibration text")
+
+
+class Calibrator:
+    """Second moments of every input group's activation, layer by layer, where each layer reads what the quantised layers
+    before it put out: for every layer in turn :meth:`hessians`, then :meth:`finish`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device) -> None:
+        self._runner = LayerRunner(checkpoint, tokens, device)
+        # Embeddings and head have done their work.
+        set_parameters(self._runner.model, lambda name, p: torch.empty_like(p, device="meta"), skip=self._runner.layers_name)
+        self._index = 0
+
+    @torch.no_grad()
+    def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]]) -> list[torch.Tensor | None]:
+        """Mean of x^T x, [K, K] float32, over all calibration tokens for the input x of each group of the next layer.
+
+        Args:
+            weights: the layer's original tensors by full name.
+        Returns:
+            One entry per group; None where no token reached the group, or nothing but zeros.
+        """
+        runner = self._runner
+        prefix = f"{runner.layers_name}.{self._index}."
         first = {group[0].name.removeprefix(prefix): i for i, group in enumerate(groups)}
-        squares = [torch.zeros(g[0].num_inputs, dtype=torch.float64, device=self.device) for g in groups]
+        sums = [torch.zeros(g[0].num_inputs, g[0].num_inputs, device=runner.device) for g in groups]
         counts = [0] * len(groups)
-        samples: list[list[torch.Tensor]] = [[] for _ in groups]
-        stride = max(1, self.num_tokens // SAMPLE_TOKENS)
 
         def note(name: str, x: torch.Tensor) -> None:
             if name in first:
                 i, rows = first[name], x.reshape(-1, x.shape[-1])
-                squares[i] += rows.double().square().sum(0)
+                sums[i].addmm_(rows.T, rows)
                 counts[i] += len(rows)
-                samples[i].append(rows[stride // 2 :: stride].clone())
 
-        with torch.no_grad(), on_linear_inputs(layer, note):
-            for i, batch in enumerate(self.hidden):
-                args, kwargs = self.calls[i][index]
-                out = layer(batch.to(self.device), *args, **kwargs)
-                self.hidden[i] = (out[0] if isinstance(out, tuple) else out).cpu()
-        set_parameters(layer, lambda name, p: torch.empty_like(p, device="meta"))
-        if not all(batch.isfinite().all() for batch in self.hidden):
-            raise QuantizeError(f"{self.layers_name}.{index}: its output is not finite on the calibration text")
-        return [InputStatistics((s / n).sqrt().float(), torch.cat(x)) if n else None
-                for s, n, x in zip(squares, counts, samples, strict=True)]
+        runner.load(self._index, weights)
+        with on_linear_inputs(runner.layers[self._index], note):
+            for i, batch in enumerate(runner.hidden):
+                runner.run(self._index, i, batch.to(runner.device))
+        for total, group in zip(sums, groups, strict=True):
+            if not total.isfinite().all():
+                raise QuantizeError(f"{group[0].name}: its input is not finite on the calibration text")
+        return [total / n if n and total.any() else None for total, n in zip(sums, counts, strict=True)]
+
+    def finish(self, weights: dict[str, torch.Tensor]) -> None:
+        """Carry the tokens through the layer with its quantised ``weights``, decoded, by full name; go on to the next layer."""
+        self._runner.load(self._index, weights)
+        self._runner.advance(self._index)
+        self._runner.unload(self._index)
+        self._index += 1

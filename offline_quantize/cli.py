@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -15,9 +16,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_model_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("model", metavar="MODEL", help="Hugging Face directory, or a hub id where there is a network")
-        command.add_argument("--bpw", type=float, default=5.5, help="bits per weight: 3, 3.5 ... 6 (default 5.5)")
+        command.add_argument("--bpw", type=float, default=5.5, help="bits per weight, 3 to 6 (default 5.5)")
         command.add_argument("--calibration", default="default", metavar="FILE|none",
-                             help="UTF-8 text for activation-aware scales (default: a text that comes with qamw)")
+                             help="UTF-8 text to quantise for (default: a text that comes with qamw)")
         command.add_argument("--tp-max", type=int, default=8, help="widest tensor parallelism to prepare for (default 8)")
         command.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                              help="leave linear layers of this glob pattern as they are; may be repeated")
@@ -25,13 +26,47 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantise MODEL into the new directory OUT")
     add_model_options(quantize)
     quantize.add_argument("out", metavar="OUT", type=Path)
+    quantize.add_argument("--encoder", choices=["feedback", "nearest"],
+                          help="feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not")
+    quantize.add_argument("--rates", choices=["mixed", "uniform"],
+                          help="mixed: more bits for layers that matter more (default with calibration); uniform: the same for all")
     quantize.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     quantize.add_argument("--resume", action="store_true", help="continue an interrupted run of the same request")
     add_model_options(commands.add_parser("plan", help="say what quantize would do; reads headers only"))
     for name, text in (("inspect", "show what is inside a quantised checkpoint, per layer"),
                        ("verify", "check every byte against the manifest, every tensor against the format")):
         commands.add_parser(name, help=text).add_argument("checkpoint", metavar="CKPT", type=Path)
+    _add_eval_options(commands.add_parser("eval", help="measure perplexity and KL divergence against the original model"))
     return parser
+
+
+def _add_eval_options(command: argparse.ArgumentParser) -> None:
+    from offline_quantize.conventions import BOS_RULE, CONVENTIONS
+
+    command.add_argument("checkpoints", metavar="CKPT", nargs="+", help="what to measure: QAM-W or plain, directory or hub id")
+    command.add_argument("--reference", metavar="MODEL", required=True, help="the original model")
+    command.add_argument("--text", metavar="FILE", type=Path, required=True, help="the raw WikiText test split, or any UTF-8 text")
+    command.add_argument("--convention", action="append", choices=list(CONVENTIONS), metavar="NAME",
+                         help=f"{', '.join(CONVENTIONS)}; may be repeated (default all). KL is measured in the first")
+    command.add_argument("--windows", type=_at_least(1), metavar="N", help="at most so many windows per convention (lm-eval: whole pages)")
+    command.add_argument("--bos", choices=["auto", "yes", "no"], default="auto", help=BOS_RULE)
+    command.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the models; logits are always float32")
+    command.add_argument("--engine", choices=["transformers", "vllm"], default="transformers",
+                         help="what runs CKPT: transformers with decoded weights, or vLLM as it serves it")
+    command.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
+    command.add_argument("--noise-windows", type=_at_least(0), default=2, metavar="N",
+                         help="windows for the noise floor of bfloat16 (default 2, 0: none)")
+    command.add_argument("--json", metavar="FILE", type=Path, help="write all figures, and what they were measured with")
+    command.add_argument("--plot", metavar="FILE", type=Path, help="write a PNG: distribution of KL over tokens, and by window")
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def count(value: str) -> int:
+        if (number := int(value)) < minimum:
+            raise argparse.ArgumentTypeError(f"expected at least {minimum}, got {value}")
+        return number
+
+    return count
 
 
 def _calibration(value: str) -> Path | None:
@@ -47,16 +82,15 @@ def _quantize(args: argparse.Namespace) -> None:
     from offline_quantize.quantize import quantize
 
     with ExitStack() as stack:
-        bar: tqdm | None = None
+        bars: dict[str, tqdm] = {}
 
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            if bar is None:  # only once there is something to show: a refused request has no bar
-                bar = stack.enter_context(tqdm(total=total, unit="weight", unit_scale=True, desc="quantising", dynamic_ncols=True))
-            bar.update(done - bar.n)
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:  # only once there is something to show: a refused request has no bar
+                bars[stage] = stack.enter_context(tqdm(total=total, unit_scale=True, desc=stage, dynamic_ncols=True))
+            bars[stage].update(done - bars[stage].n)
 
         report = quantize(resolve_model(args.model), args.out, args.bpw, _calibration(args.calibration), args.tp_max,
-                          args.ignore, args.device, args.resume, progress)
+                          args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates)
     print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
     print("largest errors:", *report["worst_layers"], sep="\n  ")
@@ -93,10 +127,43 @@ def _verify(args: argparse.Namespace) -> None:
     print(verify(args.checkpoint))
 
 
+def _eval(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from offline_quantize.checkpoint import resolve_model
+    from offline_quantize.conventions import CONVENTIONS
+    from offline_quantize.evaluate import evaluate, read_text
+    from offline_quantize.evaluation_report import plot, table, to_json, write_atomically
+    from offline_quantize.quantize import usable_device
+
+    for path in (args.json, args.plot):
+        if path and not path.parent.is_dir():  # known before the work, not after it
+            raise QuantizeError(f"{path}: {path.parent} is not a directory")
+    raw = read_text(args.text)
+    conventions = list(dict.fromkeys(args.convention or CONVENTIONS))
+    with tqdm(unit="window", desc="evaluating", dynamic_ncols=True, delay=1) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        evaluation = evaluate(
+            resolve_model(args.reference), [resolve_model(c) for c in args.checkpoints], raw, conventions, args.windows, args.bos,
+            getattr(torch, args.dtype), args.engine, usable_device(args.device), args.noise_windows, progress)
+    settings = {"engine": args.engine, "dtype": args.dtype}
+    print(table(evaluation, settings))
+    if args.json:
+        write_atomically(args.json, to_json(evaluation, args.command_line, args.text, raw, settings))
+    if args.plot:
+        write_atomically(args.plot, plot(evaluation))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 with a message on standard error when it cannot be carried out."""
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
-    run = {"quantize": _quantize, "plan": _plan, "inspect": _inspect, "verify": _verify}[args.command]
+    args.command_line = ["qamw", *argv]
+    run = {"quantize": _quantize, "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": _eval}[args.command]
     try:
         run(args)
         sys.stdout.flush()
@@ -106,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qamw: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("qamw: interrupted; --resume continues after the last finished shard", file=sys.stderr)
+        resume = "; --resume continues after the last finished shard" if args.command == "quantize" else ""
+        print(f"qamw: interrupted{resume}", file=sys.stderr)
         return 130
     return 0

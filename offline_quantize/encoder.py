@@ -1,19 +1,20 @@
 """From the weights of one input group to quantised weights: choose the channel scales, then code every pair."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from offline_quantize.calibration import InputStatistics
-from qamw_kernels.codebook import load_codebook
-from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales, to_coordinates
-from qamw_kernels.nearest import nearest
+from offline_quantize.feedback import DAMPING, encode_with_feedback, factor, feedback_matrix
+from qamw_kernels.codec import ENCODE_CHUNK, QuantizedWeight, decode_weight, encode_weight, make_input_scales
 from qamw_kernels.rotation import rotate
 
+ENCODERS = ("feedback", "nearest")
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 SEARCH_ROWS = 128  # of every weight: the exponent is chosen on these
 MEASURED_ROWS = 1024  # decoded at once
-RMS_FLOOR = 1e-3  # of the mean: channels that hardly fire keep a finite scale
+FLOOR = 1e-3  # of the mean: channels that hardly count keep a finite scale
+FEEDBACK_WEIGHTS = 1 << 24  # encoded at once, with feedback
 
 
 @dataclass
@@ -22,73 +23,94 @@ class EncodedGroup:
 
     Attributes:
         quantized: by module name.
-        exponent: channel scales are rms(x) ** exponent; None without calibration.
         errors: by module name: "nmse" of the weight and, with calibration, "output_nmse" of the layer's output.
     """
 
     quantized: dict[str, QuantizedWeight]
-    exponent: float | None
     errors: dict[str, dict[str, float]]
 
 
-def channel_scales(rms: torch.Tensor, exponent: float) -> torch.Tensor:
-    """Activation-aware factors [K] float32 with geometric mean 1: rms(x) ** exponent."""
-    if not rms.any():
-        return torch.ones_like(rms)
-    scales = rms.clamp_min(RMS_FLOOR * float(rms.mean())) ** exponent
+def channel_scales(magnitudes: torch.Tensor, exponent: float) -> torch.Tensor:
+    """Factors [K] float32 with geometric mean 1: magnitudes ** exponent, for magnitudes [K] that are not negative."""
+    if not magnitudes.any():
+        return torch.ones_like(magnitudes)
+    scales = magnitudes.clamp_min(FLOOR * float(magnitudes.mean())) ** exponent
     return scales / scales.log().mean().exp()
 
 
-def measure(weight: torch.Tensor, quantized: QuantizedWeight, sample: torch.Tensor | None) -> dict[str, float]:
-    """Squared errors of a quantised weight, relative to the squared originals: of the weight, and of its output on ``sample`` [S, K]."""
+def _output_energy(weight: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Mean squared norm of weight [N, K] times the input that ``hessian`` [K, K] is the second moment of."""
+    return float(torch.linalg.vecdot(weight @ hessian, weight).sum())
+
+
+def measure(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor | None) -> dict[str, float]:
+    """Squared errors of a quantised weight, relative to the squared originals: of the weight, and of the layer's output."""
     error = energy = output_error = output_energy = 0.0
     for start in range(0, len(weight), MEASURED_ROWS):
         part = slice(start, start + MEASURED_ROWS)
         original = weight[part].float()
         difference = decode_weight(quantized.rows(part)) - original
         error, energy = error + float(difference.square().sum()), energy + float(original.square().sum())
-        if sample is not None:
-            output_error += float((sample @ difference.T).square().sum())
-            output_energy += float((sample @ original.T).square().sum())
+        if hessian is not None:
+            output_error += _output_energy(difference, hessian)
+            output_energy += _output_energy(original, hessian)
     measured = {"nmse": error / (energy or 1.0)}
-    return measured if sample is None else measured | {"output_nmse": output_error / (output_energy or 1.0)}
+    return measured if hessian is None else measured | {"output_nmse": output_error / (output_energy or 1.0)}
 
 
-def _search_exponent(weights: dict[str, torch.Tensor], statistics: InputStatistics, index_bits: int, rotation_block_size: int) -> float:
-    """The exponent with the least output error, summed over the group, on some rows of every weight."""
+def _searched_scales(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int, hessian: torch.Tensor) -> torch.Tensor:
+    """Input scales for nearest codewords: rms(x) ** exponent with the least output error, on some rows of every weight."""
     rows = [w[:: max(1, len(w) // SEARCH_ROWS)][:SEARCH_ROWS].float() for w in weights.values()]
-    energies = [float((statistics.sample @ w.T).square().sum()) for w in rows]
-    codebook = load_codebook(index_bits).to(rows[0].device)
+    rms = hessian.diagonal().sqrt()
 
-    def error(exponent: float) -> float:
-        scales = make_input_scales(len(statistics.rms), channel_scales(statistics.rms, exponent))
-        rotated = rotate(statistics.sample * scales.to(codebook.device).float(), rotation_block_size)  # [S, K]
-        total = 0.0
-        for weight, energy in zip(rows, energies, strict=True):
-            coordinates, row_norms = to_coordinates(weight, rotation_block_size, scales)
-            coded = codebook[nearest(coordinates.view(-1, 2), index_bits).int()].view_as(coordinates)
-            total += float((rotated @ (coded - coordinates).T * row_norms).square().sum()) / (energy or 1.0)
-        return total
+    def error(scales: torch.Tensor) -> float:
+        return sum(measure(w, encode_weight(w, index_bits, rotation_block_size, scales), hessian)["output_nmse"] for w in rows)
 
-    return min(EXPONENTS, key=error)
+    return min((make_input_scales(len(rms), channel_scales(rms, exponent)) for exponent in EXPONENTS), key=error)
 
 
-def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int,
-                 statistics: InputStatistics | None) -> EncodedGroup:
+def _balanced_scales(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Input scales for error feedback, which knows the activation from the Hessian: they even out the weights' columns.
+
+    With feedback, the error is the same in every coordinate of a row, whatever the activation is, and grows with the row's
+    norm; scales of a given product make the norm least where all columns are alike.
+    """
+    energies = [w.float().square().sum(0) for w in weights.values()]
+    columns = torch.stack([e / e.sum().clamp_min(torch.finfo(torch.float32).tiny) for e in energies]).sum(0)
+    return make_input_scales(len(columns), channel_scales(columns, -0.25))
+
+
+def _feedback_coder(hessian: torch.Tensor, input_scales: torch.Tensor, index_bits: int,
+                    rotation_block_size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Codes coordinates [n, K] as indices [n, P], with error feedback; ``hessian`` [K, K] is that of the unrotated input."""
+    scales = input_scales.to(hessian.device).double()
+    basis = hessian.double() * scales[:, None] * scales
+    for _ in range(2):
+        basis = rotate(basis, rotation_block_size).T
+    feedback = feedback_matrix(factor(basis, DAMPING))
+    return lambda coordinates: encode_with_feedback(coordinates, feedback, index_bits)
+
+
+def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int, hessian: torch.Tensor | None,
+                 encoder: str) -> EncodedGroup:
     """Quantise the weights that read one activation.
 
     Args:
         weights: module name -> [N, K]; all on one device, with the same K.
-        statistics: of the activation; None without calibration.
+        hessian: [K, K] float32, mean of x^T x over the activation; None without calibration, then codewords are the nearest.
+        encoder: one of ENCODERS.
     """
     num_inputs = next(iter(weights.values())).shape[1]
-    if statistics is None:
-        exponent, scales = None, make_input_scales(num_inputs)
+    coder, weights_at_once = None, ENCODE_CHUNK
+    if hessian is None:
+        scales = make_input_scales(num_inputs)
+    elif encoder == "nearest":
+        scales = _searched_scales(weights, index_bits, rotation_block_size, hessian)
     else:
-        exponent = _search_exponent(weights, statistics, index_bits, rotation_block_size)
-        scales = make_input_scales(num_inputs, channel_scales(statistics.rms, exponent))
+        scales = _balanced_scales(weights)
+        coder, weights_at_once = _feedback_coder(hessian, scales, index_bits, rotation_block_size), FEEDBACK_WEIGHTS
     quantized, errors = {}, {}
     for name, weight in weights.items():
-        quantized[name] = encode_weight(weight, index_bits, rotation_block_size, scales, f"{name}.weight")
-        errors[name] = measure(weight, quantized[name], None if statistics is None else statistics.sample)
-    return EncodedGroup(quantized, exponent, errors)
+        quantized[name] = encode_weight(weight, index_bits, rotation_block_size, scales, f"{name}.weight", coder, weights_at_once)
+        errors[name] = measure(weight, quantized[name], hessian)
+    return EncodedGroup(quantized, errors)

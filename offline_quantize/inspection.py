@@ -10,7 +10,7 @@ from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
 from offline_quantize.report import REPORT
 from offline_quantize.structure import find_structure
 from qamw_kernels.codec import check_input_scales
-from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
+from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, FormatError, QamwFormat, layer_tensors
 
 
 def _check_finished(directory: Path) -> None:
@@ -45,6 +45,16 @@ def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, t
     if not modules:
         raise QuantizeError(f"{directory}: no quantised layer found")
     return checkpoint, fmt, modules
+
+
+def effective_bits_per_weight(directory: Path) -> float | None:
+    """Stored bits per quantised weight, all tensors counted; None if the checkpoint is plain or of another method."""
+    if (read_json(directory / "config.json").get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+        return None
+    checkpoint, fmt, modules = open_quantized(directory)
+    num_bytes = sum(checkpoint.tensors[f"{name}.{suffix}"].num_bytes for name, (rows, inputs) in modules.items()
+                    for suffix in layer_tensors(rows, inputs, fmt.index_bits_of(name)))
+    return 8 * num_bytes / sum(rows * inputs for rows, inputs in modules.values())
 
 
 def inspect(directory: Path) -> str:
@@ -100,10 +110,9 @@ def verify(directory: Path) -> str:
     checkpoint, fmt, modules = open_quantized(directory)
     for name, (rows, inputs) in modules.items():
         faults += _layer_faults(checkpoint, fmt, name, rows, inputs)
-    suffixes = tuple(layer_tensors(1, 64, fmt.index_bits))
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in suffixes and module not in modules:
+        if suffix in LAYER_TENSORS and module not in modules:
             faults.append(f"{info.file}: {name} belongs to no quantised layer: {module}.qweight is missing")
         if suffix == "weight" and module in modules:
             faults.append(f"{info.file}: {name} is stored beside {module}.qweight")

@@ -7,11 +7,12 @@ same request and ends in the very same bytes. Without config.json nothing can mi
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from offline_quantize.checkpoint import INDEX, read_json
@@ -112,6 +113,11 @@ class Output:
         self.write(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         self.notes[file] = note
         self._save_progress()
+
+    def read_shard(self, file: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Some tensors of a finished shard."""
+        with safe_open(self.directory / file, "pt") as shard:
+            return {name: shard.get_tensor(name) for name in names}
 
     def finish(self, weight_map: dict[str, str], total_size: int, config: dict[str, Any]) -> None:
         """Write the index, the manifest and, last of all, config.json; then the run is no longer resumable."""

@@ -13,6 +13,7 @@ from offline_quantize.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
 from qamw_kernels.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.codec import check_finite
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
 
@@ -45,8 +46,41 @@ class Plan:
     layers: tuple[tuple[tuple[Linear, ...], ...], ...]
     format: QamwFormat
     shards: tuple[Shard, ...]
+    max_shard_bytes: int
     tp_max: int
     tensor_parallel_sizes: tuple[int, ...]
+
+    def with_shards(self) -> "Plan":
+        """The same plan with the output files that its format leads to."""
+        by_name = {f"{linear.name}.weight": linear for linear in self.linears}
+        tensors_by_layer, in_layers = [], set()
+        for i in range(len(self.layers)):
+            names = self.layer_tensor_names(i)
+            in_layers.update(names)
+            tensors_by_layer.append([t for name in names for t in (
+                self.output_tensors(by_name[name]) if name in by_name else [self.checkpoint.tensors[name]])])
+        other = [info for name, info in self.checkpoint.tensors.items() if name not in in_layers]
+        return dataclasses.replace(self, shards=_make_shards(tensors_by_layer, other, self.max_shard_bytes))
+
+    def with_rates(self, index_bits: Sequence[Sequence[int]]) -> "Plan":
+        """The same plan with these index bits for every input group of every layer."""
+        rates = {linear.name: bits for groups, chosen in zip(self.layers, index_bits, strict=True)
+                 for group, bits in zip(groups, chosen, strict=True) for linear in group}
+        usual = max(INDEX_BITS, key=list(rates.values()).count)
+        fmt = dataclasses.replace(self.format, index_bits=usual, codebooks={},
+                                  layer_index_bits={name: bits for name, bits in rates.items() if bits != usual})
+        return dataclasses.replace(self, format=fmt).with_shards()
+
+    def index_bits_within(self, bpw: float) -> float:
+        """Index bits of all pairs together that ``bpw`` pays for.
+
+        Rates in halves are nominal: they say what the indices take. Any other rate is effective: norms, scales and codebooks are paid
+        from it too.
+        """
+        weights = self.num_quantized_weights
+        if index_bits_for(bpw)[1]:
+            return bpw * weights
+        return (bpw - self.effective_bits_per_weight + self.nominal_bits_per_weight) * weights
 
     @property
     def linears(self) -> list[Linear]:
@@ -61,10 +95,32 @@ class Plan:
         prefix = f"{self.structure.layers_name}.{layer}."
         return [name for name in self.checkpoint.tensors if name.startswith(prefix)]
 
+    def load_layer(self, layer: int) -> dict[str, torch.Tensor]:
+        """The source tensors of one decoder layer.
+
+        Raises:
+            ValueError: a weight that is to be quantised is not finite; it names the first such value.
+        """
+        tensors = dict(self.checkpoint.load(self.layer_tensor_names(layer)))
+        for linear in (linear for group in self.layers[layer] for linear in group):
+            check_finite(tensors[f"{linear.name}.weight"], f"{linear.name}.weight")
+        return tensors
+
+    def layer_output_names(self, layer: int) -> list[str]:
+        """Names of the tensors that are written for one decoder layer."""
+        prefix = f"{self.structure.layers_name}.{layer}."
+        return [t.name for shard in self.shards if layer in shard.layers for t in shard.tensors if t.name.startswith(prefix)]
+
     def output_tensors(self, linear: Linear) -> list[TensorInfo]:
         """The tensors that replace a linear's weight."""
         tensors = layer_tensors(linear.num_rows, linear.num_inputs, self.format.index_bits_of(linear.name))
         return [TensorInfo(f"{linear.name}.{suffix}", "", shape, dtype) for suffix, (shape, dtype) in tensors.items()]
+
+    @property
+    def nominal_bits_per_weight(self) -> float:
+        """Index bits per quantised weight."""
+        bits = sum(self.format.index_bits_of(linear.name) * linear.num_rows * linear.num_inputs for linear in self.linears)
+        return bits / 2 / self.num_quantized_weights
 
     @property
     def effective_bits_per_weight(self) -> float:
@@ -113,16 +169,15 @@ class Plan:
         return [(name, len(mb), shape, decision, sum(mb)) for (name, shape, decision), mb in rows.items()]
 
 
-def index_bits_for(bpw: float) -> int:
-    """Index bits per pair of a nominal rate in bits per weight.
+def index_bits_for(bpw: float) -> tuple[int, bool]:
+    """The most index bits per pair that a rate in bits per weight pays for, and whether it is just that rate.
 
     Raises:
-        QuantizeError: not one of 3.0, 3.5 ... 6.0.
+        QuantizeError: not in 3.0 to 6.0.
     """
-    bits = round(2 * bpw)
-    if bits != 2 * bpw or bits not in INDEX_BITS:
-        raise QuantizeError(f"--bpw {bpw:g}: expected one of {', '.join(f'{b / 2:g}' for b in INDEX_BITS)}")
-    return bits
+    if not INDEX_BITS.start / 2 <= bpw <= (INDEX_BITS.stop - 1) / 2:  # also refuses NaN
+        raise QuantizeError(f"--bpw {bpw:g}: expected {INDEX_BITS.start / 2:g} to {(INDEX_BITS.stop - 1) / 2:g}")
+    return int(2 * bpw), int(2 * bpw) == 2 * bpw
 
 
 def possible_tensor_parallel_sizes(structure: Structure, tp_max: int) -> list[int]:
@@ -222,10 +277,12 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
               max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     """Decide everything about quantising the checkpoint in ``directory``; reads config.json and shard headers only.
 
+    All layers get one rate, the highest that ``bpw`` pays for; :meth:`Plan.with_rates` changes that once sensitivities are known.
+
     Raises:
         QuantizeError: the checkpoint cannot be quantised as asked; names the tensor and says what to do.
     """
-    index_bits = index_bits_for(bpw)
+    index_bits, _ = index_bits_for(bpw)
     if tp_max < 1:
         raise QuantizeError(f"--tp-max {tp_max}: expected at least 1")
     checkpoint = Checkpoint(directory)
@@ -247,20 +304,7 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
     fmt = QamwFormat(index_bits, rotation_block_sizes, ignore=tuple(kept))
 
     served = tuple(t for t in possible if _served(structure, linears, rotation_block_sizes, t))
-    plan = Plan(checkpoint, structure, layers, fmt, (), tp_max, served)
-    by_name = {linear.name: linear for linear in linears}
-    tensors_by_layer, in_layers = [], set()
-    for i in range(len(layers)):
-        names = plan.layer_tensor_names(i)
-        in_layers.update(names)
-        out: list[TensorInfo] = []
-        for name in names:
-            linear = by_name.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            out += plan.output_tensors(linear) if linear else [checkpoint.tensors[name]]
-        tensors_by_layer.append(out)
-    other = [info for name, info in checkpoint.tensors.items() if name not in in_layers]
-    shards = _make_shards(tensors_by_layer, other, max_shard_bytes)
-    return dataclasses.replace(plan, shards=shards)
+    return Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, tp_max, served).with_shards()
 
 
 def check_disk(plan: Plan, out: Path) -> None:

@@ -6,24 +6,29 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from offline_quantize import report
+from offline_quantize.allocation import SENSITIVITY_WINDOWS, allocate, measure_sensitivities
 from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, calibration_tokens
-from offline_quantize.encoder import encode_group
+from offline_quantize.encoder import ENCODERS, encode_group
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import Output
-from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, make_plan
-from qamw_kernels.codec import check_finite
+from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, index_bits_for, make_plan
+from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.format import LAYER_TENSORS
 
-Progress = Callable[[int, int], None]
-"""Called with (weights done, weights in all) while a run goes on."""
+Progress = Callable[[str, int, int], None]
+"""Called with (what is being done, weights done, weights in all) while a run goes on."""
+RATES = ("mixed", "uniform")
 
 
-def _usable_device(device: str) -> torch.device:
+def usable_device(device: str) -> torch.device:
+    """The torch device of a --device option: auto, cpu, cuda."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
         return torch.empty(0, device=name).device
@@ -31,7 +36,7 @@ def _usable_device(device: str) -> torch.device:
         raise QuantizeError(f"--device {device}: {error}") from None
 
 
-def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | None, device: torch.device) -> str:
+def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | None, encoder: str, device: torch.device) -> str:
     """Hash of everything that decides the output's bytes; ``--resume`` needs it unchanged."""
     directory = plan.checkpoint.directory
     sources = {}
@@ -39,7 +44,8 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
         stat = (directory / file).stat()
         sources[file] = [stat.st_size, stat.st_mtime_ns]
     request = {
-        "versions": [version(package) for package in ("qamw-vllm", "torch", "transformers", "matplotlib")], "device": device.type,
+        "versions": [version(package) for package in ("qamw-vllm", "torch", "transformers", "matplotlib")],
+        "device": device.type, "encoder": encoder,
         "config": plan.checkpoint.config, "format": plan.format.to_dict(), "sources": sources,
         "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
         "calibration": calibration.name if calibration else None,
@@ -50,18 +56,23 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
 
 def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: Path | str | None = DEFAULT_TEXT, tp_max: int = 8,
              ignore: Sequence[str] = (), device: str = "auto", resume: bool = False, progress: Progress | None = None,
-             max_shard_bytes: int = MAX_SHARD_BYTES) -> dict[str, Any]:
+             max_shard_bytes: int = MAX_SHARD_BYTES, encoder: str | None = None,
+             rates: str | None = None) -> dict[str, Any]:
     """Quantise the checkpoint directory ``model`` into the new directory ``out``.
 
-    Memory: one decoder layer, one output shard and, with calibration, the hidden states of the calibration tokens.
+    Memory: one decoder layer, one output shard and, with calibration, the hidden states of the calibration tokens and the
+    Hessians of a layer.
 
     Args:
-        bpw: nominal bits per weight, 3.0 to 6.0 in halves.
+        bpw: bits per weight, 3 to 6: nominal in halves, effective between them (:meth:`Plan.index_bits_within`).
         calibration: UTF-8 text file, or None for no calibration.
         tp_max: widest tensor parallelism that rotation blocks are chosen for.
         ignore: glob patterns of linear layers to leave as they are.
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run of the same request.
+        rates: "mixed" spreads the bits over the layers by sensitivity, "uniform" gives every layer the same; None for mixed with
+            calibration, uniform without.
+        encoder: "feedback" or "nearest"; None for feedback with calibration, nearest without.
     Returns:
         The report, as written to qamw_report.json.
     Raises:
@@ -71,17 +82,39 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     text = Path(calibration) if calibration is not None else None
     if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise QuantizeError(f"{out}: the output must not be the model's own directory, nor inside it")
+    encoder = encoder or ("feedback" if text else "nearest")
+    rates = rates or ("mixed" if text else "uniform")
+    for option, value, known in (("encoder", encoder, ENCODERS), ("rates", rates, RATES)):
+        if value not in known:
+            raise QuantizeError(f"--{option} {value}: expected one of {', '.join(known)}")
+        if value == known[0] and text is None:
+            raise QuantizeError(f"--{option} {value} needs a calibration text, --calibration is none")
+    if rates == "uniform" and not index_bits_for(bpw)[1]:
+        raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --calibration and --rates mixed")
     Output.check_target(out, resume)
-    torch_device = _usable_device(device)
+    torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
     check_disk(plan, out)
     tokens = calibration_tokens(model, text) if text else None
-    output = Output(out, fingerprint(plan, text, tokens, torch_device), resume)
-    _write_shards(plan, output, tokens, torch_device, progress)
-    return _write_rest(plan, output, text)
+    if rates == "mixed" and tokens is not None:
+        plan = _allocate(plan, bpw, tokens, torch_device, progress)
+    output = Output(out, fingerprint(plan, text, tokens, encoder, torch_device), resume)
+    _write_shards(plan, output, tokens, encoder, torch_device, progress)
+    return _write_rest(plan, output, text, encoder)
 
 
-def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, device: torch.device, progress: Progress | None) -> None:
+def _allocate(plan: Plan, bpw: float, tokens: torch.Tensor, device: torch.device, progress: Progress | None) -> Plan:
+    """The plan with bits where they save most."""
+    some = tokens[:: max(1, len(tokens) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
+    note = functools.partial(progress, "sensitivity") if progress else None
+    sensitivities = measure_sensitivities(plan, some, device, note)
+    sizes = [[sum(linear.num_rows * linear.num_inputs // 2 for linear in group) for group in groups] for groups in plan.layers]
+    chosen = iter(allocate([*chain(*sensitivities)], [*chain(*sizes)], plan.index_bits_within(bpw)))
+    return plan.with_rates([[next(chosen) for _ in groups] for groups in plan.layers])
+
+
+def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, encoder: str, device: torch.device,
+                  progress: Progress | None) -> None:
     open_shards = [shard for shard in plan.shards if shard.file not in output.files]
     end = max((shard.layers.stop for shard in open_shards), default=0)
     # With calibration, layers of finished shards are still passed through, up to the last layer that is needed.
@@ -92,42 +125,53 @@ def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, devic
         tensors: dict[str, torch.Tensor] = {}
         entries: list[dict[str, Any]] = []
         for layer in shard.layers:
+            made: dict[str, torch.Tensor] = {}
             if wanted:
-                made, notes = _quantize_layer(plan, layer, calibrator, device)
+                made, notes = _quantize_layer(plan, layer, calibrator, encoder, device)
                 tensors |= made
                 entries += notes
             elif calibrator and layer < end:
-                calibrator.run_layer(dict(plan.checkpoint.load(plan.layer_tensor_names(layer))), ())
+                made = output.read_shard(shard.file, plan.layer_output_names(layer))
+            if calibrator and made:
+                calibrator.finish(_decoded(plan, layer, made))
             done += sum(linear.num_rows * linear.num_inputs for group in plan.layers[layer] for linear in group)
             if progress:
-                progress(done, plan.num_quantized_weights)
+                progress("quantising", done, plan.num_quantized_weights)
         if wanted:
             tensors |= plan.checkpoint.load(t.name for t in shard.tensors if not shard.layers)
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
 
 
-def _quantize_layer(plan: Plan, layer: int, calibrator: Calibrator | None,
+def _quantize_layer(plan: Plan, layer: int, calibrator: Calibrator | None, encoder: str,
                     device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The output tensors of a decoder layer, and the report's entries."""
-    weights = dict(plan.checkpoint.load(plan.layer_tensor_names(layer)))
-    groups = plan.layers[layer]
-    for linear in (linear for group in groups for linear in group):  # before calibration spreads it
-        check_finite(weights[f"{linear.name}.weight"], f"{linear.name}.weight")
-    statistics = calibrator.run_layer(weights, groups) if calibrator else [None] * len(groups)
+    weights, groups = plan.load_layer(layer), plan.layers[layer]
+    hessians = calibrator.hessians(weights, groups) if calibrator else [None] * len(groups)
     entries = []
-    for group, stats in zip(groups, statistics, strict=True):
+    for group, hessian in zip(groups, hessians, strict=True):
         index_bits = plan.format.index_bits_of(group[0].name)
         block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
-        encoded = encode_group({linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}, index_bits, block, stats)
+        originals = {linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}
+        encoded = encode_group(originals, index_bits, block, hessian, encoder)
         for linear in group:
             quantized = encoded.quantized[linear.name]
-            stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in ("qweight", "row_norms", "input_scales")}
+            stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in LAYER_TENSORS}
             weights |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in stored.items()}
-            entries.append(report.layer_entry(linear, quantized, encoded.exponent, encoded.errors[linear.name], stored.values()))
+            entries.append(report.layer_entry(linear, quantized, encoded.errors[linear.name], stored.values()))
     return weights, entries
 
 
-def _write_rest(plan: Plan, output: Output, calibration: Path | None) -> dict[str, Any]:
+def _decoded(plan: Plan, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that the output tensors of a decoder layer stand for."""
+    weights = dict(tensors)
+    for linear in (linear for group in plan.layers[layer] for linear in group):
+        qweight, row_norms, input_scales = [weights.pop(f"{linear.name}.{suffix}") for suffix in LAYER_TENSORS]
+        block = plan.format.rotation_block_size_of(linear.name, linear.num_inputs)
+        weights[f"{linear.name}.weight"] = decode_weight(QuantizedWeight(qweight, row_norms, input_scales, block))
+    return weights
+
+
+def _write_rest(plan: Plan, output: Output, calibration: Path | None, encoder: str) -> dict[str, Any]:
     """Copies, report, plot, model card, and at last index, manifest and config."""
     source = plan.checkpoint
     for file in source.other_files():
@@ -136,7 +180,7 @@ def _write_rest(plan: Plan, output: Output, calibration: Path | None) -> dict[st
         output.write(target, functools.partial(shutil.copyfile, source.directory / file))
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     entries = [entry for shard in plan.shards for entry in output.notes[shard.file]]
-    result = report.make_report(plan, entries, calibration)
+    result = report.make_report(plan, entries, calibration, encoder)
     report.write_report(output, result, plan)
     output.finish(weight_map, plan.output_bytes, source.config | {"quantization_config": plan.format.to_dict()})
     return result

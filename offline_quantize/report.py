@@ -18,7 +18,7 @@ PLOT = "qamw_report.png"
 CARD = "README.md"
 
 
-def layer_entry(linear: Linear, quantized: QuantizedWeight, exponent: float | None, errors: dict[str, float],
+def layer_entry(linear: Linear, quantized: QuantizedWeight, errors: dict[str, float],
                 stored: Iterable[torch.Tensor]) -> dict[str, Any]:
     """One linear's line of the report; errors are relative squared errors, SQNR is in dB."""
     num_bytes = sum(t.numel() * t.itemsize for t in stored)
@@ -28,13 +28,12 @@ def layer_entry(linear: Linear, quantized: QuantizedWeight, exponent: float | No
         "index_bits": quantized.index_bits,
         "rotation_block_size": quantized.rotation_block_size,
         "effective_bits_per_weight": 8 * num_bytes / (linear.num_rows * linear.num_inputs),
-        "channel_scale_exponent": exponent,
         "sqnr_db": -10 * math.log10(errors["nmse"]) if errors["nmse"] > 0 else None,
         **errors,
     }
 
 
-def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None) -> dict[str, Any]:
+def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None, encoder: str) -> dict[str, Any]:
     """The whole report: totals, worst layers, every layer."""
     key = "output_nmse" if calibration else "nmse"
     # A layer that no calibration token reached has no output error.
@@ -42,7 +41,8 @@ def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | N
     return {
         "qamw_version": version("qamw-vllm"),
         "calibration": calibration.name if calibration else None,
-        "nominal_bits_per_weight": plan.format.index_bits / 2,
+        "encoder": encoder,
+        "nominal_bits_per_weight": plan.nominal_bits_per_weight,
         "effective_bits_per_weight": plan.effective_bits_per_weight,
         "quantized_weights": plan.num_quantized_weights,
         "source_bytes": plan.source_bytes,

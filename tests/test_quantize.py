@@ -1,6 +1,7 @@
 """The offline quantizer on tiny models: what is written, what is refused, and that a killed run ends in the same bytes."""
 
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import copy_model, tiny_model
+from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import inspect, verify
@@ -75,48 +77,66 @@ def calibrated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def test_calibration_lowers_the_output_error(tiny_llama: Path, calibrated: Path) -> None:
-    report = json.loads((calibrated / "qamw_report.json").read_text())
-    chosen = {entry["channel_scale_exponent"] for entry in report["layers"] if entry["name"].endswith(("q_proj", "gate_proj"))}
-    assert chosen and min(chosen) > 0  # loud channels ask for scales
-    scales = tensors_of(calibrated)
-    for part in ("k_proj", "v_proj"):
-        assert torch.equal(scales["model.layers.0.self_attn.q_proj.input_scales"], scales[f"model.layers.0.self_attn.{part}.input_scales"])
-    # The same layer without scales, measured by the same function on an activation with the same loud channels.
-    from offline_quantize.calibration import InputStatistics
-    from offline_quantize.encoder import encode_group
+def test_encoders_and_calibration(tiny_llama: Path, calibrated: Path, tmp_path: Path) -> None:
+    """Each step lowers the error of the layers' outputs on the very same text; fused layers share their input scales."""
+    feedback = json.loads((calibrated / "qamw_report.json").read_text())
+    nearest = quantize(tiny_llama, tmp_path / "nearest", encoder="nearest", rates="uniform")
+    uniform = quantize(tiny_llama, tmp_path / "uniform", rates="uniform")
+    assert (feedback["encoder"], nearest["encoder"], uniform["encoder"]) == ("feedback", "nearest", "feedback")
 
-    weight = tensors_of(tiny_llama)["model.layers.0.self_attn.q_proj.weight"]
-    torch.manual_seed(0)
-    sample = torch.randn(512, 256) * (1 + 19.0 * (torch.arange(256) % 37 == 0))
-    statistics = InputStatistics(sample.square().mean(0).sqrt(), sample)
-    with_scales = encode_group({"q": weight}, 11, 64, statistics).errors["q"]["output_nmse"]
-    flat = InputStatistics(torch.ones(256), sample)
-    assert with_scales < 0.7 * encode_group({"q": weight}, 11, 64, flat).errors["q"]["output_nmse"]
+    def error(report: dict) -> float:
+        return sum(math.log(entry["output_nmse"]) for entry in report["layers"]) / len(report["layers"])
+
+    assert error(uniform) < error(nearest) - 0.3
+    assert {entry["index_bits"] for entry in uniform["layers"]} == {11}
+    assert len({entry["index_bits"] for entry in feedback["layers"]}) > 1
+    assert feedback["nominal_bits_per_weight"] == pytest.approx(5.5, abs=0.1)  # tiny layers: few ways to spend the bits
+    for out in (calibrated, tmp_path / "nearest"):
+        scales = tensors_of(out)
+        for part in ("k_proj", "v_proj"):
+            assert torch.equal(scales["model.layers.0.self_attn.q_proj.input_scales"],
+                               scales[f"model.layers.0.self_attn.{part}.input_scales"])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "phi3"])
 def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases; layers of two kinds with masks of their own, a tied head and a scaled embedding; fused projections."""
     from offline_quantize import calibration as cal
-    from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, calibration_tokens
-    from offline_quantize.evaluate import load_model
+    from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, LayerRunner, calibration_tokens
+    from offline_quantize.evaluate import decoded_tensors, load_model
 
     monkeypatch.setattr(cal, "NUM_WINDOWS", 6)  # a whole batch and a part of one
     monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
     model = tiny_model(tmp_path / "model", architecture)
     report = quantize(model, tmp_path / "out")
-    assert all(0 < entry["output_nmse"] < 0.002 for entry in report["layers"])
+    assert all(0 < entry["output_nmse"] < 0.002 for entry in report["layers"] if entry["index_bits"] >= 10)
 
     # Carried layer by layer, the hidden states are those of the whole model.
     plan, tokens = make_plan(model), calibration_tokens(model, DEFAULT_TEXT)
-    calibrator = Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
+    weights = [dict(plan.checkpoint.load(plan.layer_tensor_names(layer))) for layer in range(2)]
+    runner = LayerRunner(plan.checkpoint, tokens, torch.device("cpu"))
     for layer in range(2):
-        calibrator.run_layer(dict(plan.checkpoint.load(plan.layer_tensor_names(layer))), ())
+        runner.load(layer, weights[layer])
+        runner.advance(layer)
+        runner.unload(layer)
     whole = load_model(model)
     with torch.no_grad():
         expected = whole.base_model(input_ids=tokens).last_hidden_state
-    torch.testing.assert_close(whole.base_model.norm(torch.cat(calibrator.hidden)), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole.base_model.norm(torch.cat(runner.hidden)), expected, rtol=1e-4, atol=1e-4)
+
+    # The second layer's Hessian is that of its input behind the quantised first layer.
+    decoded = dict(decoded_tensors(Checkpoint(tmp_path / "out"), torch.float32))
+    calibrator = Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
+    calibrator.hessians(weights[0], ())
+    calibrator.finish({name: decoded[name] for name in weights[0]})
+    (hessian,) = calibrator.hessians(weights[1], plan.layers[1][-1:])
+    inputs = []
+    behind = whole.get_submodule(plan.layers[1][-1][0].name)
+    whole.load_state_dict({name: decoded[name] for name in weights[0]}, strict=False)
+    behind.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        whole.base_model(input_ids=tokens)
+    torch.testing.assert_close(hessian, inputs[0].T @ inputs[0] / len(inputs[0]), rtol=1e-3, atol=1e-4)
 
 
 def test_one_layer_over_two_shards_and_other_dtypes(tmp_path: Path, tiny_llama: Path) -> None:
@@ -249,7 +269,10 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("nor inside it", out=tiny_llama / "nested" / "out")
     refused("--device nonsense: ", device="nonsense")
     refused("already quantised with qamw", model=calibrated)
-    refused("--bpw 5.3: expected one of 3, 3.5", bpw=5.3)
+    refused("--bpw 5.3: uniform rates come in halves", bpw=5.3)
+    refused("--encoder feedback needs a calibration text", encoder="feedback")
+    refused("--rates mixed needs a calibration text", rates="mixed")
+    refused("--encoder best: expected one of feedback, nearest", encoder="best")
     refused("--bpw 7: ", bpw=7)
     refused("--tp-max 0", tp_max=0)
     refused(r"--ignore '\*.nothing' matches no linear layer", ignore=["*.nothing"])
@@ -345,17 +368,21 @@ def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:
 
 def test_sizes_in_the_plan_are_those_on_disk(tiny_llama: Path, calibrated: Path) -> None:
     plan = make_plan(tiny_llama, max_shard_bytes=SMALL_SHARDS)
+    written = QamwFormat.from_dict(json.loads((calibrated / "config.json").read_text())["quantization_config"])
+    plan = plan.with_rates([[written.index_bits_of(group[0].name) for group in groups] for groups in plan.layers])
+    assert plan.format == written
     on_disk = tensors_of(calibrated)
     planned = {t.name: (t.shape, t.dtype) for s in plan.shards for t in s.tensors}
     assert planned == {n: (tuple(t.shape), t.dtype) for n, t in on_disk.items()}
     quantized = [t for n, t in on_disk.items() if n.endswith((".qweight", ".row_norms", ".input_scales"))]
-    stored = sum(t.numel() * t.itemsize for t in quantized) + 512 * 2 * 2  # and the codebook's quadrant
+    rates = {written.index_bits, *written.layer_index_bits.values()}
+    stored = sum(t.numel() * t.itemsize for t in quantized) + sum(2**bits // 4 * 2 * 2 for bits in rates)  # and the codebooks' quadrants
     assert plan.effective_bits_per_weight == pytest.approx(8 * stored / plan.num_quantized_weights)
     assert sorted(s.file for s in plan.shards) == sorted(p.name for p in calibrated.glob("*.safetensors"))
 
 
 def test_rates(tmp_path: Path, tiny_llama: Path) -> None:
-    assert [index_bits_for(b) for b in (3, 3.5, 4, 4.5, 5, 5.5, 6)] == list(range(6, 13))
+    assert [index_bits_for(b) for b in (3, 3.5, 4, 4.5, 5, 5.5, 6, 4.7)] == [*((b, True) for b in range(6, 13)), (9, False)]
     errors = []
     for bpw in (3.0, 4.5, 6.0):
         report = quantize(tiny_llama, tmp_path / str(bpw), bpw=bpw, calibration=None)

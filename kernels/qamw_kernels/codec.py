@@ -9,6 +9,7 @@ All layers that read the same activation share it, so the activation is scaled a
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,15 +104,16 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
 
 
-def encode_weight(
-    weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight"
-) -> QuantizedWeight:
-    """Quantise a weight matrix, every pair to its nearest codeword.
+def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight",
+                  coder: Callable[[torch.Tensor], torch.Tensor] | None = None, weights_at_once: int = ENCODE_CHUNK) -> QuantizedWeight:
+    """Quantise a weight matrix.
 
     Args:
         weight: [N, K], floating point, on any device; K a multiple of 64 and of ``rotation_block_size``.
         input_scales: [K] float16.
         name: the tensor's name, for errors.
+        coder: chooses indices [n, P] int16 for the coordinates [n, K] float32 of some rows; None for the nearest codewords.
+        weights_at_once: how many weights the coder is given at once, in whole rows.
     Raises:
         ValueError: a value of the weight is NaN or infinite, or a shape does not fit.
     """
@@ -121,14 +123,14 @@ def encode_weight(
     input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
     row_norms = torch.empty(len(weight), device=weight.device)
-    step = max(1, ENCODE_CHUNK // weight.shape[1])
+    step = max(1, weights_at_once // weight.shape[1])
     for i in range(0, len(weight), step):
         coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales)
         if not norms.isfinite().all():
             row = i + int((~norms.isfinite()).nonzero()[0, 0])
             raise ValueError(f"{name}: row {row} divided by its channels' input scales overflows float32")
         row_norms[i : i + step] = norms
-        indices = nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
+        indices = coder(coordinates) if coder else nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
         qweight[:, i : i + step] = pack_planes(indices, index_bits)
     return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
 

@@ -11,6 +11,7 @@ from qamw_kernels.packing import UNIT_INPUTS, packed_shape
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
 
 QUANT_METHOD = "qamw"
+LAYER_TENSORS = ("qweight", "row_norms", "input_scales")  # <module>.<suffix> in place of <module>.weight
 FORMAT_VERSION = 1
 
 
