@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory
+.PHONY: setup demo test test-quick lint codebooks check-memory study
 
 setup: $(VENV)/.ready
 
@@ -39,3 +39,7 @@ codebooks: setup
 # Needs 19 GB of disk.
 check-memory: setup
 	$(BIN)/python tests/check_memory.py
+
+# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need LLAMA_CPP_PYTHON, see tests/study/gguf_files.py.
+study: setup
+	PYTHONPATH=tests $(BIN)/python tests/study/run.py $(TEXT)

@@ -1,6 +1,7 @@
 """Activation statistics, one decoder layer in memory at a time, so that a model larger than memory can be calibrated."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -96,6 +97,10 @@ class LayerRunner:
             raise QuantizeError(f"{self.layers_name}.{index}: its output is not finite on the calibration text")
 
 
+class _Reached(Exception):
+    """Ends the run of a layer where nothing behind is wanted."""
+
+
 class Calibrator:
     """Second moments of every input group's activation, layer by layer, where each layer reads what the quantised layers
     before it put out: for every layer in turn :meth:`hessians`, then :meth:`finish`.
@@ -127,11 +132,14 @@ class Calibrator:
                 i, rows = first[name], x.reshape(-1, x.shape[-1])
                 sums[i].addmm_(rows.T, rows)
                 counts[i] += len(rows)
+                if i == len(groups) - 1:
+                    raise _Reached
 
         runner.load(self._index, weights)
         with on_linear_inputs(runner.layers[self._index], note):
             for i, batch in enumerate(runner.hidden):
-                runner.run(self._index, i, batch.to(runner.device))
+                with suppress(_Reached):
+                    runner.run(self._index, i, batch.to(runner.device))
         for total, group in zip(sums, groups, strict=True):
             if not total.isfinite().all():
                 raise QuantizeError(f"{group[0].name}: its input is not finite on the calibration text")

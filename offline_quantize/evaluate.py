@@ -150,7 +150,7 @@ def read_text(path: Path) -> str:
     return raw
 
 
-def _open_text(raw: str, directory: Path, bos: str) -> tuple[Text, int]:
+def open_text(raw: str, directory: Path, bos: str) -> tuple[Text, int]:
     """The text as a checkpoint's tokenizer and config.json see it, and its vocabulary size; no weights are read."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -171,7 +171,7 @@ def _check_decodable(directory: Path) -> None:
 
 
 def _check_same_tokens(reference: Path, reference_text: Text, vocab_size: int, checkpoint: Path) -> None:
-    text, other_size = _open_text(reference_text.raw, checkpoint, "auto")
+    text, other_size = open_text(reference_text.raw, checkpoint, "auto")
     if other_size != vocab_size:
         raise QuantizeError(f"{checkpoint / 'config.json'}: vocab_size is {other_size}, expected {vocab_size} as in {reference}")
     if text.tokenizer.get_vocab() != reference_text.tokenizer.get_vocab() or text.encode(text.raw) != reference_text.encode(text.raw):
@@ -195,7 +195,7 @@ def evaluate(reference: Path, checkpoints: Sequence[Path], raw: str, conventions
         QuantizeError: before any work, if text, vocabularies, tokenizers or context do not fit; or an unusable checkpoint.
     """
     device = device or torch.device("cpu")
-    text, vocab_size = _open_text(raw, reference, bos)
+    text, vocab_size = open_text(raw, reference, bos)
     by_convention = {name: text.windows(name, limit) for name in conventions}
     for directory in (reference, *(checkpoints if engine == "transformers" else ())):
         _check_decodable(directory)

@@ -12,6 +12,7 @@ from torch import nn
 from models import tiny_model
 from offline_quantize.evaluate import load_model
 from offline_quantize.structure import find_structure
+from study import report, run
 from study.activations import largest, layer_statistics, products, squares
 from study.baselines import BASELINES, num_weights
 from study.gaussian import best_amplitude_bits, code_polar, code_scalar, polar_nmse, scalar_table
@@ -190,3 +191,31 @@ def test_gguf_file(tiny_llama: Path, tmp_path: Path) -> None:
     assert read_gguf(tmp_path / "quantized.gguf", model, structure) == pytest.approx(4.5 * in_attention + 8.5 * (1 - in_attention))
     weight, expected = (m.model.layers[0].mlp.down_proj.weight for m in (model, original))
     assert 0 < float((weight - expected).float().square().mean() / expected.float().square().mean()) < 1e-4
+
+
+def test_rows_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tmp_path / "model", "llama", max_position_embeddings=2048)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "real_model", lambda name: model)
+    raw = (Path(__file__).parent / "data" / "evaluation.txt").read_text()
+    made = ["bf16", "int8", "qamw-plain-3.5", "qamw-feedback-4", "qamw-4.5"]
+    for methods in (made[:3], made):  # the second goes on
+        run.study("tiny", raw, methods, num_windows=2)
+    rows = report.load_rows(tmp_path / "results")
+    assert [row["method"] for row in rows] == made
+    assert rows[0]["kl"]["mean"] == pytest.approx(0, abs=1e-6) and rows[0]["perplexity"]["change_percent"] == pytest.approx(0, abs=1e-4)
+    divergences = {row["method"]: row["kl"]["mean"] for row in rows}
+    assert 0 < divergences["int8"] < divergences["qamw-4.5"] < divergences["qamw-plain-3.5"]
+    assert all(row["kl"]["num_tokens"] == 2 * 2047 for row in rows)
+    assert report.table(rows).count("\n") == len(rows) + 1
+    report.plot(rows, tmp_path / "rates.png")
+    assert (tmp_path / "rates.png").stat().st_size > 10000
+
+
+def test_claims_are_computed_from_rows() -> None:
+    def row(method: str, kl: float, change: float) -> dict[str, Any]:
+        return {"method": method, "kl": {"mean": kl}, "perplexity": {"change_percent": change}}
+
+    rows = [row("bf16", 0, 0), row("polar-8", 0.4, 50), row("qamw-plain-4", 0.2, 30), row("polar-9", 0.1, 35)]
+    assert report.joint_against_polar(rows) == [(4.0, 20, 2.0)]
+    assert report.divergence_predicts_perplexity(rows) == pytest.approx(0.5)  # ranks 3 2 1 against 3 1 2
