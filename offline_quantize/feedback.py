@@ -23,7 +23,12 @@ def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
     Damping stands for what a finite text does not show, and makes a rank-deficient Hessian definite; where rounding still
     hides that, it is raised.
+
+    Raises:
+        ValueError: the Hessian is not finite.
     """
+    if not hessian.isfinite().all():
+        raise ValueError("the calibration text makes activations whose squares are not finite")
     mean = hessian.diagonal().mean()
     while True:
         damped = hessian.clone()

@@ -143,7 +143,9 @@ class Plan:
         layers = [[self.checkpoint.tensors[name] for name in self.layer_tensor_names(i)] for i in range(len(self.layers))]
         peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
         peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
-        if calibration_tokens:  # the layer in float32, and activations
+        if calibration_tokens:  # the layer in float32, activations, the layer's Hessians, and one of them factored in float64
+            widths = [[group[0].num_inputs for group in groups] for groups in self.layers]
+            peak += max(4 * sum(k * k for k in own) + 5 * 8 * max(own, default=0) ** 2 for own in widths)
             peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
             peak += 2 * 4 * calibration_tokens * max(linear.num_inputs for linear in self.linears)
         return peak

@@ -84,6 +84,11 @@ def test_any_hessian_is_safe(kind: str) -> None:
     assert encoded.errors["w"]["nmse"] < 30 * nearest_errors["nmse"]
 
 
+def test_a_hessian_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        factor(torch.full((4, 4), torch.inf, dtype=torch.float64), 0.1)
+
+
 def test_allocation_is_the_best_there_is() -> None:
     generator = torch.Generator().manual_seed(5)
     for _ in range(20):
