@@ -14,6 +14,7 @@ DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 NUM_WINDOWS = 32
 WINDOW_TOKENS = 512
 BATCH = 4  # windows per forward call
+DTYPE = torch.bfloat16  # as layers are served
 
 
 def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
@@ -44,7 +45,7 @@ def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
 class LayerRunner:
     """Runs the decoder layers of a checkpoint over the calibration tokens, with one layer's weights in memory at a time.
 
-    Layers are run in float32; hidden states between two layers are kept in CPU memory.
+    Layers are run in DTYPE; hidden states between two layers are kept in CPU memory.
 
     Attributes:
         hidden: what the next layer reads, per batch [BATCH, WINDOW_TOKENS, hidden size].
@@ -65,7 +66,7 @@ class LayerRunner:
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
             if name in checkpoint.tensors:  # not the head, where it is tied to the embeddings
-                return next(checkpoint.load([name]))[1].to(self.device, torch.float32)
+                return next(checkpoint.load([name]))[1].to(self.device, DTYPE)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, real, skip=self.layers_name, buffers=True)
@@ -75,7 +76,7 @@ class LayerRunner:
         """Give decoder layer ``index`` its tensors, by full name."""
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
             stored = weights.get(f"{self.layers_name}.{index}.{name}")
-            return old.to(self.device) if stored is None else stored.to(self.device, torch.float32)
+            return old.to(self.device) if stored is None else stored.to(self.device, DTYPE)
 
         set_parameters(self.layers[index], real, buffers=True)
 
@@ -113,11 +114,13 @@ class Calibrator:
         self._index = 0
 
     @torch.no_grad()
-    def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]]) -> list[torch.Tensor | None]:
-        """Mean of x^T x, [K, K] float32, over all calibration tokens for the input x of each group of the next layer.
+    def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]],
+                 importance: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor | None]:
+        """Mean of importance * x^T x, [K, K] float32, over all calibration tokens for the input x of each group of the next layer.
 
         Args:
             weights: the layer's original tensors by full name.
+            importance: [tokens] float32 for each group; None where all tokens count the same.
         Returns:
             One entry per group; None where no token reached the group, or nothing but zeros.
         """
@@ -129,8 +132,11 @@ class Calibrator:
 
         def note(name: str, x: torch.Tensor) -> None:
             if name in first:
-                i, rows = first[name], x.reshape(-1, x.shape[-1])
-                sums[i].addmm_(rows.T, rows)
+                i, rows = first[name], x.reshape(-1, x.shape[-1]).float()
+                weighted = rows
+                if importance is not None:
+                    weighted = rows * importance[i][counts[i] : counts[i] + len(rows), None].to(rows.device)
+                sums[i].addmm_(weighted.T, rows)
                 counts[i] += len(rows)
                 if i == len(groups) - 1:
                     raise _Reached

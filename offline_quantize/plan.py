@@ -309,13 +309,17 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
     return Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, tp_max, served).with_shards()
 
 
-def check_disk(plan: Plan, out: Path) -> None:
-    """Raise QuantizeError when what is still to be written would not fit, with a little room to spare."""
-    parent = out.absolute()
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else existing_parent(path.parent)
+
+
+def check_disk(plan: Plan, out: Path, calibration_tokens: int = 0) -> None:
+    """Raise QuantizeError when what is still to be written, and the hidden states of all layers, would not fit with a little to spare."""
     present = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    while not parent.exists():
-        parent = parent.parent
     copies = sum((plan.checkpoint.directory / file).stat().st_size for file in plan.checkpoint.other_files())
-    needed, free = plan.output_bytes - present + copies + 64 * 2**20, shutil.disk_usage(parent).free
+    hidden = 2 * calibration_tokens * sum(groups[0][0].num_inputs for groups in plan.layers if groups)
+    needed, free = plan.output_bytes - present + copies + hidden + 64 * 2**20, shutil.disk_usage(existing_parent(out)).free
     if free < needed:
         raise QuantizeError(f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk")

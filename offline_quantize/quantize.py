@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from offline_quantize import report
-from offline_quantize.allocation import SENSITIVITY_WINDOWS, allocate, measure_sensitivities
+from offline_quantize.allocation import allocate
 from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, calibration_tokens
 from offline_quantize.encoder import ENCODERS, encode_group
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import Output
-from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, index_bits_for, make_plan
+from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, existing_parent, index_bits_for, make_plan
+from offline_quantize.sensitivity import Sensitivity, measure_sensitivities
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import LAYER_TENSORS
 
@@ -70,8 +71,8 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
         ignore: glob patterns of linear layers to leave as they are.
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run of the same request.
-        rates: "mixed" spreads the bits over the layers by sensitivity, "uniform" gives every layer the same; None for mixed with
-            calibration, uniform without.
+        rates: "mixed" measures sensitivities: bits go to the layers, and calibration tokens count, by what their errors cost;
+            "uniform" treats all alike, in about half the time; None for mixed with calibration, uniform without.
         encoder: "feedback" or "nearest"; None for feedback with calibration, nearest without.
     Returns:
         The report, as written to qamw_report.json.
@@ -94,31 +95,32 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     Output.check_target(out, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
-    check_disk(plan, out)
     tokens = calibration_tokens(model, text) if text else None
-    if rates == "mixed" and tokens is not None:
-        plan = _allocate(plan, bpw, tokens, torch_device, progress)
+    check_disk(plan, out, tokens.numel() if tokens is not None else 0)
+    sensitivities: list[list[Sensitivity]] = []
+    if tokens is not None and rates == "mixed":
+        note = functools.partial(progress, "sensitivity") if progress else None
+        sensitivities = measure_sensitivities(plan, tokens, torch_device, existing_parent(out.parent), note)
+        plan = _allocate(plan, bpw, sensitivities)
     output = Output(out, fingerprint(plan, text, tokens, encoder, torch_device), resume)
-    _write_shards(plan, output, tokens, encoder, torch_device, progress)
+    calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None else None
+    _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
     return _write_rest(plan, output, text, encoder)
 
 
-def _allocate(plan: Plan, bpw: float, tokens: torch.Tensor, device: torch.device, progress: Progress | None) -> Plan:
+def _allocate(plan: Plan, bpw: float, sensitivities: list[list[Sensitivity]]) -> Plan:
     """The plan with bits where they save most."""
-    some = tokens[:: max(1, len(tokens) // SENSITIVITY_WINDOWS)][:SENSITIVITY_WINDOWS]
-    note = functools.partial(progress, "sensitivity") if progress else None
-    sensitivities = measure_sensitivities(plan, some, device, note)
     sizes = [[sum(linear.num_rows * linear.num_inputs // 2 for linear in group) for group in groups] for groups in plan.layers]
-    chosen = iter(allocate([*chain(*sensitivities)], [*chain(*sizes)], plan.index_bits_within(bpw)))
+    costs = [s.distortion_cost for s in chain(*sensitivities)]
+    chosen = iter(allocate(costs, [*chain(*sizes)], plan.index_bits_within(bpw)))
     return plan.with_rates([[next(chosen) for _ in groups] for groups in plan.layers])
 
 
-def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, encoder: str, device: torch.device,
-                  progress: Progress | None) -> None:
+def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sensitivities: list[list[Sensitivity]], encoder: str,
+                  device: torch.device, progress: Progress | None) -> None:
     open_shards = [shard for shard in plan.shards if shard.file not in output.files]
     end = max((shard.layers.stop for shard in open_shards), default=0)
     # With calibration, layers of finished shards are still passed through, up to the last layer that is needed.
-    calibrator = Calibrator(plan.checkpoint, tokens, device) if tokens is not None and end else None
     done = 0
     for shard in plan.shards:
         wanted = shard in open_shards
@@ -127,7 +129,10 @@ def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, encod
         for layer in shard.layers:
             made: dict[str, torch.Tensor] = {}
             if wanted:
-                made, notes = _quantize_layer(plan, layer, calibrator, encoder, device)
+                weights = plan.load_layer(layer)
+                importance = [s.importance for s in sensitivities[layer]] if sensitivities else None
+                hessians = calibrator.hessians(weights, plan.layers[layer], importance) if calibrator else None
+                made, notes = _quantize_layer(plan, layer, weights, hessians, encoder, device)
                 tensors |= made
                 entries += notes
             elif calibrator and layer < end:
@@ -142,13 +147,12 @@ def _write_shards(plan: Plan, output: Output, tokens: torch.Tensor | None, encod
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
 
 
-def _quantize_layer(plan: Plan, layer: int, calibrator: Calibrator | None, encoder: str,
+def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], hessians: list[torch.Tensor | None] | None, encoder: str,
                     device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The output tensors of a decoder layer, and the report's entries."""
-    weights, groups = plan.load_layer(layer), plan.layers[layer]
-    hessians = calibrator.hessians(weights, groups) if calibrator else [None] * len(groups)
+    """The output tensors of a decoder layer from its original ones, and the report's entries."""
+    groups = plan.layers[layer]
     entries = []
-    for group, hessian in zip(groups, hessians, strict=True):
+    for group, hessian in zip(groups, hessians or [None] * len(groups), strict=True):
         index_bits = plan.format.index_bits_of(group[0].name)
         block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
         originals = {linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}

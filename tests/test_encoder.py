@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from offline_quantize import allocation
-from offline_quantize.allocation import allocate, measure_sensitivities
+from offline_quantize import calibration, sensitivity
+from offline_quantize.allocation import allocate
 from offline_quantize.encoder import encode_group
 from offline_quantize.evaluate import load_model
 from offline_quantize.feedback import encode_with_feedback, encode_with_feedback_slow, factor, feedback_matrix
 from offline_quantize.plan import make_plan
+from offline_quantize.sensitivity import measure_sensitivities
 from qamw_kernels.codebook import load_codebook
 from qamw_kernels.nearest import nearest
 
@@ -106,19 +107,23 @@ def test_allocation_is_the_best_there_is() -> None:
     assert allocate([0.0, 1.0], [4, 4], 4 * 18) == [6, 12]
 
 
-def test_sensitivity_predicts_the_divergence(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sensitivity_predicts_the_divergence(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """White noise on the weights of one group at a time: its measured KL divergence is in proportion to the prediction."""
-    monkeypatch.setattr(allocation, "_feedback_error", lambda hessian, num_tokens: float(hessian.trace()))  # noise is not fed back
+    monkeypatch.setattr(calibration, "DTYPE", torch.float32)
+    monkeypatch.setattr(sensitivity, "HESSIAN_BATCHES", 6)
+    monkeypatch.setattr(sensitivity, "_feedback_error", lambda hessian, num_tokens: float(hessian.trace()))  # noise is not fed back
     generator = torch.Generator().manual_seed(6)
     tokens = torch.randint(0, 300, (24, 64), generator=generator)
     plan = make_plan(tiny_llama)
-    sensitivities = measure_sensitivities(plan, tokens, torch.device("cpu"))
+    sensitivities = measure_sensitivities(plan, tokens, torch.device("cpu"), tmp_path)
+    for importance in (s.importance for groups in sensitivities for s in groups):
+        assert importance.shape == (tokens.numel(),) and importance.min() >= 0 and importance.mean() == pytest.approx(1)
     model = load_model(tiny_llama)
     with torch.no_grad():
         reference = model(tokens).logits.log_softmax(-1)
         ratios = []
         for groups, predicted in zip(plan.layers, sensitivities, strict=True):
-            for group, prediction in zip(groups, predicted, strict=True):
+            for group, prediction in zip(groups, (s.distortion_cost for s in predicted), strict=True):
                 weights = [model.get_submodule(linear.name).weight for linear in group]
                 originals = [w.clone() for w in weights]
                 kl = 0.0
@@ -134,4 +139,4 @@ def test_sensitivity_predicts_the_divergence(tiny_llama: Path, monkeypatch: pyte
 
 
 def test_nothing_but_zeros_counts_for_nothing() -> None:
-    assert allocation._feedback_error(torch.zeros(64, 64), 100) == 0
+    assert sensitivity._feedback_error(torch.zeros(64, 64), 100) == 0

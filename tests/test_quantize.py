@@ -111,7 +111,8 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, m
     report = quantize(model, tmp_path / "out")
     assert all(0 < entry["output_nmse"] < 0.002 for entry in report["layers"] if entry["index_bits"] >= 10)
 
-    # Carried layer by layer, the hidden states are those of the whole model.
+    # Carried layer by layer in float32, the hidden states are those of the whole model.
+    monkeypatch.setattr(cal, "DTYPE", torch.float32)
     plan, tokens = make_plan(model), calibration_tokens(model, DEFAULT_TEXT)
     weights = [dict(plan.checkpoint.load(plan.layer_tensor_names(layer))) for layer in range(2)]
     runner = LayerRunner(plan.checkpoint, tokens, torch.device("cpu"))
@@ -129,14 +130,15 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, m
     calibrator = Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
     calibrator.hessians(weights[0], ())
     calibrator.finish({name: decoded[name] for name in weights[0]})
-    (hessian,) = calibrator.hessians(weights[1], plan.layers[1][-1:])
+    importance = torch.rand(tokens.numel())
+    (hessian,) = calibrator.hessians(weights[1], plan.layers[1][-1:], [importance])
     inputs = []
     behind = whole.get_submodule(plan.layers[1][-1][0].name)
     whole.load_state_dict({name: decoded[name] for name in weights[0]}, strict=False)
     behind.register_forward_pre_hook(lambda module, args: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         whole.base_model(input_ids=tokens)
-    torch.testing.assert_close(hessian, inputs[0].T @ inputs[0] / len(inputs[0]), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(hessian, (inputs[0] * importance[:, None]).T @ inputs[0] / len(importance), rtol=1e-3, atol=1e-4)
 
 
 def test_one_layer_over_two_shards_and_other_dtypes(tmp_path: Path, tiny_llama: Path) -> None:
