@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study
+.PHONY: setup demo test test-quick lint codebooks check-memory study study-report
 
 setup: $(VENV)/.ready
 
@@ -43,3 +43,7 @@ check-memory: setup
 # make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need LLAMA_CPP_PYTHON, see tests/study/gguf_files.py.
 study: setup
 	PYTHONPATH=tests $(BIN)/python tests/study/run.py $(TEXT)
+	PYTHONPATH=tests $(BIN)/python tests/study/report.py
+
+study-report: setup
+	PYTHONPATH=tests $(BIN)/python tests/study/report.py

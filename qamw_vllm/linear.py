@@ -19,6 +19,7 @@ from qamw_kernels import ops
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.tiling import tile_planes
 from qamw_vllm.loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name
@@ -55,8 +56,8 @@ def choose_backend() -> str:
 class QamwLinearMethod(LinearMethodBase):
     """One quantised vLLM linear layer.
 
-    With the ``triton`` backend the layer keeps the packed weight; with ``decode`` it becomes a plain linear layer while
-    loading, and vLLM's own CPU matrix multiplication runs.
+    With the ``triton`` backend the layer keeps the packed weight, as the tiles that kernels read; with ``decode`` it becomes a
+    plain linear layer while loading, and vLLM's own CPU matrix multiplication runs.
 
     Args:
         prefix: the layer's name in vLLM.
@@ -144,7 +145,8 @@ class QamwLinearMethod(LinearMethodBase):
             self._plain.process_weights_after_loading(layer)
             return
         # Plain parameters: vLLM's own classes only matter while loading.
-        layer.qweight = Parameter(layer.qweight.data, requires_grad=False)
+        layer.tiles = Parameter(tile_planes(layer.qweight.data), requires_grad=False)
+        del layer.qweight
         layer.row_norms = Parameter(layer.row_norms.data, requires_grad=False)
         layer.input_scales = Parameter(input_scales.data[0].clone(), requires_grad=False)
         layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, input_scales.device), persistent=False)
@@ -163,4 +165,4 @@ class QamwLinearMethod(LinearMethodBase):
         if self.backend == "decode":  # fixed when the layer was made, so a compiled graph holds one branch
             return self._plain.apply(layer, x, bias)
         return ops.linear(
-            x, layer.qweight, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)
+            x, layer.tiles, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)

@@ -17,7 +17,8 @@ from qamw_kernels.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
 from qamw_kernels.packing import pack_planes, unpack_planes
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES, hadamard
-from qamw_kernels.triton_kernels import cast, decode_tile, dot
+from qamw_kernels.tiling import tile_planes
+from qamw_kernels.triton_kernels import cast, dot
 
 DEVICE = "cpu" if ops.INTERPRETED else "cuda"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,32 +73,13 @@ def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: to
     assert error <= 2 * error_of_torch + 1e-7, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
 
 
-@triton.jit
-def decode_kernel(
-    p_qweight, p_quadrant, p_out, N, U, STRIDE,
-    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
-):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    u = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
-    k = tl.program_id(1) * UNITS * 64 + tl.arange(0, UNITS * 64)
-    tl.store(p_out + n[:, None] * STRIDE + k[None, :], decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS, DTYPE))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_decode_tile_is_exact(index_bits, dtype):
-    num_rows, num_units = 30, 5  # 4,800 pairs: every codeword occurs; tiles of 16 rows x 2 units cover 32 x 6
-    weight = random_weight(num_rows, 64 * num_units, index_bits)
+def test_decoding_is_exact(index_bits, dtype):
+    weight = random_weight(30, 10 * 64, index_bits)  # 9,600 pairs: every codeword occurs; a tile and a part of one
     assert len(unpack_planes(weight.qweight).unique()) == 2**index_bits
-    out = torch.empty(32, 6 * 64, dtype=dtype, device=DEVICE)
-    decode_kernel[2, 3](
-        weight.qweight, ops.quadrant_words(index_bits, DEVICE), out, num_rows, num_units, 6 * 64,
-        INDEX_BITS=index_bits, DTYPE=triton_launch.TL_DTYPES[dtype], BLOCK_N=16, UNITS=2,
-    )
-    past_the_end = load_codebook(index_bits)[0].to(DEVICE)  # nothing is read there
-    expected = past_the_end.repeat(32, 3 * 64)
-    expected[:num_rows, : num_units * 64] = coordinates(weight)
-    assert torch.equal(out.float(), expected)
+    out = triton_launch._coordinates(tile_planes(weight.qweight), ops.quadrant_words(index_bits, DEVICE), 30, 10 * 64, dtype)
+    assert torch.equal(out.float(), coordinates(weight))
 
 
 @triton.jit
@@ -142,15 +124,15 @@ def test_rotate_overflows_only_where_the_result_does():
     assert torch.equal(got.abs(), torch.full_like(x, 240000 / math.sqrt(128)))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 33])
+@pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_gemm(index_bits, dtype, num_tokens):
-    """1, 3 and 16 tokens take the skinny tile, 17 and 33 the prefill tile; five units are an odd number of every tile's."""
+    """1, 3 and 16 tokens take the skinny tile, 17 the wide one, 130 are multiplied with the decoded weight."""
     weight = random_weight(NUM_ROWS, 5 * 64, index_bits)
     rotated = random(num_tokens, 5 * 64, dtype=dtype)
     bias = random(NUM_ROWS, dtype=dtype, seed=2) if num_tokens != 3 else None
-    got = torch.ops.qamw.gemm(rotated, weight.qweight, weight.row_norms, ops.quadrant_words(index_bits, DEVICE), bias)
+    got = torch.ops.qamw.gemm(rotated, tile_planes(weight.qweight), weight.row_norms, ops.quadrant_words(index_bits, DEVICE), bias)
     plain = coordinates(weight)
     truth = rotated.double() @ plain.double().T * weight.row_norms.double()
     of_torch = (rotated @ plain.to(dtype).T).float() * weight.row_norms
@@ -166,7 +148,7 @@ def test_gemm_tolerance_sees_one_wrong_weight():
     of_torch = ((rotated @ coordinates(weight).bfloat16().T).float() * weight.row_norms).bfloat16()
     indices = unpack_planes(weight.qweight)
     indices[weight.row_norms.argmax(), 17] ^= 1 << 10  # the sign of one y
-    got = torch.ops.qamw.gemm(rotated, pack_planes(indices, 11), weight.row_norms, ops.quadrant_words(11, DEVICE), None)
+    got = torch.ops.qamw.gemm(rotated, tile_planes(pack_planes(indices, 11)), weight.row_norms, ops.quadrant_words(11, DEVICE), None)
     with pytest.raises(AssertionError, match="relative error"):
         assert_as_good_as_torch(got, of_torch, truth)
 
@@ -176,14 +158,14 @@ def test_gemm_tolerance_sees_one_wrong_weight():
 def test_gemm_of_odd_sizes(num_rows, num_units, num_tokens):
     weight = random_weight(num_rows, 64 * num_units, 7)
     rotated = random(num_tokens, 64 * num_units)
-    got = torch.ops.qamw.gemm(rotated, weight.qweight, weight.row_norms, ops.quadrant_words(7, DEVICE), None)
+    got = torch.ops.qamw.gemm(rotated, tile_planes(weight.qweight), weight.row_norms, ops.quadrant_words(7, DEVICE), None)
     of_torch = rotated @ coordinates(weight).T * weight.row_norms
     assert_as_good_as_torch(got, of_torch, rotated.double() @ coordinates(weight).double().T * weight.row_norms.double())
 
 
 def check_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> None:
     got = torch.ops.qamw.dequantize(
-        weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(weight.index_bits, DEVICE),
+        tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(weight.index_bits, DEVICE),
         weight.rotation_block_size, dtype,
     )
     size = weight.rotation_block_size
@@ -213,7 +195,7 @@ def test_linear_end_to_end(dtype, rotation_block_size):
     x = random(2, 9, 2 * 1536, dtype=dtype)[..., ::2]  # not contiguous
     bias = random(NUM_ROWS, dtype=dtype, seed=2)
     got = ops.linear(
-        x, weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(11, DEVICE), bias, rotation_block_size
+        x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(11, DEVICE), bias, rotation_block_size
     )
     truth = x.double() @ decode_weight(weight).double().T + bias.double()
     # The kernels round three times (scaled, rotated, result), the reference once: sqrt(3) < 2.
@@ -223,7 +205,7 @@ def test_linear_end_to_end(dtype, rotation_block_size):
 def test_no_tokens():
     weight = random_weight(NUM_ROWS, 128, 8)
     x = torch.zeros(0, 128, dtype=torch.bfloat16, device=DEVICE)
-    y = ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(8, DEVICE), None, 64)
+    y = ops.linear(x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(8, DEVICE), None, 64)
     assert y.shape == (0, NUM_ROWS)
 
 
@@ -233,9 +215,9 @@ def test_ops_reach_the_triton_kernels(monkeypatch):
     x = random(1, 128)
     calls = {
         "rotate_kernel": lambda: torch.ops.qamw.rotate(x, weight.input_scales, 64),
-        "gemm_kernel": lambda: torch.ops.qamw.gemm(x, weight.qweight, weight.row_norms, words, None),
+        "gemm_kernel": lambda: torch.ops.qamw.gemm(x, tile_planes(weight.qweight), weight.row_norms, words, None),
         "dequantize_kernel": lambda: torch.ops.qamw.dequantize(
-            weight.qweight, weight.row_norms, weight.input_scales, words, 64, torch.float32
+            tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, 64, torch.float32
         ),
     }
     for kernel, call in calls.items():
@@ -249,7 +231,7 @@ def test_opcheck():
     weight, words = random_weight(NUM_ROWS, 128, 8), ops.quadrant_words(8, DEVICE)
     x = random(3, 128)
     torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, 64))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, None))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, None))
     torch.library.opcheck(
-        torch.ops.qamw.dequantize.default, (weight.qweight, weight.row_norms, weight.input_scales, words, 64, torch.bfloat16)
+        torch.ops.qamw.dequantize.default, (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, 64, torch.bfloat16)
     )

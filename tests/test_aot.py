@@ -1,51 +1,47 @@
 """Every kernel compiles ahead of time for sm_80, sm_89 and sm_90, to tensor-core code without spills. Needs no GPU."""
 
 import collections
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from qamw_kernels.codebook import INDEX_BITS
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
-from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel
-from qamw_kernels.triton_launch import DEQUANTIZE_TILE, GEMM_TILES, ROTATE_TILES, TL_DTYPES, Tile
+from qamw_kernels.triton_kernels import INTERPRETED, coordinates_kernel, dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.triton_launch import (
+    DECODE_CHUNKS,
+    DECODE_TILE,
+    DEQUANTIZE_WIDTH,
+    GEMM_TILES,
+    ROTATE_TILES,
+    ROTATE_WIDTH,
+    TL_DTYPES,
+    Tile,
+)
+from sass import compile_for, disassemble
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(INTERPRETED.value, reason="the interpreter replaces the compiler")]
 
 TARGETS = {80: "HMMA", 89: "HMMA", 90: "HGMMA"}  # -> matrix instruction of a GEMM
 SHARED_MEMORY = 99 * 1024  # bytes per program on sm_89, the smallest of the three
 NARROW = (torch.bfloat16, torch.float16)
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_]+)", re.MULTILINE)
 
 
 def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constexprs: dict, aligned: bool = True):
     """Opcode -> count. Arguments are typed by name; ``aligned`` says that pointers and sizes are multiples of 16."""
     activation = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
-    types = {"p_qweight": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
+    types = {"p_tiles": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         default = activation if name.startswith("p_") else "i32"
         signature[name] = "constexpr" if name in constexprs else types.get(name, default)
-        if name.startswith("p_") or (aligned and name in ("N", "U", "G") and name not in constexprs):
+        if name.startswith("p_") or (aligned and name in ("N", "K", "G") and name not in constexprs):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    compiled = triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes),
-        target=GPUTarget("cuda", target, 32), options={"num_warps": tile.num_warps, "num_stages": tile.num_stages},
-    )
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        sass = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
-    opcodes = collections.Counter(INSTRUCTION.findall(sass))
-    assert opcodes["EXIT"] and opcodes["STG"], "the disassembly could not be read"
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    compiled = compile_for(source, target, num_warps=tile.num_warps, num_stages=tile.num_stages)
+    opcodes = collections.Counter(opcode.split(".")[0] for opcode, _ in disassemble(compiled))
+    assert opcodes["STG"], "nothing is written"
     assert not opcodes["LDL"] and not opcodes["STL"], f"{opcodes['STL']} spill stores, {opcodes['LDL']} loads"
     assert compiled.metadata.shared <= SHARED_MEMORY
     return opcodes
@@ -54,11 +50,11 @@ def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constex
 def gemm_opcodes(target: int, dtype: torch.dtype, index_bits: int, kind: str, aligned: bool = True, **constexprs: int):
     tile = GEMM_TILES[kind, dtype.itemsize]
     constexprs = {"INDEX_BITS": index_bits, "HAS_BIAS": True, "DTYPE": TL_DTYPES[dtype], "BLOCK_M": tile.BLOCK_M,
-                  "BLOCK_N": tile.BLOCK_N, "UNITS": tile.UNITS, **constexprs}
+                  "ROW_TILES": tile.ROW_TILES, **constexprs}
     return compile_to_sass(gemm_kernel, target, dtype, tile, constexprs, aligned)
 
 
-@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("kind", ["skinny", "wide"])
 @pytest.mark.parametrize("index_bits", [8, 11])
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
@@ -71,14 +67,14 @@ def test_gemm_other_index_bits(index_bits):
     assert gemm_opcodes(90, torch.bfloat16, index_bits, "skinny")["HGMMA"]
 
 
-@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("kind", ["skinny", "wide"])
 def test_gemm_of_odd_sizes(kind):
     """Sizes that are no multiples of 16, and 1, which Triton turns into a constant."""
     assert gemm_opcodes(90, torch.bfloat16, 11, kind, aligned=False, HAS_BIAS=False)["HGMMA"]
-    assert gemm_opcodes(90, torch.bfloat16, 11, kind, N=1, U=1)["HGMMA"]
+    assert gemm_opcodes(90, torch.bfloat16, 11, kind, N=1)["HGMMA"]
 
 
-@pytest.mark.parametrize("kind", ["skinny", "prefill"])
+@pytest.mark.parametrize("kind", ["skinny", "wide"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemm_float32_uses_no_tf32(target, kind):
     opcodes = gemm_opcodes(target, torch.float32, 11, kind)
@@ -92,7 +88,7 @@ def test_gemm_float32_uses_no_tf32(target, kind):
 @pytest.mark.parametrize("target", TARGETS)
 def test_rotate(target, dtype, rotation_block_size):
     tile = ROTATE_TILES[dtype.itemsize]
-    constexprs = {"B": rotation_block_size, "WIDTH": min(rotation_block_size, 64 * tile.UNITS), "BLOCK_R": tile.BLOCK_M,
+    constexprs = {"B": rotation_block_size, "WIDTH": min(rotation_block_size, ROTATE_WIDTH), "BLOCK_R": tile.BLOCK_M,
                   "DTYPE": TL_DTYPES[dtype]}
     opcodes = compile_to_sass(rotate_kernel, target, dtype, tile, constexprs)
     assert opcodes["HMMA"] + opcodes["HGMMA"] if dtype in NARROW else opcodes["FFMA"] + opcodes["FADD"]
@@ -105,15 +101,22 @@ def test_rotate(target, dtype, rotation_block_size):
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_dequantize(target, dtype, index_bits, rotation_block_size):
-    tile = DEQUANTIZE_TILE
-    constexprs = {"INDEX_BITS": index_bits, "B": rotation_block_size, "WIDTH": min(rotation_block_size, 64 * tile.UNITS),
-                  "DTYPE": TL_DTYPES[dtype], "BLOCK_N": tile.BLOCK_N, "UNITS": tile.UNITS}
+    tile = DECODE_TILE
+    constexprs = {"INDEX_BITS": index_bits, "B": rotation_block_size, "WIDTH": min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH),
+                  "DTYPE": TL_DTYPES[dtype], "ROW_TILES": tile.ROW_TILES}
     opcodes = compile_to_sass(dequantize_kernel, target, dtype, tile, constexprs)
     assert opcodes[TARGETS[target]]
 
 
+@pytest.mark.parametrize("dtype", (*NARROW, torch.float32), ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_coordinates(target, dtype):
+    constexprs = {"INDEX_BITS": 11, "DTYPE": TL_DTYPES[dtype], "ROW_TILES": DECODE_TILE.ROW_TILES, "CHUNKS": DECODE_CHUNKS}
+    compile_to_sass(coordinates_kernel, target, dtype, DECODE_TILE, constexprs)
+
+
 def test_a_spill_would_be_seen():
     """The checks above read the disassembly: a tile far too large for the registers must fail them."""
-    tile = GEMM_TILES["prefill", 2]
+    tile = GEMM_TILES["wide", 2]
     with pytest.raises(AssertionError, match="spill"):
-        gemm_opcodes(80, torch.bfloat16, 8, "prefill", BLOCK_M=4 * tile.BLOCK_M, BLOCK_N=2 * tile.BLOCK_N)
+        gemm_opcodes(80, torch.bfloat16, 8, "wide", BLOCK_M=4 * tile.BLOCK_M, ROW_TILES=2 * tile.ROW_TILES)

@@ -12,6 +12,7 @@ from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
 from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
 from qamw_kernels.packing import pack_planes, unpack_planes
 from qamw_kernels.rotation import rotate
+from qamw_kernels.tiling import tile_planes
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="CPU tensors run the Triton kernels: see kernel_checks.py")
 
@@ -27,12 +28,12 @@ def random_weight(index_bits: int, num_inputs: int = K) -> QuantizedWeight:
 
 def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     words = ops.quadrant_words(weight.index_bits)
-    return ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
+    return ops.linear(x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
 
 
 def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
     words = ops.quadrant_words(weight.index_bits)
-    return torch.ops.qamw.dequantize(weight.qweight, weight.row_norms, weight.input_scales, words, B, dtype)
+    return torch.ops.qamw.dequantize(tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, B, dtype)
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
@@ -56,10 +57,10 @@ def test_opcheck(dtype):
     torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, B))
     torch.library.opcheck(torch.ops.qamw.rotate.default, (torch.randn(2 * K, 3).T[:, ::2].to(dtype), weight.input_scales, B))
     torch.library.opcheck(torch.ops.qamw.rotate.default, (x[:, :B], weight.input_scales[:B], B))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, None))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, weight.qweight, weight.row_norms, words, torch.randn(N)))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, None))
+    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, torch.randn(N)))
     torch.library.opcheck(
-        torch.ops.qamw.dequantize.default, (weight.qweight, weight.row_norms, weight.input_scales, words, B, dtype)
+        torch.ops.qamw.dequantize.default, (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, B, dtype)
     )
 
 
@@ -88,7 +89,7 @@ def test_cpu_ops_are_the_codec(index_bits):
 
 def test_fakes_on_the_meta_device():
     weight = random_weight(8)
-    arguments = [t.to("meta") for t in (weight.qweight, weight.row_norms, weight.input_scales, ops.quadrant_words(8))]
+    arguments = [t.to("meta") for t in (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(8))]
     y = ops.linear(torch.empty(2, 5, K, dtype=torch.float16, device="meta"), *arguments, None, B)
     assert y.shape == (2, 5, N) and y.dtype == torch.float16 and y.device.type == "meta"
     restored = torch.ops.qamw.dequantize(*arguments, B, torch.bfloat16)
@@ -105,12 +106,13 @@ def test_fakes_on_the_meta_device():
         ({"input_scales": torch.ones(K)}, "input_scales: expected dtype torch.float16, got torch.float32"),
         ({"rotation_block_size": 48}, r"rotation_block_size: expected one of \(16, .* 192 inputs, got 48"),
         ({"rotation_block_size": 128}, r"rotation_block_size: expected one of \(16, .* 192 inputs, got 128"),
-        ({"qweight": torch.zeros(5, N, 3, dtype=torch.int32)}, r"qweight: expected shape \[6\.\.12, .*got \(5, 20, 3\)"),
-        ({"qweight": torch.zeros(8, N, dtype=torch.int32)}, r"qweight: expected shape \[6\.\.12, .*got \(8, 20\)"),
-        ({"qweight": torch.zeros(8, N, 3)}, "qweight: expected dtype torch.int32, got torch.float32"),
-        ({"qweight": torch.zeros(8, N, 4, dtype=torch.int32)}, r"rotated: expected shape \(3, 256\), got \(3, 192\)"),
-        ({"qweight": torch.zeros(9, N, 3, dtype=torch.int32)}, r"quadrant_words: expected shape \(128,\), got \(64,\)"),
-        ({"row_norms": torch.ones(N + 1)}, r"row_norms: expected shape \(20,\), got \(21,\)"),
+        ({"tiles": torch.zeros(2, 1, 5, 32, 4, dtype=torch.int32)},
+         r"tiles: expected shape \(2, 1, 6\.\.12, 32, 4\) for 20 rows and 192 .*got \(2, 1, 5, "),
+        ({"tiles": torch.zeros(8, N, 3, dtype=torch.int32)}, r"tiles: expected shape .*, got \(8, 20, 3\)"),
+        ({"tiles": torch.zeros(2, 1, 8, 32, 4)}, "tiles: expected dtype torch.int32, got torch.float32"),
+        ({"tiles": torch.zeros(2, 2, 8, 32, 4, dtype=torch.int32)}, r"tiles: expected shape .*, got \(2, 2, 8, 32, 4\)"),
+        ({"tiles": torch.zeros(2, 1, 9, 32, 4, dtype=torch.int32)}, r"quadrant_words: expected shape \(128,\), got \(64,\)"),
+        ({"row_norms": torch.ones(3 * N)}, r"tiles: expected shape \(4, 1, .* for 60 rows and 192 inputs, got \(2, 1, 8, 32, 4\)"),
         ({"row_norms": torch.ones(N).half()}, "row_norms: expected dtype torch.float32, got torch.float16"),
         ({"bias": torch.ones(N - 1)}, r"bias: expected shape \(20,\), got \(19,\)"),
     ],
@@ -118,7 +120,7 @@ def test_fakes_on_the_meta_device():
 )
 def test_errors_name_the_argument_the_expectation_and_the_value(change, message, device):
     weight = random_weight(8)
-    arguments = {"x": torch.randn(3, K), "qweight": weight.qweight, "row_norms": weight.row_norms,
+    arguments = {"x": torch.randn(3, K), "tiles": tile_planes(weight.qweight), "row_norms": weight.row_norms,
                  "input_scales": weight.input_scales, "quadrant_words": ops.quadrant_words(8), "bias": None,
                  "rotation_block_size": B, **change}
     arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
@@ -130,8 +132,8 @@ def test_dequantize_errors():
     weight = random_weight(8)
     with pytest.raises(ValueError, match=r"dtype: expected torch.bfloat16 or .*, got torch.int8"):
         dequantize(weight, torch.int8)
-    weight.input_scales = torch.ones(K + 64).half()
-    with pytest.raises(ValueError, match=r"input_scales: expected shape \(192,\), got \(256,\)"):
+    weight.input_scales = torch.ones(K + 512).half()
+    with pytest.raises(ValueError, match=r"tiles: expected shape .* for 20 rows and 704 inputs"):
         dequantize(weight, torch.float32)
 
 
@@ -143,10 +145,10 @@ def test_one_device():
 
 def compile_linear(weight: QuantizedWeight, bias: torch.Tensor | None, backend):
     """A compiled linear layer followed by an addition, and the same uncompiled."""
-    words = ops.quadrant_words(weight.index_bits)
+    words, tiles = ops.quadrant_words(weight.index_bits), tile_planes(weight.qweight)
 
     def layer(x):
-        return 1 + ops.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
+        return 1 + ops.linear(x, tiles, weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
 
     torch._dynamo.reset()
     return torch.compile(layer, fullgraph=True, dynamic=True, backend=backend), layer
@@ -182,7 +184,7 @@ def test_importing_again_keeps_the_ops():
     again = importlib.import_module("qamw_kernels.ops")
     try:
         words = again.quadrant_words(8)
-        assert torch.equal(y, again.linear(x, weight.qweight, weight.row_norms, weight.input_scales, words, None, B))
+        assert torch.equal(y, again.linear(x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, None, B))
     finally:
         sys.modules["qamw_kernels.ops"] = ops
 
@@ -194,7 +196,7 @@ sys.modules["triton"] = None  # import triton raises ImportError
 import torch
 from qamw_kernels import ops
 x = torch.ones(2, 64)
-y = ops.linear(x, torch.zeros(6, 3, 1, dtype=torch.int32), torch.ones(3), torch.ones(64).half(), ops.quadrant_words(6), None, 64)
+y = ops.linear(x, torch.zeros(1, 1, 6, 32, 4, dtype=torch.int32), torch.ones(3), torch.ones(64).half(), ops.quadrant_words(6), None, 64)
 assert y.shape == (2, 3)
 assert not any("triton" in name for name in sys.modules if name.startswith("qamw_kernels"))
 """

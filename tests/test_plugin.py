@@ -11,6 +11,7 @@ import torch
 
 from qamw_kernels.codec import decode_weight, encode_weight, make_input_scales
 from qamw_kernels.format import FormatError, QamwFormat
+from qamw_kernels.tiling import tiled_shape
 
 pytest.importorskip("vllm")
 
@@ -259,7 +260,7 @@ def test_packed_layer_holds_no_decoded_tensor(rank, monkeypatch):
     layer = make_layer("qkv_proj", make_config())
     load(layer, "qkv_proj", make_checkpoint("qkv_proj"))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
-    assert shapes == {"qweight": (BITS, 512, K // 64), "row_norms": (512,), "input_scales": (K,)}
+    assert shapes == {"tiles": tiled_shape(512, K, BITS), "row_norms": (512,), "input_scales": (K,)}
     assert layer.quadrant_words.shape == (2**BITS // 4,)
 
 

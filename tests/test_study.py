@@ -219,3 +219,8 @@ def test_claims_are_computed_from_rows() -> None:
     rows = [row("bf16", 0, 0), row("polar-8", 0.4, 50), row("qamw-plain-4", 0.2, 30), row("polar-9", 0.1, 35)]
     assert report.joint_against_polar(rows) == [(4.0, 20, 2.0)]
     assert report.divergence_predicts_perplexity(rows) == pytest.approx(0.5)  # ranks 3 2 1 against 3 1 2
+
+
+def test_readme_shows_the_rows() -> None:
+    readme = report.README.read_text()
+    assert report.with_table(readme, report.load_rows()) == readme, "make study-report"

@@ -14,7 +14,8 @@ import torch
 
 from qamw_kernels import rotation
 from qamw_kernels.codebook import INDEX_BITS, load_quadrant
-from qamw_kernels.packing import UNIT_INPUTS, unpack_planes
+from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.tiling import tiled_shape, untile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +35,7 @@ def quadrant_words(index_bits: int, device: torch.device | str = "cpu") -> torch
 
 def linear(
     x: torch.Tensor,
-    qweight: torch.Tensor,
+    tiles: torch.Tensor,
     row_norms: torch.Tensor,
     input_scales: torch.Tensor,
     quadrant_words: torch.Tensor,
@@ -47,7 +48,8 @@ def linear(
 
     Args:
         x: [..., K] bfloat16, float16 or float32.
-        qweight: [index_bits, N, K / 64] int32. row_norms: [N] float32. input_scales: [K] float16.
+        tiles: [ceil(N / 16), ceil(K / 512), index_bits, 32, 4] int32, of :mod:`qamw_kernels.tiling`.
+        row_norms: [N] float32. input_scales: [K] float16.
         quadrant_words: [C / 4] int32, from :func:`quadrant_words`. bias: [N] floating point or None.
     Returns:
         [..., N] in the dtype of x, accumulated in float32.
@@ -55,7 +57,7 @@ def linear(
         ValueError: a shape, dtype or device does not fit.
     """
     rotated = torch.ops.qamw.rotate(x.reshape(-1, x.shape[-1]), input_scales, rotation_block_size)
-    y = torch.ops.qamw.gemm(rotated, qweight, row_norms, quadrant_words, bias)
+    y = torch.ops.qamw.gemm(rotated, tiles, row_norms, quadrant_words, bias)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -82,16 +84,18 @@ def _check_rotation(num_inputs: int, rotation_block_size: int) -> None:
                          f"got {rotation_block_size}")
 
 
-def _check_weight(qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor) -> int:
-    """Check the parts of a weight against each other; returns K."""
-    if qweight.ndim != 3 or qweight.shape[0] not in INDEX_BITS or 0 in qweight.shape:
-        raise ValueError(f"qweight: expected shape [{INDEX_BITS.start}..{INDEX_BITS.stop - 1}, N, K / {UNIT_INPUTS}], "
-                         f"got {tuple(qweight.shape)}")
-    if qweight.dtype != torch.int32:
-        raise ValueError(f"qweight: expected dtype torch.int32, got {qweight.dtype}")
-    _check("row_norms", row_norms, qweight, (qweight.shape[1],), torch.float32)
-    _check("quadrant_words", quadrant_words, qweight, (2 ** (qweight.shape[0] - 2),), torch.int32)
-    return UNIT_INPUTS * qweight.shape[2]
+def _check_weight(tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, num_inputs: int) -> None:
+    """Check the parts of a weight with ``num_inputs`` inputs against each other."""
+    if row_norms.ndim != 1 or not len(row_norms):
+        raise ValueError(f"row_norms: expected shape [N], got {tuple(row_norms.shape)}")
+    index_bits = tiles.shape[2] if tiles.ndim == 5 else 0
+    shape = tiled_shape(len(row_norms), num_inputs, index_bits)
+    if index_bits not in INDEX_BITS or tuple(tiles.shape) != shape:
+        raise ValueError(f"tiles: expected shape ({shape[0]}, {shape[1]}, {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, 32, 4) for "
+                         f"{len(row_norms)} rows and {num_inputs} inputs, got {tuple(tiles.shape)}")
+    _check("tiles", tiles, tiles, shape, torch.int32)
+    _check("row_norms", row_norms, tiles, (len(row_norms),), torch.float32)
+    _check("quadrant_words", quadrant_words, tiles, (2 ** (index_bits - 2),), torch.int32)
 
 
 def _check_rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> None:
@@ -101,36 +105,36 @@ def _check_rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_si
 
 
 def _check_gemm(
-    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+    rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    num_inputs = _check_weight(qweight, row_norms, quadrant_words)
     _check_matrix("rotated", rotated)
-    _check("rotated", rotated, qweight, (rotated.shape[0], num_inputs), *_FLOATS)
+    _check_weight(tiles, row_norms, quadrant_words, rotated.shape[1])
+    _check("rotated", rotated, tiles, tuple(rotated.shape), *_FLOATS)
     if bias is not None:
-        _check("bias", bias, rotated, (qweight.shape[1],), *_FLOATS)
+        _check("bias", bias, rotated, (len(row_norms),), *_FLOATS)
 
 
 def _check_dequantize(
-    qweight: torch.Tensor,
+    tiles: torch.Tensor,
     row_norms: torch.Tensor,
     input_scales: torch.Tensor,
     quadrant_words: torch.Tensor,
     rotation_block_size: int,
     dtype: torch.dtype,
 ) -> None:
-    num_inputs = _check_weight(qweight, row_norms, quadrant_words)
-    _check("input_scales", input_scales, qweight, (num_inputs,), torch.float16)
-    _check_rotation(num_inputs, rotation_block_size)
+    _check_weight(tiles, row_norms, quadrant_words, len(input_scales))
+    _check("input_scales", input_scales, tiles, (len(input_scales),), torch.float16)
+    _check_rotation(len(input_scales), rotation_block_size)
     if dtype not in _FLOATS:
         raise ValueError(f"dtype: expected {' or '.join(map(str, _FLOATS))}, got {dtype}")
 
 
-def _coordinates(qweight: torch.Tensor, quadrant_words: torch.Tensor) -> torch.Tensor:
+def _coordinates(tiles: torch.Tensor, quadrant_words: torch.Tensor, num_rows: int, num_inputs: int) -> torch.Tensor:
     """Rotated, normalised weight [N, K] float32: codebook[indices]."""
     quadrant = quadrant_words[:, None].contiguous().view(torch.bfloat16).float()  # [C / 4, 2]
     signs = quadrant.new_tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
     codebook = (signs[:, None] * quadrant).reshape(-1, 2)  # [C, 2]
-    return codebook[unpack_planes(qweight).int()].flatten(1)
+    return codebook[untile(tiles, num_rows, num_inputs).int()].flatten(1)
 
 
 def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
@@ -138,21 +142,21 @@ def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_si
 
 
 def _gemm_torch(
-    rotated: torch.Tensor, qweight: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
+    rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    y = rotated.float() @ _coordinates(qweight, quadrant_words).T * row_norms
+    y = rotated.float() @ _coordinates(tiles, quadrant_words, len(row_norms), rotated.shape[1]).T * row_norms
     return (y if bias is None else y + bias.float()).to(rotated.dtype)
 
 
 def _dequantize_torch(
-    qweight: torch.Tensor,
+    tiles: torch.Tensor,
     row_norms: torch.Tensor,
     input_scales: torch.Tensor,
     quadrant_words: torch.Tensor,
     rotation_block_size: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = rotation.unrotate(_coordinates(qweight, quadrant_words), rotation_block_size)
+    weight = rotation.unrotate(_coordinates(tiles, quadrant_words, len(row_norms), len(input_scales)), rotation_block_size)
     return weight.mul_(row_norms[:, None]).mul_(input_scales.float()).to(dtype)
 
 
@@ -160,11 +164,11 @@ def _rotate_fake(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_siz
     return x.new_empty(x.shape)
 
 
-def _gemm_fake(rotated: torch.Tensor, qweight: torch.Tensor, *others: object) -> torch.Tensor:
-    return rotated.new_empty(rotated.shape[0], qweight.shape[1])
+def _gemm_fake(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, *others: object) -> torch.Tensor:
+    return rotated.new_empty(rotated.shape[0], row_norms.shape[0])
 
 
-def _dequantize_fake(qweight: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor, *others: Any) -> torch.Tensor:
+def _dequantize_fake(tiles: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor, *others: Any) -> torch.Tensor:
     return row_norms.new_empty(row_norms.shape[0], input_scales.shape[0], dtype=others[-1])
 
 
@@ -193,11 +197,11 @@ _OPS = (
         _check_rotate, _rotate_torch, _rotate_fake,
     ),
     (
-        "gemm(Tensor rotated, Tensor qweight, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
+        "gemm(Tensor rotated, Tensor tiles, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
         _check_gemm, _gemm_torch, _gemm_fake,
     ),
     (
-        "dequantize(Tensor qweight, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, int rotation_block_size, "
+        "dequantize(Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, int rotation_block_size, "
         "ScalarType dtype) -> Tensor",
         _check_dequantize, _dequantize_torch, _dequantize_fake,
     ),

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def"
 """The Triton kernels; :mod:`qamw_kernels.triton_launch` holds their tiles and launchers.
 
-All three readers of packed weights (dequantise, skinny GEMM, prefill GEMM) decode through :func:`decode_tile`.
-Shapes: M tokens, N rows, K inputs, U = K / 64 units, B = rotation_block_size, G = K / B. ``qweight`` is
-[index_bits, N, U] int32. M (and M * G) is never specialised on: no batch size ever causes a compilation.
+All readers of packed weights decode through :func:`decode_chunk`, but for the one of :mod:`qamw_kernels.gluon_kernels`.
+Shapes: M tokens, N rows, K inputs, B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.tiling`, with E
+bits of an index for the codebook entry; a chunk is 32 inputs. M (and M * G) is never specialised on: no batch size ever causes a
+compilation.
 """
 
 import triton
@@ -34,47 +35,37 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def load_field(p_qweight, o_words, m_words, plane_stride, LOW_BIT: tl.constexpr, WIDTH: tl.constexpr):
-    """Bits LOW_BIT .. LOW_BIT + WIDTH - 1 of the indices, [BLOCK_N, 32 * UNITS] int32. Each word is loaded once.
-
-    o_words, m_words: [BLOCK_N, UNITS], offset of a unit in a plane and whether it exists.
-    """
-    planes = (LOW_BIT + tl.arange(0, WIDTH)).to(tl.int64)
-    o_field = o_words[:, :, None] + planes[None, None, :] * plane_stride
-    words = tl.load(p_qweight + o_field, mask=m_words[:, :, None], other=0)  # [BLOCK_N, UNITS, WIDTH]
-    shifts = tl.arange(0, 32 // WIDTH) * WIDTH
-    fields = (words[:, :, :, None] >> shifts[None, None, None, :]) & ((1 << WIDTH) - 1)
-    return tl.reshape(fields, [o_words.shape[0], o_words.shape[1] * 32]) << LOW_BIT
+def load_pairs(p_words, pair, ENTRY_BITS: tl.constexpr, p_quadrant):
+    """Codewords, two bfloat16 in an int32 each, of pair ``pair`` of the slots whose word 0 ``p_words`` points at."""
+    bit = pair * ENTRY_BITS
+    shift = bit % 32
+    p_entry = p_words + (bit // 32) * 128
+    low = tl.load(p_entry).to(tl.uint32, bitcast=True) >> shift
+    high = (tl.load(p_entry + 128).to(tl.uint32, bitcast=True) << 1) << (31 - shift)  # of the next word, or of no use
+    entry = (low | high).to(tl.int32, bitcast=True) & ((1 << ENTRY_BITS) - 1)
+    signs = tl.load(p_words + (ENTRY_BITS + pair // 16) * 128) << (pair % 16)
+    return tl.load(p_quadrant + entry) ^ (signs & -0x7FFF8000)  # bits 31 and 15
 
 
 @triton.jit
-def decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Coordinates [BLOCK_N, 64 * UNITS] in DTYPE (exact in all three) of rows ``n`` [BLOCK_N] and units ``u`` [UNITS].
+def decode_chunk(p_tiles, p_quadrant, row_tile, chunk, NUM_ROW_TILES, NUM_INPUT_TILES, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """Coordinates [16 * R, 32] in DTYPE (exact in all three) of the row tiles ``row_tile`` [R] and one chunk.
 
-    p_quadrant: [C / 4] int32, two bfloat16 per word, x in the low half. Rows and units past the end are index 0.
+    p_quadrant: [C / 4] int32, two bfloat16 per word, x in the low half. Row tiles past the end are read as the last one.
     """
-    o_words = n.to(tl.int64)[:, None] * U + u[None, :]
-    m_words = (n < N)[:, None] & (u < U)[None, :]
-    plane_stride = tl.cast(N, tl.int64) * U  # N may be a constexpr 1
-    index = tl.zeros([n.shape[0], u.shape[0] * 32], dtype=tl.int32)
-    if INDEX_BITS & 8:  # the widest field holds the lowest bits
-        index |= load_field(p_qweight, o_words, m_words, plane_stride, 0, 8)
-    if INDEX_BITS & 4:
-        index |= load_field(p_qweight, o_words, m_words, plane_stride, INDEX_BITS & 8, 4)
-    if INDEX_BITS & 2:
-        index |= load_field(p_qweight, o_words, m_words, plane_stride, INDEX_BITS & 12, 2)
-    if INDEX_BITS & 1:
-        index |= load_field(p_qweight, o_words, m_words, plane_stride, INDEX_BITS & 14, 1)
-    word = tl.load(p_quadrant + (index & ((1 << (INDEX_BITS - 2)) - 1)))
-    # The two top index bits are the signs of x and y: flip the sign bits of the low and of the high bfloat16.
-    word ^= (((index >> (INDEX_BITS - 2)) & 1) << 15) ^ ((index >> (INDEX_BITS - 1)) << 31)
+    ROW_TILES: tl.constexpr = row_tile.shape[0]
+    first = tl.minimum(row_tile, NUM_ROW_TILES - 1).to(tl.int64) * NUM_INPUT_TILES + chunk // 16
+    p_words = p_tiles + first[:, None] * (INDEX_BITS * 128) + tl.arange(0, 128)[None, :]
+    pair = 2 * (chunk % 16)
+    word = tl.join(load_pairs(p_words, pair, INDEX_BITS - 2, p_quadrant), load_pairs(p_words, pair + 1, INDEX_BITS - 2, p_quadrant))
     if DTYPE.is_bf16():
         x = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
         y = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:  # a bfloat16 is the upper half of a float32
         x = (word << 16).to(tl.float32, bitcast=True).to(DTYPE)
         y = ((word >> 16) << 16).to(tl.float32, bitcast=True).to(DTYPE)
-    return tl.reshape(tl.join(x, y), [n.shape[0], u.shape[0] * 64])  # pair p is inputs 2p, 2p + 1
+    coordinates = tl.reshape(tl.join(x, y), [ROW_TILES, 8, 4, 2, 2, 2, 2])  # row tile, g, t, k8, r8, h, half
+    return tl.reshape(tl.permute(coordinates, (0, 4, 1, 2, 5, 3, 6)), [ROW_TILES * 16, 32])
 
 
 @triton.jit
@@ -124,23 +115,21 @@ def rotate_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
-    p_x, p_qweight, p_row_norms, p_quadrant, p_bias, p_y, M, N, U,
-    INDEX_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
+    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K,
+    INDEX_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
 ):
-    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [BLOCK_N, BLOCK_M] tile per program.
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [16 * ROW_TILES, BLOCK_M] tile per program.
 
-    The weights are the A operand: the few tokens of a decode step are then the dimension that may be small.
+    The weights are the first operand: the few tokens of a decode step are then the dimension that may be small.
     """
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    K = U * 64
-    acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
-    for u0 in range(0, U, UNITS):
-        coordinates = decode_tile(p_qweight, p_quadrant, n, u0 + tl.arange(0, UNITS), N, U, INDEX_BITS, DTYPE)
-        k = u0 * 64 + tl.arange(0, UNITS * 64)
-        m_x = (k < K)[:, None] & (m < M)[None, :]  # zeros past K silence the units past the end
-        x = tl.load(p_x + m.to(tl.int64)[None, :] * K + k[:, None], mask=m_x, other=0.0)  # [BLOCK_K, BLOCK_M]
+    acc = tl.zeros([ROW_TILES * 16, BLOCK_M], dtype=tl.float32)
+    for chunk in range(K // 32):
+        coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
+        k = chunk * 32 + tl.arange(0, 32)
+        x = tl.load(p_x + m.to(tl.int64)[None, :] * K + k[:, None], mask=(m < M)[None, :], other=0.0)  # [32, BLOCK_M]
         acc = dot(coordinates, x, acc)
     m_n = n < N
     acc *= tl.load(p_row_norms + n, mask=m_n, other=0.0)[:, None]
@@ -151,34 +140,49 @@ def gemm_kernel(
 
 
 @triton.jit
-def dequantize_kernel(
-    p_qweight, p_row_norms, p_input_scales, p_quadrant, p_weight, N, U, scale,
-    INDEX_BITS: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr, UNITS: tl.constexpr,
+def coordinates_kernel(
+    p_tiles, p_quadrant, p_out, N, K, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, ROW_TILES: tl.constexpr, CHUNKS: tl.constexpr,
 ):
-    """weight [N, K] = row_norms * unrotate(coordinates) * input_scales; program (i, j) writes [BLOCK_N, 64 * UNITS].
+    """out [N, K] = codebook[indices]; program (i, j) writes [16 * ROW_TILES, 32 * CHUNKS]."""
+    row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
+    for i in range(CHUNKS):
+        chunk = tl.program_id(1) * CHUNKS + i
+        if chunk < K // 32:
+            coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
+            k = chunk * 32 + tl.arange(0, 32)
+            tl.store(p_out + n.to(tl.int64)[:, None] * K + k[None, :], coordinates, mask=(n < N)[:, None])
 
-    Coordinates and +1/-1 are exact in bfloat16, so a bfloat16 product with float32 sums is float32 arithmetic. A
-    rotation block is narrower than the tile (several per row), as wide, or wider (PIECES tiles, each decoded again).
+
+@triton.jit
+def dequantize_kernel(
+    p_tiles, p_row_norms, p_input_scales, p_quadrant, p_weight, N, K, scale,
+    INDEX_BITS: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ROW_TILES: tl.constexpr,
+):
+    """weight [N, K] = row_norms * unrotate(coordinates) * input_scales; program (i, j) writes [16 * ROW_TILES, WIDTH].
+
+    Coordinates and +1/-1 are exact in bfloat16, so a bfloat16 product with float32 sums is float32 arithmetic. WIDTH is a
+    rotation block, or a piece of a wide one, or two blocks of 16.
     """
-    BLOCK_K: tl.constexpr = UNITS * 64
-    PIECES: tl.constexpr = (B + BLOCK_K - 1) // BLOCK_K
-    ROWS: tl.constexpr = BLOCK_N * (BLOCK_K // WIDTH)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    piece = tl.program_id(1) % PIECES
-    u0 = (tl.program_id(1) - piece) * UNITS  # first unit of the rotation block
-    hadamard = hadamard_tile(WIDTH, tl.bfloat16)
-    acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
-    for i in range(PIECES):
-        u = u0 + i * UNITS + tl.arange(0, UNITS)
-        coordinates = decode_tile(p_qweight, p_quadrant, n, u, N, U, INDEX_BITS, tl.bfloat16)
-        product = dot(tl.reshape(coordinates, [ROWS, WIDTH]), hadamard, tl.zeros([ROWS, WIDTH], dtype=tl.float32))
-        acc += product * hadamard_sign(i & piece)  # the rotation block's PIECES x PIECES matrix of tiles
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
+    SPAN: tl.constexpr = B if B > WIDTH else WIDTH  # the inputs that a program's outputs depend on
+    j0 = tl.program_id(1) * WIDTH % SPAN  # of the outputs, inside the span
+    first = (tl.program_id(1) * WIDTH - j0) // 32
+    i, j = tl.arange(0, 32), tl.arange(0, WIDTH)
+    hadamard = hadamard_sign(i[:, None] & j[None, :] & (B - 1))
+    if B < 32:
+        hadamard = tl.where(i[:, None] // B == j[None, :] // B, hadamard, 0.0)
+    hadamard = cast(hadamard, tl.bfloat16)
+    acc = tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32)
+    for chunk in range(SPAN // 32):
+        coordinates = decode_chunk(
+            p_tiles, p_quadrant, row_tile, first + chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, tl.bfloat16)
+        product = dot(coordinates, hadamard, tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32))
+        acc += product * hadamard_sign((32 * chunk) & (j0 + j))[None, :]  # the bits of both indices above the tile's
+    k = tl.program_id(1) * WIDTH + j
     m_n = n < N
-    m_k = k < U * 64
     row_norms = tl.load(p_row_norms + n, mask=m_n, other=0.0)
-    input_scales = tl.load(p_input_scales + k, mask=m_k, other=0.0).to(tl.float32)
-    weight = tl.reshape(acc, [BLOCK_N, BLOCK_K]) * scale * row_norms[:, None] * input_scales[None, :]
-    o_weight = n.to(tl.int64)[:, None] * (U * 64) + k[None, :]
-    tl.store(p_weight + o_weight, cast(weight, DTYPE), mask=m_n[:, None] & m_k[None, :])
+    input_scales = tl.load(p_input_scales + k).to(tl.float32)
+    weight = acc * scale * row_norms[:, None] * input_scales[None, :]
+    tl.store(p_weight + n.to(tl.int64)[:, None] * K + k[None, :], cast(weight, DTYPE), mask=m_n[:, None])

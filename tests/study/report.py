@@ -1,4 +1,6 @@
-"""What the study says: tables, plots and checks of the paper's claims, all from results/*.jsonl. ``python tests/study/report.py``."""
+"""What the study says, all from results/*.jsonl: tables, a plot, and checks of the paper's claims, in results/README.md, and the table
+of the project's README. ``make study-report``; no quantisation is done.
+"""
 
 import json
 from itertools import groupby
@@ -9,6 +11,9 @@ from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).with_name("results")
+README = Path(__file__).parents[2] / "README.md"
+IN_README = ("int8", "smoothquant", "int6-g64", "int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m", "polar-11", "qamw-plain-5.5",
+             "qamw-5.5", "qamw-4", "qamw-3.5")
 Row = dict[str, Any]
 
 
@@ -66,17 +71,47 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=110, metadata={"Software": None})
 
 
+def claims(rows: list[Row]) -> str:
+    """What can be computed about the paper's claims, in lines of Markdown."""
+    lines = []
+    for model, own in by_model(rows).items():
+        lines += [f"- {model}, {rate:g} bpw: the joint codebook saves {points:.2f} points of perplexity change over polar coding; "
+                  f"its KL is {ratio:.2f} times smaller" for rate, points, ratio in joint_against_polar(own)]
+    correlation = divergence_predicts_perplexity(rows)
+    return "\n".join([*lines, f"- Spearman's correlation of KL and perplexity change over all {len(rows)} rows: {correlation:.4f}"])
+
+
+def readme_table(rows: list[Row]) -> str:
+    """Methods against models, for the project's README."""
+    models = by_model(rows)
+    lines = ["| method | " + " | ".join(f"{model}, {own[0]['perplexity']['num_windows']} windows" for model, own in models.items()) + " |",
+             "|---" * (len(models) + 1) + "|"]
+    found = {(row["model"], row["method"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        return "" if row is None else (f"{row['effective_bits_per_weight']:.2f} bpw: {row['perplexity']['change_percent']:+.2f} "
+                                       f"± {row['perplexity']['change_percent_se'] or 0:.2f} %, {row['kl']['mean']:.4f}")
+
+    lines += [f"| {method} | " + " | ".join(cell(found.get((model, method))) for model in models) + " |" for method in IN_README]
+    return "\n".join(lines)
+
+
+def with_table(readme: str, rows: list[Row]) -> str:
+    """The text of the project's README with its table made anew."""
+    before, rest = readme.split("<!-- study -->\n")
+    return f"{before}<!-- study -->\n{readme_table(rows)}\n<!-- /study -->{rest.split('<!-- /study -->')[1]}"
+
+
 def main() -> None:
     rows = load_rows()
-    for model, own in by_model(rows).items():
-        print(f"## {model}: {own[0]['convention']}, {own[0]['perplexity']['num_windows']} windows\n\n{table(own)}\n")
-        for rate, points, ratio in joint_against_polar(own):
-            print(f"joint against polar at {rate:g} bpw: {points:+.2f} points of perplexity change saved, KL {ratio:.2f} times smaller")
-        if len(own) > 3:
-            print(f"Spearman of KL and perplexity change over {len(own) - 1} rows: {divergence_predicts_perplexity(own):.4f}\n")
-    if rows:
-        print(f"over all {len(rows)} rows: {divergence_predicts_perplexity(rows):.4f}")
-        plot(rows, RESULTS / "rates.png")
+    plot(rows, RESULTS / "rates.png")
+    parts = [f"# Results of the study\n\nWritten by `make study-report` from the rows in `*.jsonl`, which `make study` makes "
+             f"({rows[0]['convention']}, test split of WikiText-2, weights decoded to bfloat16).",
+             "![KL and perplexity change against the rate](rates.png)",
+             f"## Claims\n\n{claims(rows)}"]
+    parts += [f"## {model}, {own[0]['perplexity']['num_windows']} windows\n\n{table(own)}" for model, own in by_model(rows).items()]
+    (RESULTS / "README.md").write_text("\n\n".join(parts) + "\n")
+    README.write_text(with_table(README.read_text(), rows))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,136 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM300  (Gluon knows no starred tuples)
+"""The decode GEMM in Gluon: look-ups without bank conflicts, and few instructions per pair. Needs a Triton with shared-memory gather.
+
+The quadrant is replicated over the 32 banks of shared memory, so that every lane looks up in a bank of its own. The layouts
+are chosen so that a decoded word is a register of the matrix instruction's first operand: nothing moves between lanes.
+The warps of a program take turns with the tiles along the inputs, as a batched product, and their sums are added at the end.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+
+@gluon.jit
+def halves(words, DTYPE: gl.constexpr):
+    """The two 16 bit floats of int32 ``words``, in a last dimension."""
+    low = words.to(gl.int16).to(DTYPE, bitcast=True)
+    high = (words >> 16).to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.join(low, high)
+
+
+@gluon.jit
+def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
+    """Codewords of pair PAIR of every slot; ``signs`` has its signs at bits 31 and 15. The entry goes to bits 7 and up: 128 bytes each."""
+    WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
+    SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
+    if SHIFT < 7:
+        entry = words[WORD] << (7 - SHIFT)
+    elif SHIFT + ENTRY_BITS <= 32:
+        entry = words[WORD] >> (SHIFT - 7)
+    else:
+        high = words[WORD + 1].to(gl.uint32, bitcast=True) << (39 - SHIFT)
+        entry = (high | (words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - 7))).to(gl.int32, bitcast=True)
+    MASK: gl.constexpr = ((1 << ENTRY_BITS) - 1) << 7
+    address = (entry & MASK) | lane4
+    return table.gather(address >> 2, 0) ^ (signs & -0x7FFF8000)
+
+
+@gluon.jit
+def multiply_tile(
+    acc, table, words, p_x, chunks, lane4, ENTRY_BITS: gl.constexpr, WHOLE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr,
+):
+    """acc + one tile per warp times its activations; unless WHOLE, only the first ``chunks`` chunks exist."""
+    MMA: gl.constexpr = acc[0].type.layout
+    for chunk in gl.static_range(16):
+        operands = ()
+        for part in gl.static_range(len(acc)):
+            if WHOLE:
+                x = gl.load(p_x[part] + chunk * 16)
+            else:
+                x = gl.load(p_x[part] + chunk * 16, mask=chunks > chunk, other=0)
+            operands = operands + gl.split(x.reshape([WARPS, 32, 2, 2]).permute([0, 1, 3, 2]))
+        for h in gl.static_range(2):
+            signs = words[ENTRY_BITS + chunk // 8] << (2 * chunk % 16 + h)
+            decoded = look_up(table, words, signs, lane4, 2 * chunk + h, ENTRY_BITS)
+            a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2]).permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
+            a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+            sums = ()
+            for part in gl.static_range(len(acc)):
+                b = halves(operands[2 * part + h], DTYPE).reshape([WARPS, 8, 4, 2, 2]).permute([0, 3, 2, 4, 1]).reshape([WARPS, 16, 8])
+                b = gl.convert_layout(b, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+                sums = sums + (mma_v2(a, b, acc[part]),)
+            acc = sums
+    return acc
+
+
+@gluon.jit(do_not_specialize=["M"])
+def decode_gemm_kernel(
+    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K,
+    INDEX_BITS: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr,
+    WARPS: gl.constexpr, WARP_BASES: gl.constexpr,
+):
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, for 8 * PARTS tokens and every num_programs-th row tile.
+
+    p_x: [M, K / 2] int32, two activations per word. WARP_BASES: [[128], [256] ...], one for every bit of the warp.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    WORDS: gl.constexpr = gl.DistributedLinearLayout([[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
+    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    entry = gl.arange(0, 32 << ENTRY_BITS, gl.BlockedLayout([4], [32], [WARPS], [0])) // 32
+    word = gl.load(p_quadrant + entry)
+    if DTYPE == gl.float16:  # codewords are exact in both
+        x = (word << 16).to(gl.float32, bitcast=True).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.int32)
+        y = (word & -0x10000).to(gl.float32, bitcast=True).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.int32)
+        word = x | (y << 16)
+    table.store(word)
+    gl.barrier()
+
+    index = gl.arange(0, WARPS * 128, WORDS)
+    slot, lane, warp = index % 4, index // 4 % 32, index // 128
+    input_tiles = (K + 511) // 512
+    whole = K // 512 // WARPS * WARPS
+    first_token = gl.program_id(1) * (8 * PARTS)
+    for row_tile in range(gl.program_id(0), (N + 15) // 16, gl.num_programs(0)):
+        p_words = p_tiles + row_tile.to(gl.int64) * input_tiles * (INDEX_BITS * 128) + warp * (INDEX_BITS * 128) + lane * 4 + slot
+        p_part, acc = (), ()
+        for part in gl.static_range(PARTS):
+            token = gl.minimum(first_token + 8 * part + lane // 4, M - 1).to(gl.int64)  # past the end: read, and not written
+            p_part = p_part + (p_x + token * (K // 2) + warp * 256 + lane % 4 * 4 + slot,)
+            acc = acc + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
+        for _ in range(0, whole, WARPS):
+            words = ()
+            for j in gl.static_range(INDEX_BITS):
+                words = words + (gl.load(p_words + j * 128),)
+            acc = multiply_tile(acc, table, words, p_part, 0, lane * 4, ENTRY_BITS, True, DTYPE, WARPS)
+            p_words += WARPS * INDEX_BITS * 128
+            advanced = ()
+            for part in gl.static_range(PARTS):
+                advanced = advanced + (p_part[part] + WARPS * 256,)
+            p_part = advanced
+        for tile in range(whole, input_tiles, WARPS):  # tiles that not every warp has, or that are not whole
+            words = ()
+            for j in gl.static_range(INDEX_BITS):
+                words = words + (gl.load(p_words + j * 128, mask=tile + warp < input_tiles, other=0),)
+            acc = multiply_tile(acc, table, words, p_part, K // 32 - (tile + warp) * 16, lane * 4, ENTRY_BITS, False, DTYPE, WARPS)
+            p_words += WARPS * INDEX_BITS * 128
+            advanced = ()
+            for part in gl.static_range(PARTS):
+                advanced = advanced + (p_part[part] + WARPS * 256,)
+            p_part = advanced
+        for part in gl.static_range(PARTS):
+            write(gl.sum(acc[part], 0), p_row_norms, p_bias, p_y, row_tile, first_token + 8 * part, M, N, HAS_BIAS, DTYPE)
+
+
+@gluon.jit
+def write(y, p_row_norms, p_bias, p_y, row_tile, first_token, M, N, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+    """Scale the sums [16, 8] of a row tile, add the bias, and store them."""
+    n = row_tile * 16 + gl.arange(0, 16, gl.SliceLayout(1, y.type.layout))
+    m = first_token + gl.arange(0, 8, gl.SliceLayout(0, y.type.layout))
+    y *= gl.load(p_row_norms + n, mask=n < N, other=0.0).expand_dims(1)
+    if HAS_BIAS:
+        y += gl.load(p_bias + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
+    o_y = m.expand_dims(0).to(gl.int64) * N + n.expand_dims(1)
+    gl.store(p_y + o_y, y.to(DTYPE), mask=(n < N).expand_dims(1) & (m < M).expand_dims(0))

@@ -1,0 +1,75 @@
+"""Launcher of the Gluon kernel, where the installed Triton has what it needs: shared-memory gather, from 3.7.1 on."""
+
+import functools
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+
+GLUON_DTYPES = (torch.bfloat16, torch.float16)
+WARPS = 8
+WARP_BASES = ((128,), (256,), (512,))
+PROGRAMS_PER_PROCESSOR = 2
+MAX_PARTS = 8  # of 8 tokens, by one program
+
+
+def _load_kernels() -> ModuleType | None:
+    """:mod:`qamw_kernels.gluon_kernels`; None with an older Triton, or in the interpreter, which does not know Gluon."""
+    if triton.knobs.runtime.interpret:
+        return None
+    try:
+        from triton.experimental.gluon.language import shared_memory_descriptor
+    except ImportError:
+        return None
+    if not hasattr(shared_memory_descriptor, "gather"):
+        return None
+    from qamw_kernels import gluon_kernels
+
+    return gluon_kernels
+
+
+kernels = _load_kernels()
+
+
+def shared_bytes(index_bits: int) -> int:
+    """Shared memory of a program: the table, and room to add the sums of the warps."""
+    return (128 << (index_bits - 2)) + 512 * WARPS
+
+
+def parts_of(num_tokens: int) -> int:
+    """Parts of 8 tokens that one program holds: a power of two, so that few kernels are compiled."""
+    return min(triton.next_power_of_2(triton.cdiv(num_tokens, 8)), MAX_PARTS)
+
+
+def constants(index_bits: int, has_bias: bool, dtype: torch.dtype, parts: int) -> dict[str, object]:
+    """Compile-time arguments of the kernel."""
+    return {"INDEX_BITS": index_bits, "HAS_BIAS": has_bias, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts,
+            "WARPS": WARPS, "WARP_BASES": WARP_BASES}
+
+
+@functools.cache
+def _device_properties(index: int) -> dict[str, int]:
+    return triton.runtime.driver.active.utils.get_device_properties(index)
+
+
+def fits(rotated: torch.Tensor, index_bits: int) -> bool:
+    """Whether the kernel can run on the device and in the dtype of ``rotated``."""
+    if kernels is None or not rotated.is_cuda or rotated.dtype not in GLUON_DTYPES:
+        return False
+    return shared_bytes(index_bits) <= _device_properties(rotated.device.index)["max_shared_mem"]
+
+
+def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None,
+         y: torch.Tensor) -> None:
+    """Launch :func:`qamw_kernels.gluon_kernels.decode_gemm_kernel`; arguments as in :func:`qamw_kernels.triton_launch.gemm`, y [M, N]."""
+    assert kernels is not None
+    num_tokens, num_inputs = rotated.shape
+    parts = parts_of(num_tokens)
+    processors = _device_properties(rotated.device.index)["multiprocessor_count"]
+    grid = (min(tiles.shape[0], PROGRAMS_PER_PROCESSOR * processors), triton.cdiv(num_tokens, 8 * parts))
+    kernels.decode_gemm_kernel[grid](
+        rotated.view(torch.int32), tiles, row_norms, quadrant_words, row_norms if bias is None else bias, y,
+        num_tokens, len(row_norms), num_inputs,
+        **constants(tiles.shape[2], bias is not None, rotated.dtype, parts), num_warps=WARPS,
+    )

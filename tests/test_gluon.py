@@ -1,0 +1,95 @@
+"""The Gluon kernel without a GPU: compiled ahead of time, its PTX executed on the CPU, its machine code counted."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from ptx import Machine
+from qamw_kernels import gluon_launch
+from qamw_kernels.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.gluon_launch import WARPS, constants, parts_of, shared_bytes
+from qamw_kernels.ops import INTERPRETED, quadrant_words
+from qamw_kernels.packing import pack_planes
+from qamw_kernels.tiling import tile_planes, untile
+from sass import compile_for, disassemble, loops
+
+needs_gluon = pytest.mark.skipif(INTERPRETED or gluon_launch.kernels is None, reason="this Triton has no shared-memory gather")
+PAIRS_PER_THREAD = 128  # of a tile
+
+
+@pytest.mark.parametrize("num_rows, num_inputs", [(70, 4608), (1, 64), (1100, 576)])
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_tiles_hold_the_indices(index_bits: int, num_rows: int, num_inputs: int) -> None:
+    indices = torch.randint(0, 2**index_bits, (num_rows, num_inputs // 2)).short()
+    assert torch.equal(untile(tile_planes(pack_planes(indices, index_bits)), num_rows, num_inputs), indices)
+
+
+def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int, has_bias: bool = True, aligned: bool = True):
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    kernel = gluon_launch.kernels.decode_gemm_kernel
+    fixed = constants(index_bits, has_bias, dtype, parts)
+    narrow = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    types = {"p_x": "*i32", "p_tiles": "*i32", "p_row_norms": "*fp32", "p_quadrant": "*i32", "p_bias": narrow, "p_y": narrow}
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
+                  if name.startswith("p_") or name == "K" or (aligned and name == "N")}
+    return compile_for(GluonASTSource(kernel, signature, fixed, attributes), target, num_warps=WARPS)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).copy()
+
+
+def run_on_cpu(compiled, x, indices, row_norms, bias, parts: int, programs: int = 3) -> tuple[torch.Tensor, Machine]:
+    """y [M, N], and the machine it was computed on."""
+    index_bits = int(np.log2(len(indices.unique()) - 1)) + 1
+    tiles = tile_planes(pack_planes(indices, index_bits))
+    y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
+    buffers = [as_bytes(t) for t in (x, tiles, row_norms, quadrant_words(index_bits), row_norms if bias is None else bias, y)]
+    machine = Machine(compiled.asm["ptx"])
+    addresses = [(i + 1) << 32 for i in range(len(buffers))]
+    machine.run(list(zip(addresses, buffers, strict=True)), [*addresses, len(x), len(row_norms), x.shape[1], 0, 0],
+                (programs, -(-len(x) // (8 * parts))), compiled.metadata.shared)
+    return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
+
+
+@needs_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens, num_rows, num_inputs", [(1, 70, 4608), (8, 16, 576), (13, 33, 4096), (70, 100, 8704)])
+@pytest.mark.parametrize("index_bits, dtype", [*((b, torch.bfloat16) for b in INDEX_BITS), (11, torch.float16)], ids=str)
+def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_rows: int, num_inputs: int) -> None:
+    """Whole tiles, tiles that some warps lack, tiles cut off; several programs, row tiles and parts."""
+    generator = torch.Generator().manual_seed(0)
+    indices = (torch.randperm(num_rows * num_inputs // 2, generator=generator) % 2**index_bits).view(num_rows, -1)
+    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
+    row_norms = torch.rand(num_rows, generator=generator) + 0.5
+    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
+    parts = parts_of(num_tokens)
+    y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts, bias is not None, aligned=False), x, indices, row_norms, bias, parts)
+    truth = x.double() @ load_codebook(index_bits)[indices].flatten(1).double().T * row_norms.double()
+    truth = truth if bias is None else truth + bias.double()
+    torch.testing.assert_close(y.double(), truth, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-3)
+    assert machine.look_up_conflicts == 1, "lanes of one bank"
+
+
+@needs_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+@pytest.mark.parametrize("target", [80, 89, 90, 100])
+def test_main_loop(target: int, index_bits: int) -> None:
+    """The bound of docs: 9.5 instructions per pair is all there is time for at the memory's speed."""
+    if shared_bytes(index_bits) > {80: 163, 89: 99, 90: 227, 100: 227}[target] * 1024:
+        pytest.skip("the table does not fit: the plain kernel runs")
+    compiled = compile_gemm(target, index_bits, torch.bfloat16, 1)
+    instructions = disassemble(compiled)
+    if index_bits < 12:  # 12 spill 11 registers between row tiles
+        assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
+    assert compiled.metadata.shared <= shared_bytes(index_bits)
+    main = min((body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD), key=lambda body: body.total())
+    assert main.total() <= 6.5 * PAIRS_PER_THREAD, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("LDG")) == main["LDG.E.128"] == index_bits + 16, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 32, main
+    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
