@@ -103,7 +103,8 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
         sensitivities = measure_sensitivities(plan, tokens, torch_device, existing_parent(out.parent), note)
         plan = _allocate(plan, bpw, sensitivities)
     output = Output(out, fingerprint(plan, text, tokens, encoder, torch_device), resume)
-    calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None else None
+    unfinished = any(shard.file not in output.files for shard in plan.shards)
+    calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None and unfinished else None
     _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
     return _write_rest(plan, output, text, encoder)
 

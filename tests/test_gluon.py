@@ -71,7 +71,9 @@ def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_
     y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts, bias is not None, aligned=False), x, indices, row_norms, bias, parts)
     truth = x.double() @ load_codebook(index_bits)[indices].flatten(1).double().T * row_norms.double()
     truth = truth if bias is None else truth + bias.double()
-    torch.testing.assert_close(y.double(), truth, rtol=2**-7 if dtype == torch.bfloat16 else 2**-10, atol=1e-3)
+    torch.testing.assert_close(y.double(), truth, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11, atol=1e-3)
+    # One wrong weight spoils a row, which is one in a hundred at least.
+    assert (y == truth.to(dtype)).double().mean() > 0.99
     assert machine.look_up_conflicts == 1, "lanes of one bank"
 
 
@@ -80,7 +82,7 @@ def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
 def test_main_loop(target: int, index_bits: int) -> None:
-    """The bound of docs: 9.5 instructions per pair is all there is time for at the memory's speed."""
+    """An H200 has time for 9.5 instructions per pair at its memory's speed; the decode kernel is held to 6.5."""
     if shared_bytes(index_bits) > {80: 163, 89: 99, 90: 227, 100: 227}[target] * 1024:
         pytest.skip("the table does not fit: the plain kernel runs")
     compiled = compile_gemm(target, index_bits, torch.bfloat16, 1)

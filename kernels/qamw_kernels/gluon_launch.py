@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
-WARPS = 8
-WARP_BASES = ((128,), (256,), (512,))
+WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
+WARPS = 1 << len(WARP_BASES)
 PROGRAMS_PER_PROCESSOR = 2
 MAX_PARTS = 8  # of 8 tokens, by one program
 

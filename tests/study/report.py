@@ -78,7 +78,7 @@ def claims(rows: list[Row]) -> str:
         lines += [f"- {model}, {rate:g} bpw: the joint codebook saves {points:.2f} points of perplexity change over polar coding; "
                   f"its KL is {ratio:.2f} times smaller" for rate, points, ratio in joint_against_polar(own)]
     correlation = divergence_predicts_perplexity(rows)
-    return "\n".join([*lines, f"- Spearman's correlation of KL and perplexity change over all {len(rows)} rows: {correlation:.4f}"])
+    return "\n".join([*lines, f"- Spearman's correlation of KL and perplexity change over all quantised rows: {correlation:.4f}"])
 
 
 def readme_table(rows: list[Row]) -> str:
@@ -92,7 +92,8 @@ def readme_table(rows: list[Row]) -> str:
         return "" if row is None else (f"{row['effective_bits_per_weight']:.2f} bpw: {row['perplexity']['change_percent']:+.2f} "
                                        f"± {row['perplexity']['change_percent_se'] or 0:.2f} %, {row['kl']['mean']:.4f}")
 
-    lines += [f"| {method} | " + " | ".join(cell(found.get((model, method))) for model in models) + " |" for method in IN_README]
+    lines += [f"| {method} | " + " | ".join(cell(found.get((model, method))) for model in models) + " |"
+              for method in IN_README if any((model, method) in found for model in models)]
     return "\n".join(lines)
 
 
