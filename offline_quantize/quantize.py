@@ -91,7 +91,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
         if value == known[0] and text is None:
             raise QuantizeError(f"--{option} {value} needs a calibration text, --calibration is none")
     if rates == "uniform" and not index_bits_for(bpw)[1]:
-        raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --calibration and --rates mixed")
+        raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --rates mixed, which needs a calibration text")
     Output.check_target(out, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
