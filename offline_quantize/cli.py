@@ -16,20 +16,24 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_model_options(command: argparse.ArgumentParser) -> None:
         command.add_argument("model", metavar="MODEL", help="Hugging Face directory, or a hub id where there is a network")
-        command.add_argument("--bpw", type=float, default=5.5, help="bits per weight, 3 to 6 (default 5.5)")
-        command.add_argument("--calibration", default="default", metavar="FILE|none",
-                             help="UTF-8 text to quantise for (default: a text that comes with qamw)")
+        command.add_argument("--bpw", type=float, default=5.5, help=(
+            "bits per weight, 3 to 6 (default 5.5): what the indices take on average for 3, 3.5 ... 6, "
+            "what the quantised layers take with all that is stored for any other value"))
+        command.add_argument("--calibration", default="default", metavar="FILE|none", help=(
+            "UTF-8 text like what the model will read, 16 thousand tokens or more (default: encyclopedia articles that come with qamw); "
+            "none: less time, larger errors"))
+        command.add_argument("--encoder", choices=["feedback", "nearest"], help=(
+            "feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not"))
+        command.add_argument("--rates", choices=["mixed", "uniform"], help=(
+            "mixed: more bits for layers, more weight for tokens whose errors cost more, found by a pass forwards and backwards "
+            "(default with calibration); uniform: the same for all, in half the time"))
         command.add_argument("--tp-max", type=int, default=8, help="widest tensor parallelism to prepare for (default 8)")
         command.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                              help="leave linear layers of this glob pattern as they are; may be repeated")
 
     quantize = commands.add_parser("quantize", help="quantise MODEL into the new directory OUT")
     add_model_options(quantize)
-    quantize.add_argument("out", metavar="OUT", type=Path)
-    quantize.add_argument("--encoder", choices=["feedback", "nearest"],
-                          help="feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not")
-    quantize.add_argument("--rates", choices=["mixed", "uniform"],
-                          help="mixed: more bits for layers that matter more (default with calibration); uniform: the same for all")
+    quantize.add_argument("out", metavar="OUT", type=Path, help="a new or empty directory")
     quantize.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     quantize.add_argument("--resume", action="store_true", help="continue an interrupted run of the same request")
     add_model_options(commands.add_parser("plan", help="say what quantize would do; reads headers only"))
@@ -101,15 +105,22 @@ def _plan(args: argparse.Namespace) -> None:
     from offline_quantize.calibration import NUM_WINDOWS, WINDOW_TOKENS
     from offline_quantize.checkpoint import resolve_model
     from offline_quantize.plan import make_plan
+    from offline_quantize.quantize import chosen_method
 
+    text = _calibration(args.calibration)
+    _, rates = chosen_method(args.bpw, text, args.encoder, args.rates)
     plan = make_plan(resolve_model(args.model), args.bpw, args.tp_max, args.ignore)
-    rows = plan.table()
+    rows = plan.table(mixed=rates == "mixed")
     width = max(len(row[0]) for row in rows)
     for name, count, shape, decision, megabytes in rows:
         print(f"{name:{width}} {count:5} x {shape:>13}  {decision:24} {megabytes:10.2f} MB")
-    tokens = NUM_WINDOWS * WINDOW_TOKENS if _calibration(args.calibration) else 0
-    print(f"{plan.num_quantized_weights / 1e6:.1f} M weights quantised at {plan.effective_bits_per_weight:.3f} effective bits per weight")
-    print(f"disk: {plan.output_bytes / 1e6:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB")
+    tokens = NUM_WINDOWS * WINDOW_TOKENS if text else 0
+    # What mixed rates take beyond the plan's one rate.
+    more_bits = plan.index_bits_within(args.bpw) - plan.nominal_bits_per_weight * plan.num_quantized_weights
+    effective = plan.effective_bits_per_weight + more_bits / plan.num_quantized_weights
+    print(f"{plan.num_quantized_weights / 1e6:.1f} M weights quantised at {effective:.3f} effective bits per weight")
+    megabytes = (plan.output_bytes + more_bits / 8) / 1e6
+    print(f"disk: {megabytes:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB")
     print(f"peak memory while quantising: about {plan.peak_memory_bytes(tokens) / 2**30:.1f} GiB")
     served = ", ".join(map(str, plan.tensor_parallel_sizes))
     print(f"tensor-parallel sizes up to {args.tp_max} that can serve the result: {served}")

@@ -71,7 +71,7 @@ class Output:
         """Refuse a directory that is there already, unless it is to be resumed and is unfinished."""
         if not resume:
             if directory.exists() and not _is_blank(directory):
-                hint = "; --resume continues it" if (directory / PROGRESS).is_file() else ""
+                hint = "; --resume continues it" if (directory / PROGRESS).is_file() else ", a new or empty directory was expected"
                 raise QuantizeError(f"{directory}: already exists{hint}")
         elif not (directory / PROGRESS).is_file():
             state = "is finished" if (directory / CONFIG).is_file() else "holds no unfinished run"

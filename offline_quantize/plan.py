@@ -150,8 +150,12 @@ class Plan:
             peak += 2 * 4 * calibration_tokens * max(linear.num_inputs for linear in self.linears)
         return peak
 
-    def table(self) -> list[tuple[str, int, str, str, float]]:
-        """Rows (module pattern, count, shape, decision, MB written), decoder layers folded into one row by ``*``."""
+    def table(self, mixed: bool = False) -> list[tuple[str, int, str, str, float]]:
+        """Rows (module pattern, count, shape, decision, MB written), decoder layers folded into one row by ``*``.
+
+        Args:
+            mixed: rates are still to be chosen, layer by layer; MB written are at the plan's one rate.
+        """
         rows: dict[tuple[str, str, str], list[float]] = {}
         quantized = {linear.name: linear for linear in self.linears}
 
@@ -165,7 +169,8 @@ class Plan:
                 linear = quantized[module]
                 bits = self.format.index_bits_of(module)
                 block = self.format.rotation_block_size_of(module, linear.num_inputs)
-                add(module, info.shape, f"{bits / 2:g} bpw, rotation {block}", sum(t.num_bytes for t in self.output_tensors(linear)))
+                rate = "mixed rates" if mixed else f"{bits / 2:g} bpw"
+                add(module, info.shape, f"{rate}, rotation {block}", sum(t.num_bytes for t in self.output_tensors(linear)))
             else:
                 add(info.name, info.shape, f"kept {str(info.dtype).removeprefix('torch.')}", info.num_bytes)
         return [(name, len(mb), shape, decision, sum(mb)) for (name, shape, decision), mb in rows.items()]

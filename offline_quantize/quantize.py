@@ -83,15 +83,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     text = Path(calibration) if calibration is not None else None
     if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise QuantizeError(f"{out}: the output must not be the model's own directory, nor inside it")
-    encoder = encoder or ("feedback" if text else "nearest")
-    rates = rates or ("mixed" if text else "uniform")
-    for option, value, known in (("encoder", encoder, ENCODERS), ("rates", rates, RATES)):
-        if value not in known:
-            raise QuantizeError(f"--{option} {value}: expected one of {', '.join(known)}")
-        if value == known[0] and text is None:
-            raise QuantizeError(f"--{option} {value} needs a calibration text, --calibration is none")
-    if rates == "uniform" and not index_bits_for(bpw)[1]:
-        raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --rates mixed, which needs a calibration text")
+    encoder, rates = chosen_method(bpw, text, encoder, rates)
     Output.check_target(out, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
@@ -107,6 +99,25 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None and unfinished else None
     _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
     return _write_rest(plan, output, text, encoder)
+
+
+def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rates: str | None) -> tuple[str, str]:
+    """Encoder and rates of a request, None replaced by the default.
+
+    Raises:
+        QuantizeError: they do not go together.
+    """
+    encoder = encoder or ("feedback" if calibration else "nearest")
+    rates = rates or ("mixed" if calibration else "uniform")
+    for option, value, known in (("encoder", encoder, ENCODERS), ("rates", rates, RATES)):
+        if value not in known:
+            raise QuantizeError(f"--{option} {value}: expected one of {', '.join(known)}")
+        if value == known[0] and calibration is None:
+            raise QuantizeError(f"--{option} {value} needs a calibration text, --calibration is none")
+    if rates == "uniform" and not index_bits_for(bpw)[1]:
+        raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --rates mixed, "
+                            "which needs a calibration text")
+    return encoder, rates
 
 
 def _allocate(plan: Plan, bpw: float, sensitivities: list[list[Sensitivity]]) -> Plan:

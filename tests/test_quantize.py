@@ -445,9 +445,14 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> 
 
 def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "out"
-    assert main(["plan", str(tiny_llama), "--bpw", "4"]) == 0
+    assert main(["plan", str(tiny_llama), "--bpw", "4", "--calibration", "none"]) == 0
     text = capsys.readouterr().out
     assert "model.layers.*.mlp.down_proj" in text and "4 bpw, rotation" in text and "result: 1, 2, 4" in text
+    assert main(["plan", str(tiny_llama), "--bpw", "4.7"]) == 0
+    text = capsys.readouterr().out
+    assert "mixed rates, rotation" in text and "at 4.700 effective" in text
+    assert main(["plan", str(tiny_llama), "--bpw", "4.7", "--rates", "uniform"]) == 2
+    assert "uniform rates come in halves" in capsys.readouterr().err
     assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
     assert f"vllm serve {out} --quantization qamw" in capsys.readouterr().out
     assert main(["verify", str(out)]) == 0
