@@ -1,6 +1,8 @@
 """Quantised linear layers: fused or plain, column parallel, row parallel or replicated, on CUDA and on the CPU."""
 
+import functools
 import os
+import time
 from typing import Any
 
 import torch
@@ -50,6 +52,16 @@ def choose_backend() -> str:
         if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
             raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton cannot be compiled: set enforce_eager=True (--enforce-eager)")
     return backend
+
+
+@functools.cache
+def _warm_up(rates: frozenset[int], rotation_block_sizes: frozenset[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile the kernels of a whole model, once in this process: before graphs are captured, and not while serving."""
+    from qamw_kernels import triton_launch
+
+    start = time.perf_counter()
+    triton_launch.warm_up(rates, rotation_block_sizes, dtype, device)
+    logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", sorted(rates), time.perf_counter() - start)
 
 
 @register_weight_loader_v2_supported_method
@@ -150,6 +162,10 @@ class QamwLinearMethod(LinearMethodBase):
         layer.row_norms = Parameter(layer.row_norms.data, requires_grad=False)
         layer.input_scales = Parameter(input_scales.data[0].clone(), requires_grad=False)
         layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, input_scales.device), persistent=False)
+        if current_platform.is_cuda():
+            rates = frozenset({self.format.index_bits, *self.format.layer_index_bits.values()})
+            sizes = frozenset(self.format.rotation_block_sizes.values())
+            _warm_up(rates, sizes, self.params_dtype, layer.tiles.device)
 
     def _decode(self, layer: Any) -> torch.Tensor:
         """The weight [N, K] of this rank in the model's dtype."""

@@ -6,6 +6,8 @@ Triton reads TRITON_INTERPRET when it is imported. Without that variable it need
 
 import itertools
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,13 +75,29 @@ def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: to
     assert error <= 2 * error_of_torch + 1e-7, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
 
 
+def tiled(weight: QuantizedWeight) -> triton_launch.TiledWeight:
+    words = ops.quadrant_words(weight.index_bits, DEVICE)
+    return triton_launch.TiledWeight(
+        tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, weight.rotation_block_size)
+
+
+def gemm(rotated: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return triton_launch.gemm(rotated, tiled(weight), bias)
+
+
+def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    parts = tiled(weight)
+    return ops.linear(x, *parts[:-1], bias, parts.rotation_block_size)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_decoding_is_exact(index_bits, dtype):
     weight = random_weight(30, 10 * 64, index_bits)  # 9,600 pairs: every codeword occurs; a tile and a part of one
+    weight.row_norms.fill_(1)
     assert len(unpack_planes(weight.qweight).unique()) == 2**index_bits
-    out = triton_launch._coordinates(tile_planes(weight.qweight), ops.quadrant_words(index_bits, DEVICE), 30, 10 * 64, dtype)
-    assert torch.equal(out.float(), coordinates(weight))
+    inputs = torch.eye(10 * 64, dtype=dtype, device=DEVICE)
+    assert torch.equal(gemm(inputs, weight).float(), coordinates(weight).T)
 
 
 @triton.jit
@@ -108,7 +126,7 @@ def test_rotate(rotation_block_size, dtype):
     input_scales = random_weight(1, num_inputs, 6).input_scales
     for num_tokens in (1, 3, 17):
         x = random(num_tokens, num_inputs, dtype=dtype)
-        got = torch.ops.qamw.rotate(x, input_scales, rotation_block_size)
+        got = triton_launch.rotate(x, input_scales, rotation_block_size)
         matrix = hadamard(rotation_block_size).to(DEVICE, torch.float64) / math.sqrt(rotation_block_size)
         truth = (x.double() * input_scales.double()).view(-1, rotation_block_size) @ matrix
         scaled = (x.float() * input_scales.float()).to(dtype).view(-1, rotation_block_size)
@@ -120,7 +138,7 @@ def test_rotate_overflows_only_where_the_result_does():
     x = torch.zeros(1, 128, dtype=torch.float16, device=DEVICE)
     x[0, 5] = 60000
     input_scales = torch.full((128,), -4, dtype=torch.float16, device=DEVICE)  # 240,000 is no float16
-    got = torch.ops.qamw.rotate(x, input_scales, 128)
+    got = triton_launch.rotate(x, input_scales, 128)
     assert torch.equal(got.abs(), torch.full_like(x, 240000 / math.sqrt(128)))
 
 
@@ -128,11 +146,11 @@ def test_rotate_overflows_only_where_the_result_does():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_gemm(index_bits, dtype, num_tokens):
-    """1, 3 and 16 tokens take the skinny tile, 17 the wide one, 130 are multiplied with the decoded weight."""
+    """1, 3 and 16 tokens take the skinny tile, more the wide one."""
     weight = random_weight(NUM_ROWS, 5 * 64, index_bits)
     rotated = random(num_tokens, 5 * 64, dtype=dtype)
     bias = random(NUM_ROWS, dtype=dtype, seed=2) if num_tokens != 3 else None
-    got = torch.ops.qamw.gemm(rotated, tile_planes(weight.qweight), weight.row_norms, ops.quadrant_words(index_bits, DEVICE), bias)
+    got = gemm(rotated, weight, bias)
     plain = coordinates(weight)
     truth = rotated.double() @ plain.double().T * weight.row_norms.double()
     of_torch = (rotated @ plain.to(dtype).T).float() * weight.row_norms
@@ -148,7 +166,8 @@ def test_gemm_tolerance_sees_one_wrong_weight():
     of_torch = ((rotated @ coordinates(weight).bfloat16().T).float() * weight.row_norms).bfloat16()
     indices = unpack_planes(weight.qweight)
     indices[weight.row_norms.argmax(), 17] ^= 1 << 10  # the sign of one y
-    got = torch.ops.qamw.gemm(rotated, tile_planes(pack_planes(indices, 11)), weight.row_norms, ops.quadrant_words(11, DEVICE), None)
+    weight.qweight = pack_planes(indices, 11)
+    got = gemm(rotated, weight)
     with pytest.raises(AssertionError, match="relative error"):
         assert_as_good_as_torch(got, of_torch, truth)
 
@@ -158,16 +177,13 @@ def test_gemm_tolerance_sees_one_wrong_weight():
 def test_gemm_of_odd_sizes(num_rows, num_units, num_tokens):
     weight = random_weight(num_rows, 64 * num_units, 7)
     rotated = random(num_tokens, 64 * num_units)
-    got = torch.ops.qamw.gemm(rotated, tile_planes(weight.qweight), weight.row_norms, ops.quadrant_words(7, DEVICE), None)
+    got = gemm(rotated, weight)
     of_torch = rotated @ coordinates(weight).T * weight.row_norms
     assert_as_good_as_torch(got, of_torch, rotated.double() @ coordinates(weight).double().T * weight.row_norms.double())
 
 
 def check_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> None:
-    got = torch.ops.qamw.dequantize(
-        tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(weight.index_bits, DEVICE),
-        weight.rotation_block_size, dtype,
-    )
+    got = triton_launch.dequantize(tiled(weight), dtype)
     size = weight.rotation_block_size
     plain = coordinates(weight).double().view(-1, size) @ hadamard(size).to(DEVICE, torch.float64) / math.sqrt(size)
     truth = plain.view_as(got) * weight.row_norms.double()[:, None] * weight.input_scales.double()
@@ -189,49 +205,53 @@ def test_dequantize_rotation_block_sizes(rotation_block_size, dtype):
     check_dequantize(random_weight(NUM_ROWS, 3 * max(64, rotation_block_size), 11, rotation_block_size), dtype)
 
 
+@pytest.mark.parametrize("num_tokens", [18, 129])
 @pytest.mark.parametrize("dtype, rotation_block_size", itertools.product(DTYPES, (64, 512)))
-def test_linear_end_to_end(dtype, rotation_block_size):
+def test_linear_end_to_end(dtype, rotation_block_size, num_tokens, monkeypatch):
+    """18 tokens are multiplied with the packed weight; 129 with the decoded one, 48 rows at a time."""
+    monkeypatch.setattr(triton_launch, "DEQUANTIZED_WEIGHTS", 48 * 1536)
     weight = random_weight(NUM_ROWS, 1536, 11, rotation_block_size)
-    x = random(2, 9, 2 * 1536, dtype=dtype)[..., ::2]  # not contiguous
+    x = random(3, num_tokens // 3, 2 * 1536, dtype=dtype)[..., ::2]  # not contiguous
     bias = random(NUM_ROWS, dtype=dtype, seed=2)
-    got = ops.linear(
-        x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(11, DEVICE), bias, rotation_block_size
-    )
-    truth = x.double() @ decode_weight(weight).double().T + bias.double()
     # The kernels round three times (scaled, rotated, result), the reference once: sqrt(3) < 2.
-    assert_as_good_as_torch(got, linear_reference(x, weight, bias), truth)
+    truth = x.double() @ decode_weight(weight).double().T
+    assert_as_good_as_torch(linear(x, weight), linear_reference(x, weight), truth)
+    assert_as_good_as_torch(linear(x, weight, bias), linear_reference(x, weight, bias), truth + bias.double())
+
+
+@pytest.mark.parametrize("num_rows, num_inputs", [(24, 64), (100, 576)])  # the second is SmolLM2-135M's, cut for a rank
+def test_every_number_of_tokens(num_rows, num_inputs):
+    weight = random_weight(num_rows, num_inputs, 11)
+    inputs = random(257, num_inputs, dtype=torch.bfloat16)
+    truth = inputs.double() @ decode_weight(weight).double().T
+    for num_tokens in range(1, 258, 1 if num_inputs == 64 else 37):
+        error = linear(inputs[:num_tokens], weight).double() - truth[:num_tokens]
+        assert (error.norm(dim=1) < 2**-7 * truth[:num_tokens].norm(dim=1)).all(), f"{num_tokens} tokens"
 
 
 def test_no_tokens():
     weight = random_weight(NUM_ROWS, 128, 8)
-    x = torch.zeros(0, 128, dtype=torch.bfloat16, device=DEVICE)
-    y = ops.linear(x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(8, DEVICE), None, 64)
-    assert y.shape == (0, NUM_ROWS)
+    assert linear(torch.zeros(0, 128, dtype=torch.bfloat16, device=DEVICE), weight).shape == (0, NUM_ROWS)
 
 
-def test_ops_reach_the_triton_kernels(monkeypatch):
+@pytest.mark.parametrize("kernel, num_tokens", [("rotate_kernel", 1), ("gemm_kernel", 1), ("dequantize_kernel", 129)])
+def test_the_op_reaches_the_triton_kernels(kernel, num_tokens, monkeypatch):
     """The tests above would pass against plain torch too: make sure that it is not what ran."""
-    weight, words = random_weight(NUM_ROWS, 128, 8), ops.quadrant_words(8, DEVICE)
-    x = random(1, 128)
-    calls = {
-        "rotate_kernel": lambda: torch.ops.qamw.rotate(x, weight.input_scales, 64),
-        "gemm_kernel": lambda: torch.ops.qamw.gemm(x, tile_planes(weight.qweight), weight.row_norms, words, None),
-        "dequantize_kernel": lambda: torch.ops.qamw.dequantize(
-            tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, 64, torch.float32
-        ),
-    }
-    for kernel, call in calls.items():
-        call()
-        monkeypatch.setattr(triton_launch, kernel, None)
-        with pytest.raises(TypeError, match="NoneType"):
-            call()
+    weight, x = random_weight(NUM_ROWS, 128, 8), random(num_tokens, 128)
+    linear(x, weight)
+    monkeypatch.setattr(triton_launch, kernel, None)
+    with pytest.raises(TypeError, match="NoneType"):
+        linear(x, weight)
 
 
 def test_opcheck():
-    weight, words = random_weight(NUM_ROWS, 128, 8), ops.quadrant_words(8, DEVICE)
-    x = random(3, 128)
-    torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, 64))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, None))
-    torch.library.opcheck(
-        torch.ops.qamw.dequantize.default, (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, 64, torch.bfloat16)
-    )
+    parts = tiled(random_weight(NUM_ROWS, 128, 8))
+    torch.library.opcheck(torch.ops.qamw.linear.default, (random(3, 128), *parts[:-1], None, parts.rotation_block_size))
+
+
+def test_the_benchmark_gives_no_speed_for_wrong_results():
+    program = runpy.run_path(str(Path(__file__).parent.parent / "kernels" / "benchmarks" / "bench_linear.py"))
+    program["check"](96, 512, 8, (1, 130), DEVICE)
+    program["WAYS"]["packed"] = lambda x, weight, bias: triton_launch.multiply_packed(x, weight, bias).roll(1, 1)
+    with pytest.raises(SystemExit, match=r"packed, 1 tokens, 96 x 512, 8 index bits: relative error 1.*no speed is given"):
+        program["check"](96, 512, 8, (1, 130), DEVICE)

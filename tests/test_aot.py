@@ -8,10 +8,9 @@ from triton.compiler import ASTSource
 
 from qamw_kernels.codebook import INDEX_BITS
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
-from qamw_kernels.triton_kernels import INTERPRETED, coordinates_kernel, dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel
 from qamw_kernels.triton_launch import (
-    DECODE_CHUNKS,
-    DECODE_TILE,
+    DEQUANTIZE_TILE,
     DEQUANTIZE_WIDTH,
     GEMM_TILES,
     ROTATE_TILES,
@@ -28,15 +27,15 @@ SHARED_MEMORY = 99 * 1024  # bytes per program on sm_89, the smallest of the thr
 NARROW = (torch.bfloat16, torch.float16)
 
 
-def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constexprs: dict, aligned: bool = True):
-    """Opcode -> count. Arguments are typed by name; ``aligned`` says that pointers and sizes are multiples of 16."""
+def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constexprs: dict):
+    """Opcode -> count. Arguments are typed by name; pointers and K are multiples of 16, the other sizes are anything."""
     activation = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}[dtype]
     types = {"p_tiles": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         default = activation if name.startswith("p_") else "i32"
         signature[name] = "constexpr" if name in constexprs else types.get(name, default)
-        if name.startswith("p_") or (aligned and name in ("N", "K", "G") and name not in constexprs):
+        if name.startswith("p_") or name == "K":
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constexprs, attributes)
     compiled = compile_for(source, target, num_warps=tile.num_warps, num_stages=tile.num_stages)
@@ -47,11 +46,11 @@ def compile_to_sass(kernel, target: int, dtype: torch.dtype, tile: Tile, constex
     return opcodes
 
 
-def gemm_opcodes(target: int, dtype: torch.dtype, index_bits: int, kind: str, aligned: bool = True, **constexprs: int):
+def gemm_opcodes(target: int, dtype: torch.dtype, index_bits: int, kind: str, **constexprs: int):
     tile = GEMM_TILES[kind, dtype.itemsize]
-    constexprs = {"INDEX_BITS": index_bits, "HAS_BIAS": True, "DTYPE": TL_DTYPES[dtype], "BLOCK_M": tile.BLOCK_M,
+    constexprs = {"INDEX_BITS": index_bits, "DTYPE": TL_DTYPES[dtype], "BLOCK_M": tile.BLOCK_M,
                   "ROW_TILES": tile.ROW_TILES, **constexprs}
-    return compile_to_sass(gemm_kernel, target, dtype, tile, constexprs, aligned)
+    return compile_to_sass(gemm_kernel, target, dtype, tile, constexprs)
 
 
 @pytest.mark.parametrize("kind", ["skinny", "wide"])
@@ -65,13 +64,6 @@ def test_gemm(target, dtype, index_bits, kind):
 @pytest.mark.parametrize("index_bits", [b for b in INDEX_BITS if b not in (8, 11)])
 def test_gemm_other_index_bits(index_bits):
     assert gemm_opcodes(90, torch.bfloat16, index_bits, "skinny")["HGMMA"]
-
-
-@pytest.mark.parametrize("kind", ["skinny", "wide"])
-def test_gemm_of_odd_sizes(kind):
-    """Sizes that are no multiples of 16, and 1, which Triton turns into a constant."""
-    assert gemm_opcodes(90, torch.bfloat16, 11, kind, aligned=False, HAS_BIAS=False)["HGMMA"]
-    assert gemm_opcodes(90, torch.bfloat16, 11, kind, N=1)["HGMMA"]
 
 
 @pytest.mark.parametrize("kind", ["skinny", "wide"])
@@ -101,18 +93,11 @@ def test_rotate(target, dtype, rotation_block_size):
 )
 @pytest.mark.parametrize("target", TARGETS)
 def test_dequantize(target, dtype, index_bits, rotation_block_size):
-    tile = DECODE_TILE
+    tile = DEQUANTIZE_TILE
     constexprs = {"INDEX_BITS": index_bits, "B": rotation_block_size, "WIDTH": min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH),
                   "DTYPE": TL_DTYPES[dtype], "ROW_TILES": tile.ROW_TILES}
     opcodes = compile_to_sass(dequantize_kernel, target, dtype, tile, constexprs)
     assert opcodes[TARGETS[target]]
-
-
-@pytest.mark.parametrize("dtype", (*NARROW, torch.float32), ids=str)
-@pytest.mark.parametrize("target", TARGETS)
-def test_coordinates(target, dtype):
-    constexprs = {"INDEX_BITS": 11, "DTYPE": TL_DTYPES[dtype], "ROW_TILES": DECODE_TILE.ROW_TILES, "CHUNKS": DECODE_CHUNKS}
-    compile_to_sass(coordinates_kernel, target, dtype, DECODE_TILE, constexprs)
 
 
 def test_a_spill_would_be_seen():

@@ -26,16 +26,16 @@ def test_tiles_hold_the_indices(index_bits: int, num_rows: int, num_inputs: int)
     assert torch.equal(untile(tile_planes(pack_planes(indices, index_bits)), num_rows, num_inputs), indices)
 
 
-def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int, has_bias: bool = True, aligned: bool = True):
+def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int):
     from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = gluon_launch.kernels.decode_gemm_kernel
-    fixed = constants(index_bits, has_bias, dtype, parts)
+    fixed = constants(index_bits, dtype, parts)
     narrow = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = {"p_x": "*i32", "p_tiles": "*i32", "p_row_norms": "*fp32", "p_quadrant": "*i32", "p_bias": narrow, "p_y": narrow}
     signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-                  if name.startswith("p_") or name == "K" or (aligned and name == "N")}
+                  if name.startswith("p_") or name == "K"}
     return compile_for(GluonASTSource(kernel, signature, fixed, attributes), target, num_warps=WARPS)
 
 
@@ -48,10 +48,10 @@ def run_on_cpu(compiled, x, indices, row_norms, bias, parts: int, programs: int 
     index_bits = int(np.log2(len(indices.unique()) - 1)) + 1
     tiles = tile_planes(pack_planes(indices, index_bits))
     y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
-    buffers = [as_bytes(t) for t in (x, tiles, row_norms, quadrant_words(index_bits), row_norms if bias is None else bias, y)]
+    buffers = [as_bytes(t) for t in (x, tiles, row_norms, quadrant_words(index_bits), y if bias is None else bias, y)]
     machine = Machine(compiled.asm["ptx"])
     addresses = [(i + 1) << 32 for i in range(len(buffers))]
-    machine.run(list(zip(addresses, buffers, strict=True)), [*addresses, len(x), len(row_norms), x.shape[1], 0, 0],
+    machine.run(list(zip(addresses, buffers, strict=True)), [*addresses, len(x), len(row_norms), x.shape[1], int(bias is not None), 0, 0],
                 (programs, -(-len(x) // (8 * parts))), compiled.metadata.shared)
     return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
 
@@ -68,7 +68,7 @@ def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_
     row_norms = torch.rand(num_rows, generator=generator) + 0.5
     bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
     parts = parts_of(num_tokens)
-    y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts, bias is not None, aligned=False), x, indices, row_norms, bias, parts)
+    y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts), x, indices, row_norms, bias, parts)
     truth = x.double() @ load_codebook(index_bits)[indices].flatten(1).double().T * row_norms.double()
     truth = truth if bias is None else truth + bias.double()
     torch.testing.assert_close(y.double(), truth, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11, atol=1e-3)

@@ -9,7 +9,7 @@ import torch
 
 from qamw_kernels import ops
 from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
-from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
+from qamw_kernels.codec import QuantizedWeight, linear_reference
 from qamw_kernels.packing import pack_planes, unpack_planes
 from qamw_kernels.rotation import rotate
 from qamw_kernels.tiling import tile_planes
@@ -31,11 +31,6 @@ def linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tensor | None =
     return ops.linear(x, tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, bias, weight.rotation_block_size)
 
 
-def dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
-    words = ops.quadrant_words(weight.index_bits)
-    return torch.ops.qamw.dequantize(tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, B, dtype)
-
-
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_quadrant_words(index_bits):
     words = ops.quadrant_words(index_bits)
@@ -53,15 +48,10 @@ def test_quadrant_words_of_an_unknown_rate():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype):
     weight, words = random_weight(11), ops.quadrant_words(11)
-    x = torch.randn(3, K).to(dtype)
-    torch.library.opcheck(torch.ops.qamw.rotate.default, (x, weight.input_scales, B))
-    torch.library.opcheck(torch.ops.qamw.rotate.default, (torch.randn(2 * K, 3).T[:, ::2].to(dtype), weight.input_scales, B))
-    torch.library.opcheck(torch.ops.qamw.rotate.default, (x[:, :B], weight.input_scales[:B], B))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, None))
-    torch.library.opcheck(torch.ops.qamw.gemm.default, (x, tile_planes(weight.qweight), weight.row_norms, words, torch.randn(N)))
-    torch.library.opcheck(
-        torch.ops.qamw.dequantize.default, (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words, B, dtype)
-    )
+    arguments = (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, words)
+    for x in (torch.randn(3, K), torch.randn(2 * K, 3).T[:, ::2]):
+        for bias in (None, torch.randn(N)):
+            torch.library.opcheck(torch.ops.qamw.linear.default, (x.to(dtype), *arguments, bias, B))
 
 
 def test_opcheck_sees_a_wrong_fake():
@@ -75,10 +65,8 @@ def test_opcheck_sees_a_wrong_fake():
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_cpu_ops_are_the_codec(index_bits):
+def test_the_cpu_op_is_the_codec(index_bits):
     weight = random_weight(index_bits)
-    assert torch.equal(dequantize(weight, torch.float32), decode_weight(weight))
-    assert torch.equal(dequantize(weight, torch.bfloat16), decode_weight(weight).bfloat16())
     x, bias = torch.randn(2, 3, K), torch.randn(N)
     torch.testing.assert_close(linear(x, weight), linear_reference(x, weight))
     torch.testing.assert_close(linear(x, weight, bias), linear_reference(x, weight, bias))
@@ -92,8 +80,6 @@ def test_fakes_on_the_meta_device():
     arguments = [t.to("meta") for t in (tile_planes(weight.qweight), weight.row_norms, weight.input_scales, ops.quadrant_words(8))]
     y = ops.linear(torch.empty(2, 5, K, dtype=torch.float16, device="meta"), *arguments, None, B)
     assert y.shape == (2, 5, N) and y.dtype == torch.float16 and y.device.type == "meta"
-    restored = torch.ops.qamw.dequantize(*arguments, B, torch.bfloat16)
-    assert restored.shape == (N, K) and restored.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -128,19 +114,11 @@ def test_errors_name_the_argument_the_expectation_and_the_value(change, message,
         ops.linear(**arguments)
 
 
-def test_dequantize_errors():
-    weight = random_weight(8)
-    with pytest.raises(ValueError, match=r"dtype: expected torch.bfloat16 or .*, got torch.int8"):
-        dequantize(weight, torch.int8)
-    weight.input_scales = torch.ones(K + 512).half()
-    with pytest.raises(ValueError, match=r"tiles: expected shape .* for 20 rows and 704 inputs"):
-        dequantize(weight, torch.float32)
-
-
 def test_one_device():
     weight = random_weight(8)
-    with pytest.raises(ValueError, match="input_scales: expected device meta, got cpu"):
-        torch.ops.qamw.rotate(torch.empty(3, K, device="meta"), weight.input_scales, B)
+    weight.row_norms = weight.row_norms.to("meta")
+    with pytest.raises(ValueError, match="row_norms: expected device cpu, got meta"):
+        linear(torch.randn(3, K), weight)
 
 
 def compile_linear(weight: QuantizedWeight, bias: torch.Tensor | None, backend):
@@ -167,7 +145,7 @@ def test_compile_fullgraph_without_recompiling_for_other_numbers_of_tokens():
         assert torch.equal(compiled(x), layer(x))
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if "qamw" in str(node.target)]
-    assert called == ["qamw.rotate", "qamw.gemm"]  # opaque to the compiler
+    assert called == ["qamw.linear"]  # opaque to the compiler
 
 
 def test_compile_aot():

@@ -65,10 +65,10 @@ def multiply_tile(
     return acc
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "N", "has_bias"])
 def decode_gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K,
-    INDEX_BITS: gl.constexpr, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr,
+    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias,
+    INDEX_BITS: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr, WARP_BASES: gl.constexpr,
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, for 8 * PARTS tokens and every num_programs-th row tile.
@@ -121,16 +121,15 @@ def decode_gemm_kernel(
                 advanced = advanced + (p_part[part] + WARPS * 256,)
             p_part = advanced
         for part in gl.static_range(PARTS):
-            write(gl.sum(acc[part], 0), p_row_norms, p_bias, p_y, row_tile, first_token + 8 * part, M, N, HAS_BIAS, DTYPE)
+            write(gl.sum(acc[part], 0), p_row_norms, p_bias, p_y, row_tile, first_token + 8 * part, M, N, has_bias, DTYPE)
 
 
 @gluon.jit
-def write(y, p_row_norms, p_bias, p_y, row_tile, first_token, M, N, HAS_BIAS: gl.constexpr, DTYPE: gl.constexpr):
+def write(y, p_row_norms, p_bias, p_y, row_tile, first_token, M, N, has_bias, DTYPE: gl.constexpr):
     """Scale the sums [16, 8] of a row tile, add the bias, and store them."""
     n = row_tile * 16 + gl.arange(0, 16, gl.SliceLayout(1, y.type.layout))
     m = first_token + gl.arange(0, 8, gl.SliceLayout(0, y.type.layout))
     y *= gl.load(p_row_norms + n, mask=n < N, other=0.0).expand_dims(1)
-    if HAS_BIAS:
-        y += gl.load(p_bias + n, mask=n < N, other=0.0).to(gl.float32).expand_dims(1)
+    y += gl.load(p_bias + n, mask=n < N * has_bias, other=0.0).to(gl.float32).expand_dims(1)
     o_y = m.expand_dims(0).to(gl.int64) * N + n.expand_dims(1)
     gl.store(p_y + o_y, y.to(DTYPE), mask=(n < N).expand_dims(1) & (m < M).expand_dims(0))

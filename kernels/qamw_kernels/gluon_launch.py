@@ -11,7 +11,7 @@ GLUON_DTYPES = (torch.bfloat16, torch.float16)
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
 PROGRAMS_PER_PROCESSOR = 2
-MAX_PARTS = 8  # of 8 tokens, by one program
+PARTS = (1, 2, 4, 8)  # of 8 tokens, by one program
 
 
 def _load_kernels() -> ModuleType | None:
@@ -38,14 +38,14 @@ def shared_bytes(index_bits: int) -> int:
 
 
 def parts_of(num_tokens: int) -> int:
-    """Parts of 8 tokens that one program holds: a power of two, so that few kernels are compiled."""
-    return min(triton.next_power_of_2(triton.cdiv(num_tokens, 8)), MAX_PARTS)
+    """Parts of 8 tokens that one program holds."""
+    return next((parts for parts in PARTS if num_tokens <= 8 * parts), PARTS[-1])
 
 
-def constants(index_bits: int, has_bias: bool, dtype: torch.dtype, parts: int) -> dict[str, object]:
+def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, object]:
     """Compile-time arguments of the kernel."""
-    return {"INDEX_BITS": index_bits, "HAS_BIAS": has_bias, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts,
-            "WARPS": WARPS, "WARP_BASES": WARP_BASES}
+    return {"INDEX_BITS": index_bits, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts, "WARPS": WARPS,
+            "WARP_BASES": WARP_BASES}
 
 
 @functools.cache
@@ -69,7 +69,7 @@ def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, qu
     processors = _device_properties(rotated.device.index)["multiprocessor_count"]
     grid = (min(tiles.shape[0], PROGRAMS_PER_PROCESSOR * processors), triton.cdiv(num_tokens, 8 * parts))
     kernels.decode_gemm_kernel[grid](
-        rotated.view(torch.int32), tiles, row_norms, quadrant_words, row_norms if bias is None else bias, y,
-        num_tokens, len(row_norms), num_inputs,
-        **constants(tiles.shape[2], bias is not None, rotated.dtype, parts), num_warps=WARPS,
+        rotated.view(torch.int32), tiles, row_norms, quadrant_words, y if bias is None else bias, y,
+        num_tokens, len(row_norms), num_inputs, int(bias is not None),
+        **constants(tiles.shape[2], rotated.dtype, parts), num_warps=WARPS,
     )

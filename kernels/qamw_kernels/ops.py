@@ -1,4 +1,4 @@
-"""The torch ops ``qamw::rotate``, ``qamw::gemm`` and ``qamw::dequantize``.
+"""The torch op ``qamw::linear``.
 
 CUDA tensors run the Triton kernels. CPU tensors run plain torch, the truth; only when the process was started with
 Triton's interpreter (``TRITON_INTERPRET=1``) do they run the Triton kernels too. There is no other choice between
@@ -56,8 +56,7 @@ def linear(
     Raises:
         ValueError: a shape, dtype or device does not fit.
     """
-    rotated = torch.ops.qamw.rotate(x.reshape(-1, x.shape[-1]), input_scales, rotation_block_size)
-    y = torch.ops.qamw.gemm(rotated, tiles, row_norms, quadrant_words, bias)
+    y = torch.ops.qamw.linear(x.reshape(-1, x.shape[-1]), tiles, row_norms, input_scales, quadrant_words, bias, rotation_block_size)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -71,21 +70,23 @@ def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int
         raise ValueError(f"{name}: expected device {like.device}, got {tensor.device}")
 
 
-def _check_matrix(name: str, x: torch.Tensor) -> None:
+def _check_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    bias: torch.Tensor | None,
+    rotation_block_size: int,
+) -> None:
     if x.ndim != 2 or x.shape[1] == 0 or x.shape[1] % UNIT_INPUTS:
-        raise ValueError(f"{name}: expected shape [M, K] with K a positive multiple of {UNIT_INPUTS}, got {tuple(x.shape)}")
-    if x.dtype not in _FLOATS:
-        raise ValueError(f"{name}: expected dtype {' or '.join(map(str, _FLOATS))}, got {x.dtype}")
-
-
-def _check_rotation(num_inputs: int, rotation_block_size: int) -> None:
+        raise ValueError(f"x: expected shape [M, K] with K a positive multiple of {UNIT_INPUTS}, got {tuple(x.shape)}")
+    num_inputs = x.shape[1]
+    _check("x", x, tiles, tuple(x.shape), *_FLOATS)
+    _check("input_scales", input_scales, tiles, (num_inputs,), torch.float16)
     if rotation_block_size not in rotation.ROTATION_BLOCK_SIZES or num_inputs % rotation_block_size:
         raise ValueError(f"rotation_block_size: expected one of {rotation.ROTATION_BLOCK_SIZES} that divides {num_inputs} inputs, "
                          f"got {rotation_block_size}")
-
-
-def _check_weight(tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, num_inputs: int) -> None:
-    """Check the parts of a weight with ``num_inputs`` inputs against each other."""
     if row_norms.ndim != 1 or not len(row_norms):
         raise ValueError(f"row_norms: expected shape [N], got {tuple(row_norms.shape)}")
     index_bits = tiles.shape[2] if tiles.ndim == 5 else 0
@@ -96,37 +97,8 @@ def _check_weight(tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: 
     _check("tiles", tiles, tiles, shape, torch.int32)
     _check("row_norms", row_norms, tiles, (len(row_norms),), torch.float32)
     _check("quadrant_words", quadrant_words, tiles, (2 ** (index_bits - 2),), torch.int32)
-
-
-def _check_rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> None:
-    _check_matrix("x", x)
-    _check("input_scales", input_scales, x, (x.shape[1],), torch.float16)
-    _check_rotation(x.shape[1], rotation_block_size)
-
-
-def _check_gemm(
-    rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    _check_matrix("rotated", rotated)
-    _check_weight(tiles, row_norms, quadrant_words, rotated.shape[1])
-    _check("rotated", rotated, tiles, tuple(rotated.shape), *_FLOATS)
     if bias is not None:
-        _check("bias", bias, rotated, (len(row_norms),), *_FLOATS)
-
-
-def _check_dequantize(
-    tiles: torch.Tensor,
-    row_norms: torch.Tensor,
-    input_scales: torch.Tensor,
-    quadrant_words: torch.Tensor,
-    rotation_block_size: int,
-    dtype: torch.dtype,
-) -> None:
-    _check_weight(tiles, row_norms, quadrant_words, len(input_scales))
-    _check("input_scales", input_scales, tiles, (len(input_scales),), torch.float16)
-    _check_rotation(len(input_scales), rotation_block_size)
-    if dtype not in _FLOATS:
-        raise ValueError(f"dtype: expected {' or '.join(map(str, _FLOATS))}, got {dtype}")
+        _check("bias", bias, tiles, (len(row_norms),), *_FLOATS)
 
 
 def _coordinates(tiles: torch.Tensor, quadrant_words: torch.Tensor, num_rows: int, num_inputs: int) -> torch.Tensor:
@@ -137,89 +109,49 @@ def _coordinates(tiles: torch.Tensor, quadrant_words: torch.Tensor, num_rows: in
     return codebook[untile(tiles, num_rows, num_inputs).int()].flatten(1)
 
 
-def _rotate_torch(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    return rotation.rotate(x.float() * input_scales.float(), rotation_block_size).to(x.dtype)
-
-
-def _gemm_torch(
-    rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    y = rotated.float() @ _coordinates(tiles, quadrant_words, len(row_norms), rotated.shape[1]).T * row_norms
-    return (y if bias is None else y + bias.float()).to(rotated.dtype)
-
-
-def _dequantize_torch(
+def _linear_torch(
+    x: torch.Tensor,
     tiles: torch.Tensor,
     row_norms: torch.Tensor,
     input_scales: torch.Tensor,
     quadrant_words: torch.Tensor,
+    bias: torch.Tensor | None,
     rotation_block_size: int,
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = rotation.unrotate(_coordinates(tiles, quadrant_words, len(row_norms), len(input_scales)), rotation_block_size)
-    return weight.mul_(row_norms[:, None]).mul_(input_scales.float()).to(dtype)
+    rotated = rotation.rotate(x.float() * input_scales.float(), rotation_block_size)
+    y = rotated @ _coordinates(tiles, quadrant_words, len(row_norms), x.shape[1]).T * row_norms
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
-def _rotate_fake(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    return x.new_empty(x.shape)
+def _linear_fake(x: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, *others: object) -> torch.Tensor:
+    return x.new_empty(x.shape[0], row_norms.shape[0])
 
 
-def _gemm_fake(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, *others: object) -> torch.Tensor:
-    return rotated.new_empty(rotated.shape[0], row_norms.shape[0])
+def _linear_triton(*args: Any) -> torch.Tensor:
+    from qamw_kernels import triton_launch  # triton is imported at the first launch
+
+    return triton_launch.linear(*args)
 
 
-def _dequantize_fake(tiles: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor, *others: Any) -> torch.Tensor:
-    return row_norms.new_empty(row_norms.shape[0], input_scales.shape[0], dtype=others[-1])
-
-
-def _triton(name: str) -> Callable[..., torch.Tensor]:
-    """The launcher of that name; triton is imported at the first launch."""
-
-    def launch(*args: Any) -> torch.Tensor:
-        from qamw_kernels import triton_launch
-
-        return getattr(triton_launch, name)(*args)
-
-    return launch
-
-
-def _checked(check: Callable[..., None], implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _checked(implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def run(*args: Any) -> torch.Tensor:
-        check(*args)
+        _check_linear(*args)
         return implementation(*args)
 
     return run
 
 
-_OPS = (
-    (
-        "rotate(Tensor x, Tensor input_scales, int rotation_block_size) -> Tensor",
-        _check_rotate, _rotate_torch, _rotate_fake,
-    ),
-    (
-        "gemm(Tensor rotated, Tensor tiles, Tensor row_norms, Tensor quadrant_words, Tensor? bias) -> Tensor",
-        _check_gemm, _gemm_torch, _gemm_fake,
-    ),
-    (
-        "dequantize(Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, int rotation_block_size, "
-        "ScalarType dtype) -> Tensor",
-        _check_dequantize, _dequantize_torch, _dequantize_fake,
-    ),
-)  # fmt: skip
-
-
 def _register() -> torch.library.Library:
     library = torch.library.Library("qamw", "DEF")
-    for schema, check, truth, fake in _OPS:
-        name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        launch = _checked(check, _triton(name))
-        library.impl(name, launch, "CUDA")
-        library.impl(name, launch if INTERPRETED else _checked(check, truth), "CPU")
-        torch.library.register_fake(f"qamw::{name}", _checked(check, fake), lib=library)
+    library.define("linear(Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, Tensor? bias, "
+                   "int rotation_block_size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl("linear", _checked(_linear_triton), "CUDA")
+    library.impl("linear", _checked(_linear_triton if INTERPRETED else _linear_torch), "CPU")
+    torch.library.register_fake("qamw::linear", _checked(_linear_fake), lib=library)
     return library
 
 
-# Kept alive for the life of the process. A module that is imported again (reload) finds the ops and leaves them alone:
+# Kept alive for the life of the process. A module that is imported again (reload) finds the op and leaves it alone:
 # a second definition of the same op is an error in torch.
-if not hasattr(torch.ops.qamw, "rotate"):
+if not hasattr(torch.ops.qamw, "linear"):
     _library = _register()

@@ -2,9 +2,9 @@
 """The Triton kernels; :mod:`qamw_kernels.triton_launch` holds their tiles and launchers.
 
 All readers of packed weights decode through :func:`decode_chunk`, but for the one of :mod:`qamw_kernels.gluon_kernels`.
-Shapes: M tokens, N rows, K inputs, B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.tiling`, with E
-bits of an index for the codebook entry; a chunk is 32 inputs. M (and M * G) is never specialised on: no batch size ever causes a
-compilation.
+Shapes: M tokens, N rows, K inputs (a multiple of 64), B = rotation_block_size, G = K / B. ``tiles`` are those of
+:mod:`qamw_kernels.tiling`, with E bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not specialised on,
+so that :func:`qamw_kernels.triton_launch.warm_up` can compile everything that a model will ever launch.
 """
 
 import triton
@@ -88,7 +88,7 @@ def hadamard_tile(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     return cast(hadamard_sign(i[:, None] & i[None, :]), DTYPE)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["R", "G"])
 def rotate_kernel(
     p_x, p_input_scales, p_out, R, G, scale,
     B: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
@@ -113,10 +113,10 @@ def rotate_kernel(
     tl.store(p_out + r.to(tl.int64)[:, None] * B + j[None, :], cast(acc, DTYPE), mask=m_r)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "N", "has_bias"])
 def gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K,
-    INDEX_BITS: tl.constexpr, HAS_BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
+    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias,
+    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [16 * ROW_TILES, BLOCK_M] tile per program.
 
@@ -133,28 +133,12 @@ def gemm_kernel(
         acc = dot(coordinates, x, acc)
     m_n = n < N
     acc *= tl.load(p_row_norms + n, mask=m_n, other=0.0)[:, None]
-    if HAS_BIAS:
-        acc += tl.load(p_bias + n, mask=m_n, other=0.0).to(tl.float32)[:, None]
+    acc += tl.load(p_bias + n, mask=n < N * has_bias, other=0.0).to(tl.float32)[:, None]
     o_y = m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(p_y + o_y, cast(acc, DTYPE), mask=m_n[:, None] & (m < M)[None, :])
 
 
-@triton.jit
-def coordinates_kernel(
-    p_tiles, p_quadrant, p_out, N, K, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, ROW_TILES: tl.constexpr, CHUNKS: tl.constexpr,
-):
-    """out [N, K] = codebook[indices]; program (i, j) writes [16 * ROW_TILES, 32 * CHUNKS]."""
-    row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
-    n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
-    for i in range(CHUNKS):
-        chunk = tl.program_id(1) * CHUNKS + i
-        if chunk < K // 32:
-            coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
-            k = chunk * 32 + tl.arange(0, 32)
-            tl.store(p_out + n.to(tl.int64)[:, None] * K + k[None, :], coordinates, mask=(n < N)[:, None])
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def dequantize_kernel(
     p_tiles, p_row_norms, p_input_scales, p_quadrant, p_weight, N, K, scale,
     INDEX_BITS: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ROW_TILES: tl.constexpr,

@@ -1,9 +1,14 @@
 """Tiles and launchers of the Triton kernels. Needs triton; :mod:`qamw_kernels.ops` imports it at the first launch.
 
-Nothing is autotuned: the tiles are the tables below. Arguments were checked by the ops and are not checked again.
+Nothing is autotuned: the tiles are the tables below. Arguments were checked by the op and are not checked again.
 """
 
 import contextlib
+import functools
+import json
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -11,7 +16,9 @@ import triton
 import triton.language as tl
 
 from qamw_kernels import gluon_launch
-from qamw_kernels.triton_kernels import coordinates_kernel, dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.ops import quadrant_words
+from qamw_kernels.tiling import TILE_ROWS, tiled_shape
+from qamw_kernels.triton_kernels import dequantize_kernel, gemm_kernel, rotate_kernel
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -26,8 +33,9 @@ class Tile(NamedTuple):
 
 
 SKINNY_MAX_TOKENS = 16
-GEMM_MAX_TOKENS = 128
-"""Above it, the weight is decoded and multiplied by torch. Not yet measured on a GPU."""
+CROSSINGS = Path(__file__).with_name("crossings.json")  # GPU name -> gemm_max_tokens; kernels/benchmarks/bench_linear.py measures it
+GEMM_MAX_TOKENS = 128  # of a GPU that was not measured: twice what one program of the Gluon kernel holds
+DEQUANTIZED_WEIGHTS = 1 << 26  # at once, so that the workspace is bounded: 128 MiB
 # (kind, bytes per activation element) -> tile. Every tile fits the 99 KB of shared memory of sm_89.
 GEMM_TILES = {
     ("skinny", 2): Tile(BLOCK_M=16, ROW_TILES=4, num_warps=4, num_stages=3),
@@ -41,8 +49,7 @@ ROTATE_TILES = {
     2: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=8, num_stages=1),
     4: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=4, num_stages=1),
 }
-DECODE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
-DECODE_CHUNKS = 4  # of 32 inputs, by one program of coordinates_kernel
+DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
 def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -50,9 +57,89 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obj
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+@functools.cache
+def gemm_max_tokens(device: torch.device) -> int:
+    """Tokens up to which :func:`multiply_packed` is the faster way on that device."""
+    measured = json.loads(CROSSINGS.read_text()) if device.type == "cuda" else {}
+    return measured.get(torch.cuda.get_device_name(device), GEMM_MAX_TOKENS) if measured else GEMM_MAX_TOKENS
+
+
+class TiledWeight(NamedTuple):
+    """A weight [N, K] as the kernels read it; fields are those of :func:`qamw_kernels.ops.linear`."""
+
+    tiles: torch.Tensor
+    row_norms: torch.Tensor
+    input_scales: torch.Tensor
+    quadrant_words: torch.Tensor
+    rotation_block_size: int
+
+    @property
+    def index_bits(self) -> int:
+        return self.tiles.shape[2]
+
+    def rows(self, start: int, stop: int) -> "TiledWeight":
+        """Some rows of the weight; both multiples of TILE_ROWS."""
+        return self._replace(tiles=self.tiles[start // TILE_ROWS : stop // TILE_ROWS], row_norms=self.row_norms[start:stop])
+
+
+def linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    bias: torch.Tensor | None,
+    rotation_block_size: int,
+) -> torch.Tensor:
+    """The op ``qamw::linear``, in the way that suits the number of tokens."""
+    weight = TiledWeight(tiles.contiguous(), row_norms.contiguous(), input_scales.contiguous(), quadrant_words, rotation_block_size)
+    bias = None if bias is None else bias.contiguous()
+    multiply = multiply_packed if len(x) <= gemm_max_tokens(x.device) else multiply_dequantized
+    return multiply(x.contiguous(), weight, bias)
+
+
+def multiply_packed(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """:func:`linear` for few tokens: they are rotated, and multiplied with what the packed weight is decoded to on the way."""
+    return gemm(rotate(x, weight.input_scales, weight.rotation_block_size), weight, bias)
+
+
+def multiply_dequantized(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """:func:`linear` for many tokens: the weight is decoded into a workspace, and the vendor's GEMM multiplies."""
+    y = torch.empty(len(x), len(weight.row_norms), dtype=x.dtype, device=x.device)
+    rows_at_once = max(DEQUANTIZED_WEIGHTS // x.shape[1] // TILE_ROWS, 1) * TILE_ROWS
+    for start in range(0, y.shape[1], rows_at_once):
+        rows = slice(start, start + rows_at_once)
+        decoded = dequantize(weight.rows(rows.start, rows.stop), x.dtype)
+        if bias is None:
+            torch.mm(x, decoded.T, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], x, decoded.T, out=y[:, rows])
+    return y
+
+
+def warm_up(rates: Collection[int], rotation_block_sizes: Collection[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile all that :func:`linear` launches for weights of these index bits and rotations, whatever their and the input's sizes.
+
+    To be called before a CUDA graph is captured. Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
+    """
+    def run(index_bits: int, size: int, num_tokens: int) -> None:
+        x = torch.zeros(num_tokens, max(size, 64), dtype=dtype, device=device)
+        tiles = torch.zeros(tiled_shape(1, x.shape[1], index_bits), dtype=torch.int32, device=device)
+        words, scales = quadrant_words(index_bits, device), torch.ones(x.shape[1], dtype=torch.float16, device=device)
+        linear(x, tiles, torch.ones(1, device=device), scales, words, None, size)
+
+    limit = gemm_max_tokens(device)
+    few = sorted({m for m in (*(8 * parts for parts in gluon_launch.PARTS), SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1) if m <= limit})
+    for size in rotation_block_sizes:
+        run(min(rates), size, few[0])
+    jobs = [(bits, min(rotation_block_sizes), m) for bits in rates for m in few]
+    jobs += [(bits, size, limit + 1) for bits in rates for size in rotation_block_sizes]
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda job: run(*job), jobs))
+
+
 def rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
-    """Launch :func:`rotate_kernel`. Arguments are those of the op ``qamw::rotate``, already checked."""
-    x, input_scales = x.contiguous(), input_scales.contiguous()
+    """x [M, K] times ``input_scales`` [K], each block of inputs transformed: what :func:`gemm` multiplies."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
@@ -69,68 +156,37 @@ def rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int
     return out
 
 
-def gemm(
-    rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, quadrant_words: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """Launch the kernel that suits the number of tokens. Arguments are those of the op ``qamw::gemm``, already checked."""
-    rotated, tiles, row_norms = rotated.contiguous(), tiles.contiguous(), row_norms.contiguous()
-    num_tokens, num_rows, num_inputs = len(rotated), len(row_norms), rotated.shape[1]
-    if num_tokens > GEMM_MAX_TOKENS:
-        coordinates = _coordinates(tiles, quadrant_words, num_rows, num_inputs, rotated.dtype)
-        y = (rotated @ coordinates.T).mul_(row_norms)
-        return y if bias is None else y.add_(bias)
+def gemm(rotated: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """``rotated`` [M, K] times the packed weight: [M, N] in its dtype."""
+    num_tokens, num_rows, num_inputs = len(rotated), len(weight.row_norms), rotated.shape[1]
     y = torch.empty(num_tokens, num_rows, dtype=rotated.dtype, device=rotated.device)
     if num_tokens == 0:
         return y
-    bias = None if bias is None else bias.contiguous()
-    if gluon_launch.fits(rotated, tiles.shape[2]):
+    if gluon_launch.fits(rotated, weight.index_bits):
         with _on_device_of(rotated):
-            gluon_launch.gemm(rotated, tiles, row_norms, quadrant_words, bias, y)
+            gluon_launch.gemm(rotated, weight.tiles, weight.row_norms, weight.quadrant_words, bias, y)
         return y
     tile = GEMM_TILES["skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide", rotated.element_size()]
-    grid = (triton.cdiv(num_rows, 16 * tile.ROW_TILES), triton.cdiv(num_tokens, tile.BLOCK_M))
+    grid = (triton.cdiv(num_rows, TILE_ROWS * tile.ROW_TILES), triton.cdiv(num_tokens, tile.BLOCK_M))
     with _on_device_of(rotated):
         gemm_kernel[grid](
-            rotated, tiles, row_norms, quadrant_words, row_norms if bias is None else bias, y, num_tokens, num_rows, num_inputs,
-            INDEX_BITS=tiles.shape[2], HAS_BIAS=bias is not None, DTYPE=TL_DTYPES[rotated.dtype],
+            rotated, weight.tiles, weight.row_norms, weight.quadrant_words, y if bias is None else bias, y,
+            num_tokens, num_rows, num_inputs, int(bias is not None), INDEX_BITS=weight.index_bits, DTYPE=TL_DTYPES[rotated.dtype],
             BLOCK_M=tile.BLOCK_M, ROW_TILES=tile.ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
     return y
 
 
-def _coordinates(
-    tiles: torch.Tensor, quadrant_words: torch.Tensor, num_rows: int, num_inputs: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """Launch :func:`coordinates_kernel`: [N, K] in ``dtype``."""
-    out = torch.empty(num_rows, num_inputs, dtype=dtype, device=tiles.device)
-    tile = DECODE_TILE
-    grid = (triton.cdiv(num_rows, 16 * tile.ROW_TILES), triton.cdiv(num_inputs, 32 * DECODE_CHUNKS))
-    with _on_device_of(tiles):
-        coordinates_kernel[grid](
-            tiles, quadrant_words, out, num_rows, num_inputs, INDEX_BITS=tiles.shape[2], DTYPE=TL_DTYPES[dtype],
-            ROW_TILES=tile.ROW_TILES, CHUNKS=DECODE_CHUNKS, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )
-    return out
-
-
-def dequantize(
-    tiles: torch.Tensor,
-    row_norms: torch.Tensor,
-    input_scales: torch.Tensor,
-    quadrant_words: torch.Tensor,
-    rotation_block_size: int,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """Launch :func:`dequantize_kernel`. Arguments are those of the op ``qamw::dequantize``, already checked."""
-    tiles, row_norms, input_scales = tiles.contiguous(), row_norms.contiguous(), input_scales.contiguous()
-    num_rows, num_inputs = len(row_norms), len(input_scales)
-    weight = torch.empty(num_rows, num_inputs, dtype=dtype, device=tiles.device)
-    tile, width = DECODE_TILE, min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH)
-    grid = (triton.cdiv(num_rows, 16 * tile.ROW_TILES), num_inputs // width)
-    with _on_device_of(tiles):
+def dequantize(weight: TiledWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] in ``dtype``, in the basis of the unrotated input."""
+    num_rows, num_inputs, size = len(weight.row_norms), len(weight.input_scales), weight.rotation_block_size
+    out = torch.empty(num_rows, num_inputs, dtype=dtype, device=weight.tiles.device)
+    tile, width = DEQUANTIZE_TILE, min(max(size, 32), DEQUANTIZE_WIDTH)
+    grid = (triton.cdiv(num_rows, TILE_ROWS * tile.ROW_TILES), num_inputs // width)
+    with _on_device_of(weight.tiles):
         dequantize_kernel[grid](
-            tiles, row_norms, input_scales, quadrant_words, weight, num_rows, num_inputs, rotation_block_size**-0.5,
-            INDEX_BITS=tiles.shape[2], B=rotation_block_size, WIDTH=width, DTYPE=TL_DTYPES[dtype],
+            weight.tiles, weight.row_norms, weight.input_scales, weight.quadrant_words, out, num_rows, num_inputs, size**-0.5,
+            INDEX_BITS=weight.index_bits, B=size, WIDTH=width, DTYPE=TL_DTYPES[dtype],
             ROW_TILES=tile.ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
         )
-    return weight
+    return out
