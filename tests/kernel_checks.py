@@ -226,7 +226,7 @@ def test_every_number_of_tokens(num_rows, num_inputs):
     truth = inputs.double() @ decode_weight(weight).double().T
     for num_tokens in range(1, 258, 1 if num_inputs == 64 else 37):
         error = linear(inputs[:num_tokens], weight).double() - truth[:num_tokens]
-        assert (error.norm(dim=1) < 2**-7 * truth[:num_tokens].norm(dim=1)).all(), f"{num_tokens} tokens"
+        assert (error.norm(dim=1) < 2**-6 * truth[:num_tokens].norm(dim=1)).all(), f"{num_tokens} tokens"
 
 
 def test_no_tokens():
