@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study study-report
+.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report
 
 setup: $(VENV)/.ready
 
@@ -47,3 +47,7 @@ study: setup
 
 study-report: setup
 	PYTHONPATH=tests $(BIN)/python tests/study/report.py
+
+# What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for as long as it takes (15 minutes).
+kernels-report: setup
+	PYTHONPATH=tests $(BIN)/python tests/kernels_report.py

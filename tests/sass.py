@@ -13,26 +13,56 @@ from triton.backends.compiler import GPUTarget
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 
 
-def compile_for(source: Any, target: int, **options: int) -> Any:
-    """What triton.compile makes of a source for CUDA's compute capability ``target``, such as 90."""
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
+    """What Triton makes of a kernel for CUDA's compute capability ``target``, such as 90.
+
+    Arguments are typed by name. As in use, pointers and K are multiples of 16, and nothing is known of the other sizes.
+
+    Args:
+        constants: compile-time arguments, and options of the compiler, as the launchers pass them.
+    """
+    gluon = type(kernel).__name__ == "GluonJITFunction"
+    activation = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[str(constants["DTYPE"])]
+    types = {"p_tiles": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
+    types |= {"p_x": "*i32"} if gluon else {}
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        signature[name] = "constexpr" if name in constants else types.get(name, activation if name.startswith("p_") else "i32")
+        if name.startswith("p_") or name == "K":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    if gluon:
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        from triton.compiler import ASTSource as Source
+    fixed = {name: value for name, value in constants.items() if name in signature}
+    options = {name: value for name, value in constants.items() if name not in signature}
+    return triton.compile(Source(kernel, signature, fixed, attributes), target=GPUTarget("cuda", target, 32), options=options)
+
+
+def _on_cubin(compiled: Any, *command: str) -> str:
+    """What a tool of Triton's own copy of the CUDA binary utilities says about the kernel."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / command[0]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        return subprocess.run([tool, *command[1:], cubin.name], capture_output=True, text=True, check=True).stdout
 
 
 def disassemble(compiled: Any) -> list[tuple[str, str]]:
     """Instructions in order, (opcode with its modifiers, operands); a label is ("LABEL", its name)."""
-    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        text = subprocess.run([nvdisasm, "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     found = []
-    for line in text.splitlines():
+    for line in _on_cubin(compiled, "nvdisasm", "-c").splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             found.append(("LABEL", label[1]))
         elif instruction := INSTRUCTION.match(line):
             found.append((instruction[1], instruction[2]))
     assert any(opcode == "EXIT" for opcode, _ in found), "the disassembly could not be read"
     return found
+
+
+def registers(compiled: Any) -> int:
+    """Registers of a thread."""
+    return int(re.search(r"REG:(\d+)", _on_cubin(compiled, "cuobjdump", "--dump-resource-usage"))[1])
 
 
 def loops(instructions: list[tuple[str, str]]) -> list[collections.Counter[str]]:

@@ -9,7 +9,7 @@ import torch
 from ptx import Machine
 from qamw_kernels import gluon_launch
 from qamw_kernels.codebook import INDEX_BITS, load_codebook
-from qamw_kernels.gluon_launch import WARPS, constants, parts_of, shared_bytes
+from qamw_kernels.gluon_launch import constants, parts_of, shared_bytes
 from qamw_kernels.ops import INTERPRETED, quadrant_words
 from qamw_kernels.packing import pack_planes
 from qamw_kernels.tiling import tile_planes, untile
@@ -27,16 +27,7 @@ def test_tiles_hold_the_indices(index_bits: int, num_rows: int, num_inputs: int)
 
 
 def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int):
-    from triton.experimental.gluon._runtime import GluonASTSource
-
-    kernel = gluon_launch.kernels.decode_gemm_kernel
-    fixed = constants(index_bits, dtype, parts)
-    narrow = {torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    types = {"p_x": "*i32", "p_tiles": "*i32", "p_row_norms": "*fp32", "p_quadrant": "*i32", "p_bias": narrow, "p_y": narrow}
-    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in kernel.arg_names}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names)
-                  if name.startswith("p_") or name == "K"}
-    return compile_for(GluonASTSource(kernel, signature, fixed, attributes), target, num_warps=WARPS)
+    return compile_for(target, gluon_launch.kernels.decode_gemm_kernel, constants(index_bits, dtype, parts))
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:

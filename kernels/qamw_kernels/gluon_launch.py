@@ -2,6 +2,7 @@
 
 import functools
 from types import ModuleType
+from typing import Any
 
 import torch
 import triton
@@ -42,10 +43,11 @@ def parts_of(num_tokens: int) -> int:
     return next((parts for parts in PARTS if num_tokens <= 8 * parts), PARTS[-1])
 
 
-def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, object]:
-    """Compile-time arguments of the kernel."""
+@functools.cache
+def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and options of its compiler."""
     return {"INDEX_BITS": index_bits, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts, "WARPS": WARPS,
-            "WARP_BASES": WARP_BASES}
+            "WARP_BASES": WARP_BASES, "num_warps": WARPS}
 
 
 @functools.cache
@@ -71,5 +73,5 @@ def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, qu
     kernels.decode_gemm_kernel[grid](
         rotated.view(torch.int32), tiles, row_norms, quadrant_words, y if bias is None else bias, y,
         num_tokens, len(row_norms), num_inputs, int(bias is not None),
-        **constants(tiles.shape[2], rotated.dtype, parts), num_warps=WARPS,
+        **constants(tiles.shape[2], rotated.dtype, parts),
     )

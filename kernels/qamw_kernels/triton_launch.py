@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,6 +50,30 @@ ROTATE_TILES = {
     4: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=4, num_stages=1),
 }
 DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
+
+
+@functools.cache
+def rotate_constants(rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of :func:`rotate_kernel`, and options of its compiler."""
+    tile = ROTATE_TILES[dtype.itemsize]
+    return {"B": rotation_block_size, "WIDTH": min(rotation_block_size, ROTATE_WIDTH), "BLOCK_R": tile.BLOCK_M, "DTYPE": TL_DTYPES[dtype],
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+@functools.cache
+def gemm_constants(index_bits: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
+    """Compile-time arguments of :func:`gemm_kernel`, and options of its compiler; ``kind`` is skinny or wide."""
+    tile = GEMM_TILES[kind, dtype.itemsize]
+    return {"INDEX_BITS": index_bits, "DTYPE": TL_DTYPES[dtype], "BLOCK_M": tile.BLOCK_M, "ROW_TILES": tile.ROW_TILES,
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+
+
+@functools.cache
+def dequantize_constants(index_bits: int, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of :func:`dequantize_kernel`, and options of its compiler."""
+    tile, width = DEQUANTIZE_TILE, min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH)
+    return {"INDEX_BITS": index_bits, "B": rotation_block_size, "WIDTH": width, "DTYPE": TL_DTYPES[dtype], "ROW_TILES": tile.ROW_TILES,
+            "num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
 def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
@@ -143,16 +167,12 @@ def rotate(x: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    tile = ROTATE_TILES[x.element_size()]
-    width = min(rotation_block_size, ROTATE_WIDTH)
+    constants = rotate_constants(rotation_block_size, x.dtype)
     num_blocks = x.numel() // rotation_block_size
-    grid = (triton.cdiv(num_blocks, tile.BLOCK_M), rotation_block_size // width)
+    grid = (triton.cdiv(num_blocks, constants["BLOCK_R"]), rotation_block_size // constants["WIDTH"])
     with _on_device_of(x):
         rotate_kernel[grid](
-            x, input_scales, out, num_blocks, len(input_scales) // rotation_block_size, rotation_block_size**-0.5,
-            B=rotation_block_size, WIDTH=width, BLOCK_R=tile.BLOCK_M, DTYPE=TL_DTYPES[x.dtype],
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )
+            x, input_scales, out, num_blocks, len(input_scales) // rotation_block_size, rotation_block_size**-0.5, **constants)
     return out
 
 
@@ -166,14 +186,12 @@ def gemm(rotated: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) 
         with _on_device_of(rotated):
             gluon_launch.gemm(rotated, weight.tiles, weight.row_norms, weight.quadrant_words, bias, y)
         return y
-    tile = GEMM_TILES["skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide", rotated.element_size()]
-    grid = (triton.cdiv(num_rows, TILE_ROWS * tile.ROW_TILES), triton.cdiv(num_tokens, tile.BLOCK_M))
+    constants = gemm_constants(weight.index_bits, rotated.dtype, "skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide")
+    grid = (triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]), triton.cdiv(num_tokens, constants["BLOCK_M"]))
     with _on_device_of(rotated):
         gemm_kernel[grid](
             rotated, weight.tiles, weight.row_norms, weight.quadrant_words, y if bias is None else bias, y,
-            num_tokens, num_rows, num_inputs, int(bias is not None), INDEX_BITS=weight.index_bits, DTYPE=TL_DTYPES[rotated.dtype],
-            BLOCK_M=tile.BLOCK_M, ROW_TILES=tile.ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )
+            num_tokens, num_rows, num_inputs, int(bias is not None), **constants)
     return y
 
 
@@ -181,12 +199,9 @@ def dequantize(weight: TiledWeight, dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] in ``dtype``, in the basis of the unrotated input."""
     num_rows, num_inputs, size = len(weight.row_norms), len(weight.input_scales), weight.rotation_block_size
     out = torch.empty(num_rows, num_inputs, dtype=dtype, device=weight.tiles.device)
-    tile, width = DEQUANTIZE_TILE, min(max(size, 32), DEQUANTIZE_WIDTH)
-    grid = (triton.cdiv(num_rows, TILE_ROWS * tile.ROW_TILES), num_inputs // width)
+    constants = dequantize_constants(weight.index_bits, size, dtype)
+    grid = (triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]), num_inputs // constants["WIDTH"])
     with _on_device_of(weight.tiles):
         dequantize_kernel[grid](
-            weight.tiles, weight.row_norms, weight.input_scales, weight.quadrant_words, out, num_rows, num_inputs, size**-0.5,
-            INDEX_BITS=weight.index_bits, B=size, WIDTH=width, DTYPE=TL_DTYPES[dtype],
-            ROW_TILES=tile.ROW_TILES, num_warps=tile.num_warps, num_stages=tile.num_stages,
-        )
+            weight.tiles, weight.row_norms, weight.input_scales, weight.quadrant_words, out, num_rows, num_inputs, size**-0.5, **constants)
     return out
