@@ -39,7 +39,8 @@ class Machine:
     """One kernel.
 
     Attributes:
-        look_up_conflicts: most lanes of a warp that one 32 bit load from shared memory found in the same bank.
+        look_ups: 32 bit loads from the table, which is at the start of shared memory.
+        look_up_conflicts: most lanes of a warp that one of them found in the same bank.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -59,14 +60,16 @@ class Machine:
                 operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
                 self.code.append((match[1], match[2].split("."), operands))
 
-    def run(self, memory: Sequence[tuple[int, Array]], arguments: Sequence[int], grid: tuple[int, int], shared_bytes: int) -> None:
+    def run(self, memory: Sequence[tuple[int, Array]], arguments: Sequence[int], grid: tuple[int, int], shared_bytes: int,
+            table_bytes: int) -> None:
         """Run all programs, one after the other.
 
         Args:
             memory: (address, bytes [n] uint8) of every buffer.
             arguments: one integer per parameter: addresses and sizes.
         """
-        self.memory, self.grid, self.shared_bytes, self.look_up_conflicts = memory, grid, shared_bytes, 0
+        self.memory, self.grid, self.shared_bytes, self.table_bytes = memory, grid, shared_bytes, table_bytes
+        self.look_ups = self.look_up_conflicts = 0
         self.arguments = dict(zip(self.parameters, arguments, strict=True))
         for y in range(grid[1]):
             for x in range(grid[0]):
@@ -121,6 +124,8 @@ class Machine:
             self._multiply_matrices(opcode, operands)
         elif name in ("ld", "st"):
             self._access(opcode, operands, bits)
+        elif opcode == ["mov", "pred"]:
+            self._write(target, self._all(int(sources[0])) != 0)
         elif name == "mov":
             self._move(target, sources[0], bits)
         elif kind == "pred":
@@ -185,14 +190,15 @@ class Machine:
             self._write(target, self._read(source, bits))
 
     def _access(self, opcode: list[str], operands: list[str], bits: int) -> None:
-        load, space = opcode[0] == "ld", opcode[1]
+        load, space = opcode[0] == "ld", opcode[1].removesuffix("::cta")
         place, names = operands[::-1] if load else operands
         base, _, offset = place[1:-1].replace(" ", "").partition("+")
         if space == "param":
             return self._write(names, self._all(self.arguments[base], bits))
         registers = [name.strip() for name in names.strip("{}").split(",")]
         address, size = self.registers[base].astype(np.int64) + int(offset or 0), len(registers) * bits // 8
-        if space == "shared" and load and size == 4:
+        if space == "shared" and load and size == 4 and (address < SHARED + self.table_bytes).all():
+            self.look_ups += 1
             banks = (address // 4 % 32).reshape(-1, 32)
             self.look_up_conflicts = max(self.look_up_conflicts, *(int(np.bincount(lanes).max()) for lanes in banks))
         if not self.mask.any():
