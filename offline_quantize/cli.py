@@ -37,6 +37,11 @@ def _parser() -> argparse.ArgumentParser:
     quantize.add_argument("--device", default="auto", help="auto, cpu or cuda (default auto)")
     quantize.add_argument("--resume", action="store_true", help="continue an interrupted run of the same request")
     add_model_options(commands.add_parser("plan", help="say what quantize would do; reads headers only"))
+    dequantize = commands.add_parser("dequantize", help="write the plain checkpoint that CKPT stands for into the new directory OUT")
+    dequantize.add_argument("checkpoint", metavar="CKPT", type=Path)
+    dequantize.add_argument("out", metavar="OUT", type=Path, help="a new or empty directory")
+    dequantize.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16",
+                            help="of the weights that were quantised (default bfloat16)")
     for name, text in (("inspect", "show what is inside a quantised checkpoint, per layer"),
                        ("verify", "check every byte against the manifest, every tensor against the format")):
         commands.add_parser(name, help=text).add_argument("checkpoint", metavar="CKPT", type=Path)
@@ -126,6 +131,21 @@ def _plan(args: argparse.Namespace) -> None:
     print(f"tensor-parallel sizes up to {args.tp_max} that can serve the result: {served}")
 
 
+def _dequantize(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from offline_quantize.dequantize import dequantize
+
+    with tqdm(unit="B", unit_scale=True, desc="dequantising", dynamic_ncols=True, delay=1) as bar:
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        num_bytes = dequantize(args.checkpoint, args.out, getattr(torch, args.dtype), progress)
+    print(f"{args.out}: {num_bytes / 1e6:.1f} MB")
+
+
 def _inspect(args: argparse.Namespace) -> None:
     from offline_quantize.inspection import inspect
 
@@ -174,7 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.command_line = ["qamw", *argv]
-    run = {"quantize": _quantize, "plan": _plan, "inspect": _inspect, "verify": _verify, "eval": _eval}[args.command]
+    run = {"quantize": _quantize, "plan": _plan, "dequantize": _dequantize, "inspect": _inspect, "verify": _verify,
+           "eval": _eval}[args.command]
     try:
         run(args)
         sys.stdout.flush()

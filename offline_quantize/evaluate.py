@@ -15,28 +15,15 @@ import torch
 from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.comparison import CheckpointResult, Divergence, Evaluation, Perplexity, Scores
 from offline_quantize.conventions import Bos, Text, Window
+from offline_quantize.dequantize import decoded_tensors
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import effective_bits_per_weight
 from offline_quantize.structure import build_empty_model, set_parameters
-from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, QamwFormat
+from qamw_kernels.format import QUANT_METHOD
 
 LOGIT_ELEMENTS = 2**25  # tokens x vocabulary that are in memory at once, in each of a few float32 arrays
 
 HiddenStates = Iterator[torch.Tensor]  # of every window: [num_scored, hidden size], after the last norm
-
-
-def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model that a QAM-W checkpoint stands for, quantised weights decoded and rounded to ``dtype``."""
-    fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
-    for name in checkpoint.tensors:
-        module, _, suffix = name.rpartition(".")
-        if suffix == "qweight":
-            qweight, row_norms, input_scales = (t for _, t in checkpoint.load(f"{module}.{s}" for s in LAYER_TENSORS))
-            block = fmt.rotation_block_size_of(module, len(input_scales))
-            yield f"{module}.weight", decode_weight(QuantizedWeight(qweight, row_norms, input_scales, block)).to(dtype)
-        elif suffix not in LAYER_TENSORS:
-            yield from checkpoint.load([name])
 
 
 def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:

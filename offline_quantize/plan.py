@@ -60,7 +60,7 @@ class Plan:
             tensors_by_layer.append([t for name in names for t in (
                 self.output_tensors(by_name[name]) if name in by_name else [self.checkpoint.tensors[name]])])
         other = [info for name, info in self.checkpoint.tensors.items() if name not in in_layers]
-        return dataclasses.replace(self, shards=_make_shards(tensors_by_layer, other, self.max_shard_bytes))
+        return dataclasses.replace(self, shards=make_shards(tensors_by_layer, other, self.max_shard_bytes))
 
     def with_rates(self, index_bits: Sequence[Sequence[int]]) -> "Plan":
         """The same plan with these index bits for every input group of every layer."""
@@ -262,8 +262,8 @@ def _check_weights(checkpoint: Checkpoint, structure: Structure, linears: Sequen
                                 f"leave it unquantised with --ignore '*.{linear.name.rpartition('.')[2]}'")
 
 
-def _make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
-    """Whole layers together while they fit; then the tensors outside the layers."""
+def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
+    """Shards of at most ``max_bytes``, if no layer is larger: whole layers together while they fit; then the tensors outside them."""
     groups: list[tuple[list[TensorInfo], range]] = []
 
     def add(tensors: list[TensorInfo], layers: range) -> None:

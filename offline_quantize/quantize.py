@@ -191,8 +191,7 @@ def _write_rest(plan: Plan, output: Output, calibration: Path | None, encoder: s
     """Copies, report, plot, model card, and at last index, manifest and config."""
     source = plan.checkpoint
     for file in source.other_files():
-        # The model card is ours; the model's own stays beside it.
-        target = "README.base-model.md" if file == "README.md" else file
+        target = report.BASE_CARD if file == "README.md" else file
         output.write(target, functools.partial(shutil.copyfile, source.directory / file))
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     entries = [entry for shard in plan.shards for entry in output.notes[shard.file]]

@@ -15,6 +15,7 @@ from qamw_kernels.codec import QuantizedWeight
 
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"
+BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
 CARD = "README.md"
 
 

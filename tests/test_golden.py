@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from offline_quantize.checkpoint import Checkpoint
-from offline_quantize.evaluate import decoded_tensors
+from offline_quantize.dequantize import decoded_tensors
 from offline_quantize.inspection import verify
 from offline_quantize.quantize import quantize
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import copy_model, tiny_model
-from offline_quantize.checkpoint import Checkpoint
+from offline_quantize.checkpoint import INDEX, Checkpoint
 from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import inspect, verify
@@ -103,7 +103,8 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, m
     """Biases; layers of two kinds with masks of their own, a tied head and a scaled embedding; fused projections."""
     from offline_quantize import calibration as cal
     from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, LayerRunner, calibration_tokens
-    from offline_quantize.evaluate import decoded_tensors, load_model
+    from offline_quantize.dequantize import decoded_tensors
+    from offline_quantize.evaluate import load_model
 
     monkeypatch.setattr(cal, "NUM_WINDOWS", 6)  # a whole batch and a part of one
     monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
@@ -441,6 +442,33 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> 
     (wrong / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(QuantizeError, match=f"{name} must be finite and not negative"):
         verify(wrong)
+
+
+def test_dequantize(tmp_path: Path, tiny_llama: Path) -> None:
+    """What was quantised comes back decoded and rounded, everything else as it was, and transformers loads it."""
+    from transformers import AutoModelForCausalLM
+
+    from offline_quantize.dequantize import decoded_tensors, dequantize
+
+    quantized, plain = tmp_path / "quantized", tmp_path / "plain"
+    quantize(tiny_llama, quantized, calibration=None)
+    total = dequantize(quantized, plain, torch.float16, max_shard_bytes=SMALL_SHARDS)
+    assert total == sum(info.num_bytes for info in Checkpoint(plain).tensors.values())
+    assert len(list(plain.glob("*.safetensors"))) > 2
+    restored, original = tensors_of(plain), tensors_of(tiny_llama)
+    assert set(restored) == set(original)
+    for name, tensor in decoded_tensors(Checkpoint(quantized), torch.float16):
+        assert torch.equal(restored[name], tensor) and restored[name].dtype == tensor.dtype
+    assert torch.equal(restored["model.embed_tokens.weight"], original["model.embed_tokens.weight"])
+    names = {path.name for path in plain.iterdir() if path.suffix != ".safetensors"}
+    assert names == {path.name for path in tiny_llama.iterdir() if path.suffix != ".safetensors"} | {"qamw_manifest.json", INDEX}
+    assert "quantization_config" not in json.loads((plain / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(plain)
+    assert torch.equal(model.get_parameter("model.layers.0.mlp.down_proj.weight"), restored["model.layers.0.mlp.down_proj.weight"])
+    with pytest.raises(QuantizeError, match="already exists"):
+        dequantize(quantized, plain)
+    with pytest.raises(QuantizeError, match="this is not a QAM-W checkpoint"):
+        dequantize(tiny_llama, tmp_path / "other")
 
 
 def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture) -> None:
