@@ -1,6 +1,7 @@
 """Which layers of a checkpoint are quantised, and how: vLLM's view of config.json's ``quantization_config``."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +13,46 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
 
+class LoadSummary:
+    """Adds up the quantised layers of one process, to say in one line what they are once the last one is loaded.
+
+    Attributes:
+        layers, weights, num_bytes: of the layers loaded so far; bytes as they are in the checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.layers = self.weights = self.num_bytes = self._expected = 0
+
+    def expect(self) -> None:
+        """One more layer was made."""
+        self._expected += 1
+
+    def add(self, tensors: Iterable[torch.Tensor], weights: int) -> bool:
+        """One more layer was loaded; whether it was the last."""
+        self.layers += 1
+        self.weights += weights
+        self.num_bytes += sum(t.nbytes for t in tensors)
+        return self.layers == self._expected
+
+    def __str__(self) -> str:
+        return (f"{self.layers} layers, {self.weights / 1e6:.1f} M weights of {8 * self.num_bytes / self.weights:.2f} bits: "
+                f"{self.num_bytes / 1e6:.1f} MB, instead of {2 * self.weights / 1e6:.1f} MB in 16 bits")
+
+
 class QamwConfig(QuantizationConfig):
     """A :class:`QamwFormat` in vLLM's terms. It is pickled to the workers, so it holds plain data only.
 
     Attributes:
         format: the validated format; its module names are those of vLLM once :meth:`apply_vllm_mapper` has run.
         packed_modules_mapping: fused vLLM module -> its parts, filled in by vLLM from the model class.
+        summary: what the layers that were made with this config hold.
     """
 
     def __init__(self, format: QamwFormat) -> None:
         super().__init__()
         self.format = format
         self._ignore = frozenset(format.ignore)
+        self.summary = LoadSummary()
 
     def __repr__(self) -> str:
         return f"QamwConfig(index_bits={self.format.index_bits}, ignore={len(self.format.ignore)} modules)"
@@ -96,4 +125,4 @@ class QamwConfig(QuantizationConfig):
         index_bits = self.index_bits_of(prefix)
         if index_bits is None:
             return UnquantizedLinearMethod()
-        return QamwLinearMethod(prefix, self.parts_of(prefix), index_bits, self.format)
+        return QamwLinearMethod(prefix, self.parts_of(prefix), index_bits, self.format, self.summary)

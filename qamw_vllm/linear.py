@@ -22,6 +22,7 @@ from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.tiling import tile_planes
+from qamw_vllm.config import LoadSummary
 from qamw_vllm.loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name
@@ -76,13 +77,15 @@ class QamwLinearMethod(LinearMethodBase):
         parts: names of the checkpoint's modules that it holds.
         index_bits: bits per pair of all parts.
         format: the checkpoint's format.
+        summary: of all layers of the model in this process.
     """
 
-    def __init__(self, prefix: str, parts: tuple[str, ...], index_bits: int, format: QamwFormat) -> None:
+    def __init__(self, prefix: str, parts: tuple[str, ...], index_bits: int, format: QamwFormat, summary: LoadSummary) -> None:
         self.prefix = prefix
         self.parts = parts
         self.index_bits = index_bits
         self.format = format
+        self.summary = summary
         self.backend = choose_backend()
         if self.backend == "decode":
             # Delegated to, not inherited from: vLLM takes subclasses for unquantised layers.
@@ -121,12 +124,7 @@ class QamwLinearMethod(LinearMethodBase):
         # The layer makes its bias after this call, with its attribute weight_loader: so its arrival is noted too.
         layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
 
-        if self.backend == "decode":
-            logger.info_once("QAM-W on the CPU: weights are decoded to %s while loading, vLLM's own matrix multiplication runs. "
-                             "This saves disk, not memory.", params_dtype)
-        else:
-            logger.info_once("QAM-W: weights stay packed, Triton kernels run%s.",
-                             " in the interpreter (slow)" if current_platform.is_cpu() else "")
+        self.summary.expect()
         logger.debug("%s: %d index bits, rotation blocks of %d, %d x %d on this rank", self.prefix, self.index_bits,
                      self.rotation_block_size, sum(output_partition_sizes), input_size_per_partition)
 
@@ -150,6 +148,8 @@ class QamwLinearMethod(LinearMethodBase):
         if input_scales is None or input_scales.ndim == 1:
             return
         self._loader.verify()
+        if self.summary.add((layer.qweight, layer.row_norms, input_scales[0]), len(layer.row_norms) * input_scales.shape[1]):
+            logger.info("QAM-W: %s. %s", self.summary, self._says())
         if self.backend == "decode":
             weight = Parameter(self._decode(layer), requires_grad=False)
             del layer.qweight, layer.row_norms, layer.input_scales
@@ -166,6 +166,18 @@ class QamwLinearMethod(LinearMethodBase):
             rates = frozenset({self.format.index_bits, *self.format.layer_index_bits.values()})
             sizes = frozenset(self.format.rotation_block_sizes.values())
             _warm_up(rates, sizes, self.params_dtype, layer.tiles.device)
+
+    def _says(self) -> str:
+        """What runs, and why."""
+        if self.backend == "decode":
+            return (f"Decoded to {self.params_dtype} while loading, for vLLM's own matrix multiplication, because this is a CPU: "
+                    "that saves disk, not memory")
+        if current_platform.is_cpu():
+            return "They stay packed; Triton kernels run in the interpreter (slow)"
+        from qamw_kernels import gluon_launch
+
+        return ("They stay packed; the Gluon kernel decodes them" if gluon_launch.kernels is not None else
+                "They stay packed; a plain Triton kernel decodes them, because this Triton has no shared-memory gather (3.7.1 has)")
 
     def _decode(self, layer: Any) -> torch.Tensor:
         """The weight [N, K] of this rank in the model's dtype."""

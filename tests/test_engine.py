@@ -101,7 +101,7 @@ def tiny_results(run, checkpoint) -> dict[str, dict[str, Any]]:
                  "options": {"quantization": "qamw", "model_loader_extra_config": {"enable_weights_track": True}}})
     jobs.append({"model": str(checkpoint("llama")), "options": {"dtype": "float32", "enforce_eager": False}})  # torch.compile
     results, printed = run(jobs)
-    assert "weights are decoded to torch.float32 while loading" in printed
+    assert "Decoded to torch.float32 while loading" in printed
     return dict(zip([*ARCHITECTURES, "llama-bfloat16", "llama-compiled"], results, strict=True))
 
 
@@ -152,7 +152,7 @@ def test_triton_kernels_in_the_engine(run, checkpoint):
             for architecture, dtype in zip(architectures, dtypes, strict=True)]
     jobs[0]["prompts"] = PROMPTS  # the interpreter is slow, a long prompt once
     results, printed = run(jobs, QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
-    assert "weights stay packed, Triton kernels run in the interpreter" in printed
+    assert "They stay packed; Triton kernels run in the interpreter" in printed
     for architecture, dtype, result in zip(architectures, dtypes, results, strict=True):
         assert_matches(result, checkpoint(architecture), 1e-3 if dtype == "float32" else 0.1)
 

@@ -281,6 +281,21 @@ def test_packed_layer_compiles_into_one_graph(rank, monkeypatch):
 # --- refusals
 
 
+def test_one_line_says_what_was_loaded(rank, monkeypatch):
+    said = []
+    monkeypatch.setattr(qamw_vllm.linear.logger, "info", lambda message, *args: said.append(message % args))
+    config = make_config()
+    layers = [make_layer(kind, config) for kind in ("qkv_proj", "o_proj")]
+    for layer, kind in zip(layers, ("qkv_proj", "o_proj"), strict=True):
+        assert not said
+        load(layer, kind, make_checkpoint(kind))
+    # 512 + 256 rows of 256 inputs, 11 bits for a pair; a norm of 4 bytes per row, a scale of 2 bytes per input and layer
+    num_bytes = 768 * 256 // 2 * 11 / 8 + 4 * 768 + 2 * 2 * 256
+    assert f"2 layers, 0.2 M weights of {8 * num_bytes / (768 * 256):.2f} bits: 0.1 MB, instead of 0.4 MB in 16 bits" in said[0]
+    assert "because this is a CPU" in said[0]
+    assert len(said) == 1
+
+
 def test_missing_tensors_are_named(rank):
     layer = make_layer("qkv_proj", make_config(), bias=True)
     matrices = make_checkpoint("qkv_proj", bias=True)
