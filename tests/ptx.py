@@ -39,7 +39,7 @@ class Machine:
     """One kernel.
 
     Attributes:
-        look_ups: 32 bit loads from the table, which is at the start of shared memory.
+        look_ups: 32 bit loads from the table, which begins where shared memory is first written.
         look_up_conflicts: most lanes of a warp that one of them found in the same bank.
     """
 
@@ -79,7 +79,7 @@ class Machine:
         return np.full(self.threads, value & ((1 << bits) - 1), UNSIGNED[bits])
 
     def _run_program(self, x: int, y: int) -> None:
-        self.shared = np.zeros(self.shared_bytes, np.uint8)
+        self.shared, self.table = np.zeros(self.shared_bytes, np.uint8), -1
         self.registers: dict[str, Array] = {
             "%tid.x": np.arange(self.threads, dtype=U32), "%ctaid.x": self._all(x), "%ctaid.y": self._all(y),
             "%nctaid.x": self._all(self.grid[0]), "global_smem": self._all(SHARED),
@@ -197,7 +197,9 @@ class Machine:
             return self._write(names, self._all(self.arguments[base], bits))
         registers = [name.strip() for name in names.strip("{}").split(",")]
         address, size = self.registers[base].astype(np.int64) + int(offset or 0), len(registers) * bits // 8
-        if space == "shared" and load and size == 4 and (address < SHARED + self.table_bytes).all():
+        if space == "shared" and not load and self.table < 0:
+            self.table = int(address.min())
+        if space == "shared" and load and size == 4 and ((self.table <= address) & (address < self.table + self.table_bytes)).all():
             self.look_ups += 1
             banks = (address // 4 % 32).reshape(-1, 32)
             self.look_up_conflicts = max(self.look_up_conflicts, *(int(np.bincount(lanes).max()) for lanes in banks))
