@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report
+.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu
 
 setup: $(VENV)/.ready
 
@@ -51,3 +51,9 @@ study-report: setup
 # What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for as long as it takes (15 minutes).
 kernels-report: setup
 	PYTHONPATH=tests $(BIN)/python tests/kernels_report.py
+
+# Could the CPU multiply with packed weights? Needs g++ and AVX-512 with BF16.
+bench-cpu:
+	mkdir -p build
+	g++ -O3 -march=native -fopenmp kernels/benchmarks/bench_cpu.cpp -o build/bench_cpu
+	for threads in 1 $$(nproc); do OMP_NUM_THREADS=$$threads build/bench_cpu; done
