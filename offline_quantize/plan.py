@@ -16,9 +16,9 @@ from qamw_kernels.codebook import INDEX_BITS, load_quadrant
 from qamw_kernels.codec import check_finite
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 MAX_SHARD_BYTES = 512 * 2**20
-DEFAULT_MAX_ROTATION_BLOCK_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -187,28 +187,6 @@ def index_bits_for(bpw: float) -> tuple[int, bool]:
     return int(2 * bpw), int(2 * bpw) == 2 * bpw
 
 
-def possible_tensor_parallel_sizes(structure: Structure, tp_max: int) -> list[int]:
-    """Sizes 1..tp_max that vLLM can cut the attention heads into."""
-    heads, kv_heads = structure.num_heads, structure.num_kv_heads
-    if heads is None or kv_heads is None:
-        return [t for t in (2**i for i in range(tp_max.bit_length())) if t <= tp_max]
-    return [t for t in range(1, tp_max + 1) if heads % t == 0 and (kv_heads % t == 0 or t % kv_heads == 0)]
-
-
-def choose_rotation_block_sizes(linears: Sequence[Linear], tp_sizes: Sequence[int]) -> dict[int, int]:
-    """Hadamard width for every number of inputs: the largest power of two <= 128 that divides every shard.
-
-    Only row-parallel layers are cut along their inputs; shards that break a packing unit are impossible anyway.
-    """
-    sizes: dict[int, int] = {}
-    for linear in linears:
-        shards = [linear.num_inputs // t for t in tp_sizes if linear.num_inputs % (t * UNIT_INPUTS) == 0] if linear.row_parallel else []
-        for width in [linear.num_inputs, *shards]:
-            largest = min(width & -width, DEFAULT_MAX_ROTATION_BLOCK_SIZE)
-            sizes[linear.num_inputs] = min(largest, sizes.get(linear.num_inputs, largest))
-    return sizes
-
-
 def _served(structure: Structure, linears: Sequence[Linear], rotation_block_sizes: dict[int, int], tp: int) -> bool:
     for linear in linears:
         if linear.row_parallel:
@@ -280,7 +258,7 @@ def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo
                  for i, (tensors, layers) in enumerate(groups, 1))
 
 
-def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequence[str] = (),
+def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: Sequence[str] = (),
               max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     """Decide everything about quantising the checkpoint in ``directory``; reads config.json and shard headers only.
 
@@ -300,8 +278,8 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = 8, ignore: Sequen
     layers = _select(structure, ignore)
     linears = [linear for groups in layers for group in groups for linear in group]
     _check_weights(checkpoint, structure, linears)
-    possible = possible_tensor_parallel_sizes(structure, tp_max)
-    rotation_block_sizes = choose_rotation_block_sizes(linears, possible)
+    possible = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads, tp_max)
+    rotation_block_sizes = choose_rotation_block_sizes(((x.num_inputs, x.row_parallel) for x in linears), possible)
     quantized = {linear.name for linear in linears}
     # Every other matrix is listed, not only nn.Linear: vLLM builds routers and heads as linears of its own.
     kept = sorted(name.removesuffix(".weight") for name, info in checkpoint.tensors.items()

@@ -22,6 +22,7 @@ from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, existing_pa
 from offline_quantize.sensitivity import Sensitivity, measure_sensitivities
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import LAYER_TENSORS
+from qamw_kernels.sharding import TP_MAX
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, weights done, weights in all) while a run goes on."""
@@ -55,7 +56,7 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
-def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: Path | str | None = DEFAULT_TEXT, tp_max: int = 8,
+def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: Path | str | None = DEFAULT_TEXT, tp_max: int = TP_MAX,
              ignore: Sequence[str] = (), device: str = "auto", resume: bool = False, progress: Progress | None = None,
              max_shard_bytes: int = MAX_SHARD_BYTES, encoder: str | None = None,
              rates: str | None = None) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Which layers of a checkpoint are quantised, and how: vLLM's view of config.json's ``quantization_config``."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from qamw_kernels.format import QUANT_METHOD, QamwFormat
+from qamw_kernels.codebook import INDEX_BITS
+from qamw_kernels.format import QUANT_METHOD, FormatError, QamwFormat
+from qamw_kernels.packing import UNIT_INPUTS
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
@@ -39,8 +42,35 @@ class LoadSummary:
                 f"{self.num_bytes / 1e6:.1f} MB, instead of {2 * self.weights / 1e6:.1f} MB in 16 bits")
 
 
+class WhileLoading:
+    """How a plain checkpoint is quantised while it is loaded: as ``qamw quantize --calibration none`` does.
+
+    Attributes:
+        index_bits: bits per pair of every layer.
+        layers: (inputs, whether tensor parallelism cuts them) of every layer made so far; all are made before the first is loaded.
+    """
+
+    def __init__(self, bits_per_weight: Any = 5.5) -> None:
+        bits = 2 * bits_per_weight if isinstance(bits_per_weight, int | float) else 0
+        if bits not in INDEX_BITS:
+            raise FormatError(f"quantization_config: bits_per_weight must be {INDEX_BITS.start / 2:g}, {INDEX_BITS.start / 2 + 0.5:g} ... "
+                              f"{(INDEX_BITS.stop - 1) / 2:g} when a model is quantised while loading, got {bits_per_weight!r}")
+        self.index_bits = int(bits)
+        self.layers: set[tuple[int, bool]] = set()
+
+    def covers(self, layer: Any, prefix: str) -> bool:
+        """Whether a LinearBase is quantised: the big ones of the decoder layers are, routers and what is outside are not."""
+        from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        return (re.search(r"(^|\.)layers\.\d+\.", prefix) is not None and not isinstance(layer, ReplicatedLinear)
+                and layer.input_size % UNIT_INPUTS == 0)
+
+
 class QamwConfig(QuantizationConfig):
     """A :class:`QamwFormat` in vLLM's terms. It is pickled to the workers, so it holds plain data only.
+
+    Args:
+        format: None for a plain checkpoint, which is quantised while it is loaded.
 
     Attributes:
         format: the validated format; its module names are those of vLLM once :meth:`apply_vllm_mapper` has run.
@@ -48,13 +78,16 @@ class QamwConfig(QuantizationConfig):
         summary: what the layers that were made with this config hold.
     """
 
-    def __init__(self, format: QamwFormat) -> None:
+    def __init__(self, format: QamwFormat | None = None, bits_per_weight: Any = 5.5) -> None:
         super().__init__()
-        self.format = format
-        self._ignore = frozenset(format.ignore)
+        self.while_loading = WhileLoading(bits_per_weight) if format is None else None
+        self.format = format or QamwFormat(WhileLoading(bits_per_weight).index_bits, {})
+        self._ignore = frozenset(self.format.ignore)
         self.summary = LoadSummary()
 
     def __repr__(self) -> str:
+        if self.while_loading:
+            return f"QamwConfig(while loading, index_bits={self.while_loading.index_bits})"
         return f"QamwConfig(index_bits={self.format.index_bits}, ignore={len(self.format.ignore)} modules)"
 
     @classmethod
@@ -70,15 +103,17 @@ class QamwConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # everything is in config.json
+        return []  # everything is in config.json; and with none, vLLM makes a config without arguments
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QamwConfig":
-        """Parse config.json's ``quantization_config``.
+        """Parse config.json's ``quantization_config``; or what ``--hf-overrides`` puts there for a plain checkpoint.
 
         Raises:
             FormatError: an invalid, incomplete or unknown format, or a codebook that this version does not ship.
         """
+        if set(config) == {"quant_method", "bits_per_weight"}:
+            return cls(bits_per_weight=config["bits_per_weight"])
         return cls(QamwFormat.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:
@@ -118,10 +153,14 @@ class QamwConfig(QuantizationConfig):
         """The method of a linear layer, plain for an ignored one; None for a layer of any other kind."""
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
-        from qamw_vllm.linear import QamwLinearMethod
+        from qamw_vllm.linear import QamwLinearMethod, QamwLoadingLinearMethod
 
         if not isinstance(layer, LinearBase):
             return None
+        if self.while_loading:
+            if not self.while_loading.covers(layer, prefix):
+                return UnquantizedLinearMethod()
+            return QamwLoadingLinearMethod(prefix, self.parts_of(prefix), self.while_loading, self.summary)
         index_bits = self.index_bits_of(prefix)
         if index_bits is None:
             return UnquantizedLinearMethod()

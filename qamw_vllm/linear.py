@@ -8,21 +8,25 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,
+    RowParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.platforms import current_platform
 
 from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, decode_weight
+from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 from qamw_kernels.tiling import tile_planes
-from qamw_vllm.config import LoadSummary
+from qamw_vllm.config import LoadSummary, WhileLoading
 from qamw_vllm.loading import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name
@@ -53,6 +57,18 @@ def choose_backend() -> str:
         if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
             raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton cannot be compiled: set enforce_eager=True (--enforce-eager)")
     return backend
+
+
+def check_split(prefix: str, input_size: int, input_size_per_partition: int, rotation_block_size: int) -> None:
+    """Raise ValueError where a rank's inputs are not whole rotation blocks and packing units."""
+    unit = max(UNIT_INPUTS, rotation_block_size)  # both are powers of two
+    if input_size_per_partition % unit:
+        possible = [tp for tp in range(1, input_size // unit + 1) if input_size % (tp * unit) == 0]
+        tp = input_size // input_size_per_partition
+        raise ValueError(
+            f"{prefix}: tensor_parallel_size={tp} leaves {input_size_per_partition} of the {input_size} inputs to a rank, "
+            f"expected a multiple of {unit} (rotation blocks of {rotation_block_size}, packed units of {UNIT_INPUTS}). "
+            f"Possible for this layer: {', '.join(map(str, possible))}. Quantise with smaller rotation blocks for more.")
 
 
 @functools.cache
@@ -108,7 +124,7 @@ class QamwLinearMethod(LinearMethodBase):
         """
         self.params_dtype = params_dtype
         self.rotation_block_size = self.format.rotation_block_size_of(self.parts[0], input_size)
-        self._check_split(input_size, input_size_per_partition)
+        check_split(self.prefix, input_size, input_size_per_partition, self.rotation_block_size)
         self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, len(output_partition_sizes))
         load = extra_weight_attrs["weight_loader"]
         empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype)
@@ -128,16 +144,6 @@ class QamwLinearMethod(LinearMethodBase):
         logger.debug("%s: %d index bits, rotation blocks of %d, %d x %d on this rank", self.prefix, self.index_bits,
                      self.rotation_block_size, sum(output_partition_sizes), input_size_per_partition)
 
-    def _check_split(self, input_size: int, input_size_per_partition: int) -> None:
-        unit = max(UNIT_INPUTS, self.rotation_block_size)  # both are powers of two
-        if input_size_per_partition % unit:
-            possible = [tp for tp in range(1, input_size // unit + 1) if input_size % (tp * unit) == 0]
-            tp = input_size // input_size_per_partition
-            raise ValueError(
-                f"{self.prefix}: tensor_parallel_size={tp} leaves {input_size_per_partition} of the {input_size} inputs to a rank, "
-                f"expected a multiple of {unit} (rotation blocks of {self.rotation_block_size}, packed units of {UNIT_INPUTS}). "
-                f"Possible for this layer: {', '.join(map(str, possible))}. Quantise with smaller rotation blocks for more.")
-
     def process_weights_after_loading(self, layer: Any) -> None:
         """Verify what arrived and bring it into the form that ``apply`` uses. Does nothing when called again.
 
@@ -148,24 +154,28 @@ class QamwLinearMethod(LinearMethodBase):
         if input_scales is None or input_scales.ndim == 1:
             return
         self._loader.verify()
-        if self.summary.add((layer.qweight, layer.row_norms, input_scales[0]), len(layer.row_norms) * input_scales.shape[1]):
+        weight = QuantizedWeight(layer.qweight.data, layer.row_norms.data, input_scales.data[0].clone(), self.rotation_block_size)
+        del layer.qweight, layer.row_norms, layer.input_scales
+        rates = frozenset({self.format.index_bits, *self.format.layer_index_bits.values()})
+        self._use(layer, weight, rates, frozenset(self.format.rotation_block_sizes.values()))
+
+    def _use(self, layer: Any, weight: QuantizedWeight, rates: frozenset[int], rotation_block_sizes: frozenset[int]) -> None:
+        """Give the layer its weight in the form that ``apply`` uses; the sets are those of the whole model."""
+        num_rows, num_inputs = weight.shape
+        if self.summary.add((weight.qweight, weight.row_norms, weight.input_scales), num_rows * num_inputs):
             logger.info("QAM-W: %s. %s", self.summary, self._says())
+        # Plain parameters: vLLM's own classes only matter while loading.
         if self.backend == "decode":
-            weight = Parameter(self._decode(layer), requires_grad=False)
-            del layer.qweight, layer.row_norms, layer.input_scales
-            layer.register_parameter("weight", weight)
+            layer.register_parameter("weight", Parameter(self._decode(weight), requires_grad=False))
             self._plain.process_weights_after_loading(layer)
             return
-        # Plain parameters: vLLM's own classes only matter while loading.
-        layer.tiles = Parameter(tile_planes(layer.qweight.data), requires_grad=False)
-        del layer.qweight
-        layer.row_norms = Parameter(layer.row_norms.data, requires_grad=False)
-        layer.input_scales = Parameter(input_scales.data[0].clone(), requires_grad=False)
-        layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, input_scales.device), persistent=False)
+        layer.tiles = Parameter(tile_planes(weight.qweight), requires_grad=False)
+        layer.row_norms = Parameter(weight.row_norms, requires_grad=False)
+        layer.input_scales = Parameter(weight.input_scales, requires_grad=False)
+        device = weight.qweight.device
+        layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, device), persistent=False)
         if current_platform.is_cuda():
-            rates = frozenset({self.format.index_bits, *self.format.layer_index_bits.values()})
-            sizes = frozenset(self.format.rotation_block_sizes.values())
-            _warm_up(rates, sizes, self.params_dtype, layer.tiles.device)
+            _warm_up(rates, rotation_block_sizes, self.params_dtype, device)
 
     def _says(self) -> str:
         """What runs, and why."""
@@ -179,9 +189,8 @@ class QamwLinearMethod(LinearMethodBase):
         return ("They stay packed; the Gluon kernel decodes them" if gluon_launch.kernels is not None else
                 "They stay packed; a plain Triton kernel decodes them, because this Triton has no shared-memory gather (3.7.1 has)")
 
-    def _decode(self, layer: Any) -> torch.Tensor:
+    def _decode(self, quantized: QuantizedWeight) -> torch.Tensor:
         """The weight [N, K] of this rank in the model's dtype."""
-        quantized = QuantizedWeight(layer.qweight.data, layer.row_norms.data, layer.input_scales.data[0], self.rotation_block_size)
         weight = torch.empty(quantized.shape, dtype=self.params_dtype)
         for start in range(0, len(weight), _ROWS_AT_ONCE):
             part = slice(start, start + _ROWS_AT_ONCE)
@@ -194,3 +203,76 @@ class QamwLinearMethod(LinearMethodBase):
             return self._plain.apply(layer, x, bias)
         return ops.linear(
             x, layer.tiles, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)
+
+
+class QamwLoadingLinearMethod(QamwLinearMethod):
+    """One linear layer of a plain checkpoint, quantised as soon as its weight has arrived: one is in memory at a time.
+
+    The weights are bit for bit those of ``qamw quantize --calibration none``. With tensor parallelism, ranks that hold some of
+    the inputs share the norms of the whole rows.
+
+    Args:
+        plan: of the whole model; the others are those of :class:`QamwLinearMethod`.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, prefix: str, parts: tuple[str, ...], plan: WhileLoading, summary: LoadSummary) -> None:
+        super().__init__(prefix, parts, plan.index_bits, QamwFormat(plan.index_bits, {}), summary)
+        self.plan = plan
+        config = get_current_vllm_config_or_none()
+        text = config.model_config.hf_text_config if config is not None and config.model_config is not None else None
+        heads = getattr(text, "num_attention_heads", None)
+        self._tp_sizes = possible_tensor_parallel_sizes(heads, getattr(text, "num_key_value_heads", None) or heads)
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the plain weight, which takes no memory before it is loaded."""
+        self.params_dtype, self._input_size = params_dtype, input_size
+        self.plan.layers.add((input_size, isinstance(layer, RowParallelLinear)))
+        self.summary.expect()
+        self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, len(output_partition_sizes))
+        shape = sum(output_partition_sizes), input_size_per_partition
+        layer.register_parameter("weight", ModelWeightParameter(
+            data=torch.empty(shape, dtype=params_dtype, device="meta"), output_dim=0, input_dim=1,
+            weight_loader=self._loader.wrap("weight", extra_weight_attrs["weight_loader"])))
+        layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantise the weight. Does nothing when called again.
+
+        Raises:
+            ValueError: the checkpoint lacks it, a value is not finite, or the inputs cannot be split over this many ranks.
+        """
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        layer._already_called_process_weights_after_loading = True
+        self._loader.check_complete(("weight",))
+        sizes = choose_rotation_block_sizes(self.plan.layers, self._tp_sizes)
+        weight, block = layer.weight.data, sizes[self._input_size]
+        del layer.weight
+        check_split(self.prefix, self._input_size, weight.shape[1], block)
+        input_scales, row_norms = make_input_scales(self._input_size), None
+        if weight.shape[1] != self._input_size:
+            input_scales = input_scales[layer.tp_rank * weight.shape[1] :][: weight.shape[1]].clone()
+            row_norms = self._norms_of_whole_rows(weight)
+        quantized = encode_weight(weight, self.index_bits, block, input_scales, f"{self.prefix}.weight", row_norms=row_norms)
+        self._use(layer, quantized, frozenset({self.index_bits}), frozenset(sizes.values()))
+
+    def _says(self) -> str:
+        return f"Quantised while loading. {super()._says()}"
+
+    def _norms_of_whole_rows(self, shard: torch.Tensor) -> torch.Tensor:
+        """Root mean square [N] float32 over the inputs of all ranks; the scales are +1 and -1 and change nothing."""
+        squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in shard.split(_ROWS_AT_ONCE)])
+        torch.distributed.all_reduce(squares, group=get_tp_group().device_group)
+        return (squares / self._input_size).sqrt().float()

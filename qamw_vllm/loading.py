@@ -76,21 +76,25 @@ class LayerLoader:
         for shard in self.shards_of(shard_id):
             param.data[shard].copy_(loaded)
 
-    def verify(self) -> None:
-        """Refuse a layer that is incomplete or holds impossible values; the arrivals are forgotten, for a later reload.
-
-        Indices need no check: every pattern of ``index_bits`` bits is a codeword.
-
-        Raises:
-            ValueError: names the tensor, what was expected and what was found.
-        """
-        tensors = TENSORS if getattr(self.layer, "bias", None) is None else (*TENSORS, "bias")
+    def check_complete(self, tensors: tuple[str, ...]) -> None:
+        """Refuse a layer that lacks one of these tensors, or its bias; the arrivals are forgotten, for a later reload."""
+        if getattr(self.layer, "bias", None) is not None:
+            tensors = (*tensors, "bias")
         missing = {f"{name}.{tensor}": None for shard, name in enumerate(self.names) for tensor in tensors
                    if (tensor, shard) not in self.arrived}
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
         self.arrived.clear()
 
+    def verify(self) -> None:
+        """Refuse a layer that is incomplete or holds impossible values.
+
+        Indices need no check: every pattern of ``index_bits`` bits is a codeword.
+
+        Raises:
+            ValueError: names the tensor, what was expected and what was found.
+        """
+        self.check_complete(TENSORS)
         row_norms = self.layer.row_norms.data
         wrong = ~(row_norms.isfinite() & (row_norms >= 0))
         if wrong.any():

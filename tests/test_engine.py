@@ -144,6 +144,24 @@ def test_tensor_parallel_agrees(run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_quantised_while_loading(tp_size, run, checkpoint, tmp_path):
+    """A plain checkpoint comes out as ``qamw quantize --calibration none`` makes it; at 5.5 bits per weight and another rate."""
+    jobs, expected = [], []
+    for architecture, bpw in (("llama", 5.5), ("qwen2", 4.0), ("phi3", 5.5)):
+        plain = checkpoint(architecture).parent / "model"
+        options = {"dtype": "float32", "quantization": "qamw", **(TWO_RANKS if tp_size == 2 else {})}
+        if bpw != 5.5:
+            options["hf_overrides"] = {"quantization_config": {"quant_method": "qamw", "bits_per_weight": bpw}}
+        jobs.append({"model": str(plain), "options": options})
+        expected.append(tmp_path / architecture)
+        quantize(plain, expected[-1], bpw=bpw, calibration=None)
+    # Two ranks in one process of its own each.
+    results = run(jobs)[0] if tp_size == 1 else [run([job])[0][0] for job in jobs[:2]]
+    for result, directory in zip(results, expected, strict=False):
+        assert_matches(result, directory, 1e-3)
+
+
 def test_triton_kernels_in_the_engine(run, checkpoint):
     """The real kernels, by Triton's interpreter: fused by vLLM, fused on disk, with biases; and once in bfloat16."""
     architectures = ["llama", "phi3", "qwen2", "llama"]

@@ -1,6 +1,7 @@
 """The vLLM plugin without an engine: configuration, skip rule, every kind of linear layer at TP 1, 2 and 4, refusals."""
 
 import importlib.metadata
+import math
 import pickle
 import subprocess
 import sys
@@ -230,6 +231,49 @@ def test_layers_compute_the_decoded_weight(kind, tp_size, backend, rank, monkeyp
             torch.testing.assert_close(outputs[-1], want, rtol=1e-4, atol=1e-4)
     if kind == "o_proj":
         torch.testing.assert_close(torch.stack(outputs).sum(0), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["qkv_proj", "gate_up_proj", "o_proj"])
+def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
+    """Each rank ends with the very tensors that it would load from the quantised checkpoint."""
+    monkeypatch.setattr(qamw_vllm.linear, "choose_backend", lambda: "triton")
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(rows, K, generator=generator).bfloat16() for rows in ROWS[kind]]
+    block = 64 if kind == "o_proj" else 128  # o_proj may be cut into shards of 64
+    quantized = [encode_weight(w, BITS, block, make_input_scales(K)) for w in weights]
+    matrices = [{name: getattr(q, name) for name in ("qweight", "row_norms", "input_scales")} for q in quantized]
+    monkeypatch.setattr(qamw_vllm.linear, "get_tp_group", lambda: SimpleNamespace(device_group=None))
+    for tp_rank in range(tp_size):
+        rank(tp_rank, tp_size)
+        others = [shard.double() for i, shard in enumerate(weights[0].chunk(tp_size, 1)) if i != tp_rank]
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda squares, group, others=others: squares.add_(
+            sum(other.square().sum(1) for other in others)))
+        packed, plain = (make_layer(kind, config, dtype=torch.bfloat16) for config in (
+            make_config(rotation_block_sizes={K: block}), QamwConfig.from_config({"quant_method": "qamw", "bits_per_weight": BITS / 2})))
+        load(packed, kind, matrices)
+        for position, weight in enumerate(weights):
+            plain.weight.weight_loader(plain.weight, weight, *([SHARD_IDS[kind][position]] if kind in SHARD_IDS else []))
+        assert dict(plain.named_parameters()).keys() == dict(packed.named_parameters()).keys() == {"tiles", "row_norms", "input_scales"}
+        for name, tensor in packed.named_parameters():
+            assert torch.equal(tensor, plain.get_parameter(name)), name
+
+
+def test_while_loading_refuses(rank):
+    with pytest.raises(FormatError, match=r"bits_per_weight must be 3, 3\.5 \.\.\. 6 when a model is quantised while loading, got 4\.7"):
+        QamwConfig.from_config({"quant_method": "qamw", "bits_per_weight": 4.7})
+    config = QamwConfig()  # as vLLM makes it for a plain checkpoint
+    config.packed_modules_mapping = PARTS
+    layer = make_layer("qkv_proj", config)
+    layer.weight.weight_loader(layer.weight, torch.ones(256, K), "q")
+    with pytest.raises(ValueError, match=r"the checkpoint lacks model.layers.0.k_proj.weight, model.layers.0.v_proj.weight"):
+        layer.quant_method.process_weights_after_loading(layer)
+    layer = make_layer("o_proj", config)
+    with pytest.raises(ValueError, match=r"model.layers.0.o_proj.weight\[3, 5\] is nan: every weight must be finite"):
+        layer.weight.weight_loader(layer.weight, torch.ones(256, K).index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(math.nan)))
+    router = ReplicatedLinear(K, 8, quant_config=config, prefix="model.layers.0.mlp.gate")
+    head = ColumnParallelLinear(K, 64, quant_config=config, prefix="model.vision.proj")
+    assert all(type(x.quant_method) is UnquantizedLinearMethod for x in (router, head))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

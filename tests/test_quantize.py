@@ -19,11 +19,12 @@ from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import inspect, verify
 from offline_quantize.output import PROGRESS, Output
-from offline_quantize.plan import choose_rotation_block_sizes, index_bits_for, make_plan, possible_tensor_parallel_sizes
+from offline_quantize.plan import index_bits_for, make_plan
 from offline_quantize.quantize import quantize
-from offline_quantize.structure import Linear, Structure, find_structure
+from offline_quantize.structure import find_structure
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import QamwFormat
+from qamw_kernels.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
 
@@ -395,18 +396,14 @@ def test_rates(tmp_path: Path, tiny_llama: Path) -> None:
 
 
 def test_tensor_parallel_choices() -> None:
-    def structure(heads: int | None, kv: int | None) -> Structure:
-        return Structure("layers", (), heads, kv, None, ())
-
-    assert possible_tensor_parallel_sizes(structure(9, 3), 8) == [1, 3]
-    assert possible_tensor_parallel_sizes(structure(14, 2), 8) == [1, 2]
-    assert possible_tensor_parallel_sizes(structure(32, 8), 8) == [1, 2, 4, 8]
-    assert possible_tensor_parallel_sizes(structure(None, None), 8) == [1, 2, 4, 8]
-    wide = [Linear("q", 4096, 4096, False), Linear("o", 4096, 4096, True), Linear("down", 4096, 14336, True)]
-    assert choose_rotation_block_sizes(wide, [1, 2, 4, 8]) == {4096: 128, 14336: 128}
+    assert possible_tensor_parallel_sizes(9, 3) == [1, 3]
+    assert possible_tensor_parallel_sizes(14, 2) == [1, 2]
+    assert possible_tensor_parallel_sizes(32, 8) == [1, 2, 4, 8]
+    assert possible_tensor_parallel_sizes(None, None) == [1, 2, 4, 8]
+    assert choose_rotation_block_sizes([(4096, False), (4096, True), (14336, True)], [1, 2, 4, 8]) == {4096: 128, 14336: 128}
     # 896 = 7 x 128: alone it takes blocks of 128, cut in two only of 64
-    assert choose_rotation_block_sizes([Linear("o", 896, 896, True)], [1, 2]) == {896: 64}
-    assert choose_rotation_block_sizes([Linear("q", 896, 896, False)], [1, 2]) == {896: 128}
+    assert choose_rotation_block_sizes([(896, True)], [1, 2]) == {896: 64}
+    assert choose_rotation_block_sizes([(896, False)], [1, 2]) == {896: 128}
 
 
 def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> None:

@@ -84,16 +84,18 @@ def row_norms_of(scaled: torch.Tensor) -> torch.Tensor:
     return norms.float()
 
 
-def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales: torch.Tensor,
+                   row_norms: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled, normalised and rotated weight: what the codebook codes.
 
     Args:
         weight: [N, K] floating point. input_scales: [K] float16.
+        row_norms: [N] float32, of the whole rows, where ``weight`` is a shard of its inputs; None for its own.
     Returns:
         coordinates [N, K] float32 of unit variance (zeros for a zero row), and row_norms [N] float32.
     """
     scaled = weight.float() / input_scales.to(weight.device).float()
-    row_norms = row_norms_of(scaled)
+    row_norms = row_norms_of(scaled) if row_norms is None else row_norms
     return rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size), row_norms
 
 
@@ -105,7 +107,8 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 
 def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight",
-                  coder: Callable[[torch.Tensor], torch.Tensor] | None = None, weights_at_once: int = ENCODE_CHUNK) -> QuantizedWeight:
+                  coder: Callable[[torch.Tensor], torch.Tensor] | None = None, weights_at_once: int = ENCODE_CHUNK,
+                  row_norms: torch.Tensor | None = None) -> QuantizedWeight:
     """Quantise a weight matrix.
 
     Args:
@@ -114,6 +117,7 @@ def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: in
         name: the tensor's name, for errors.
         coder: chooses indices [n, P] int16 for the coordinates [n, K] float32 of some rows; None for the nearest codewords.
         weights_at_once: how many weights the coder is given at once, in whole rows.
+        row_norms: as in :func:`to_coordinates`.
     Raises:
         ValueError: a value of the weight is NaN or infinite, or a shape does not fit.
     """
@@ -122,17 +126,18 @@ def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: in
     check_finite(weight, name)
     input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
-    row_norms = torch.empty(len(weight), device=weight.device)
+    found_norms = torch.empty(len(weight), device=weight.device)
     step = max(1, weights_at_once // weight.shape[1])
     for i in range(0, len(weight), step):
-        coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales)
+        given = None if row_norms is None else row_norms[i : i + step]
+        coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales, given)
         if not norms.isfinite().all():
             row = i + int((~norms.isfinite()).nonzero()[0, 0])
             raise ValueError(f"{name}: row {row} divided by its channels' input scales overflows float32")
-        row_norms[i : i + step] = norms
+        found_norms[i : i + step] = norms
         indices = coder(coordinates) if coder else nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
         qweight[:, i : i + step] = pack_planes(indices, index_bits)
-    return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
+    return QuantizedWeight(qweight, found_norms, input_scales, rotation_block_size)
 
 
 def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from offline_quantize.plan import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 from offline_quantize.structure import Structure
+from qamw_kernels.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 from study.activations import largest, layer_statistics, products
 from study.gaussian import best_amplitude_bits, code_polar, code_rotated, code_scalar
 from study.gguf_files import FTYPES, quantize_gguf
@@ -106,7 +106,8 @@ def quantize_rotated(model: Any, structure: Structure, tokens: torch.Tensor, sca
     """QAM-W's rotation, row norms (32 bits) and input scales (16 bits); Lloyd-Max per coordinate, or polar coding of pairs."""
     code, table_length = (partial(code_scalar, bits=scalar_bits), 2**scalar_bits) if scalar_bits else (
         partial(code_polar, index_bits=pair_bits), 2 ** best_amplitude_bits(pair_bits))
-    block_sizes = choose_rotation_block_sizes(list(structure.linears()), possible_tensor_parallel_sizes(structure, 8))
+    sizes = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads)
+    block_sizes = choose_rotation_block_sizes(((x.num_inputs, x.row_parallel) for x in structure.linears()), sizes)
 
     def code_weight(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         stored = (scalar_bits + pair_bits / 2) * weight.numel() + 32 * len(weight) + 16 * weight.shape[1]
