@@ -169,7 +169,7 @@ class QamwLinearMethod(LinearMethodBase):
             layer.register_parameter("weight", Parameter(self._decode(weight), requires_grad=False))
             self._plain.process_weights_after_loading(layer)
             return
-        layer.tiles = Parameter(tile_planes(weight.qweight), requires_grad=False)
+        layer.qweight = Parameter(tile_planes(weight.qweight), requires_grad=False)  # the name by which vLLM's LoRA finds the device
         layer.row_norms = Parameter(weight.row_norms, requires_grad=False)
         layer.input_scales = Parameter(weight.input_scales, requires_grad=False)
         device = weight.qweight.device
@@ -202,7 +202,7 @@ class QamwLinearMethod(LinearMethodBase):
         if self.backend == "decode":  # fixed when the layer was made, so a compiled graph holds one branch
             return self._plain.apply(layer, x, bias)
         return ops.linear(
-            x, layer.tiles, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)
+            x, layer.qweight, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)
 
 
 class QamwLoadingLinearMethod(QamwLinearMethod):

@@ -30,6 +30,7 @@ from vllm.platforms import current_platform
 
 from models import copy_model, real_model, tiny_model
 from offline_quantize.calibration import DEFAULT_TEXT
+from offline_quantize.dequantize import dequantize
 from offline_quantize.evaluate import load_model
 from offline_quantize.quantize import quantize
 
@@ -160,6 +161,77 @@ def test_quantised_while_loading(tp_size, run, checkpoint, tmp_path):
     results = run(jobs)[0] if tp_size == 1 else [run([job])[0][0] for job in jobs[:2]]
     for result, directory in zip(results, expected, strict=False):
         assert_matches(result, directory, 1e-3)
+
+
+@pytest.fixture(scope="session")
+def dequantized(checkpoint) -> Path:
+    """The plain model that the quantised tiny llama stands for, as ``qamw dequantize`` writes it."""
+    directory = checkpoint("llama").parent / "dequantized"
+    dequantize(checkpoint("llama"), directory, torch.float32)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def adapter(checkpoint, tmp_path_factory) -> str:
+    """A LoRA adapter with large random weights for some layers of the tiny llama."""
+    directory, config = tmp_path_factory.mktemp("adapter"), json.loads((checkpoint("llama") / "config.json").read_text())
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    shapes = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden), "mlp.gate_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, (rows, inputs) in shapes.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, inputs, generator=generator) / 20
+            tensors[f"{name}.lora_B.weight"] = torch.randn(rows, 8, generator=generator) / 20
+    save_file(tensors, directory / "adapter_model.safetensors")
+    (directory / "adapter_config.json").write_text(json.dumps({
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "llama", "bias": "none", "r": 8, "lora_alpha": 16,
+        "target_modules": [module.rpartition(".")[2] for module in shapes]}))
+    return str(directory)
+
+
+LORA = {"enable_lora": True, "max_lora_rank": 8}
+
+
+def test_features_of_vllm(run, checkpoint, dequantized, adapter):
+    """Served in the same way, the quantised model and the plain one that it stands for say the same."""
+    prompts, draft = [PROMPTS[1], PROMPTS[1] + [5, 6, 7], [20, 30, 40] * 4], str(checkpoint("llama").parent / "model")
+    ways = {
+        "alone": {},
+        "prefix caching": {"options": {"enable_prefix_caching": True}},
+        "chunked prefill": {"options": {"max_num_batched_tokens": 32, "enable_chunked_prefill": True}},
+        "fp8 kv cache": {"options": {"kv_cache_dtype": "fp8"}},
+        "structured output": {"regex": "[ab]{4,8}"},
+        "lora": {"options": LORA, "lora": adapter},
+        "draft model": {"options": {"speculative_config": {"model": draft, "num_speculative_tokens": 2}}},
+    }
+    jobs = [{"model": str(model), "prompts": prompts, "max_tokens": 8, "logprobs": False, **way,
+             "options": {"dtype": "float32", **way.get("options", {})}}
+            for way in ways.values() for model in (checkpoint("llama"), dequantized)]
+    results, _ = run(jobs)
+    tokens = {}
+    for name, ours, plain in zip(ways, results[::2], results[1::2], strict=True):
+        assert ours.get("tokens") and ours["tokens"] == plain["tokens"], (name, ours, plain)
+        tokens[name] = ours["tokens"]
+    for name in ("prefix caching", "chunked prefill", "draft model"):
+        assert tokens[name] == tokens["alone"], name
+    for name in ("structured output", "lora"):
+        assert tokens[name] != tokens["alone"], f"{name} changed nothing"
+
+
+def test_ngram_speculation(run, checkpoint, tiny_results):
+    """In a process of its own: vLLM 0.32.0 cannot start a second engine behind one."""
+    options = {"dtype": "float32", "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}}
+    ((result,), _) = run([{"model": str(checkpoint("llama")), "options": options, "logprobs": False}])
+    assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+def test_lora_on_packed_weights(run, checkpoint, adapter):
+    job = {"model": str(checkpoint("llama")), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **LORA}, "lora": adapter}
+    ((decoded,), _), ((packed,), printed) = run([dict(job)]), run([dict(job)], QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "They stay packed" in printed and "error" not in packed, packed
+    torch.testing.assert_close(torch.tensor(packed["logprobs"]), torch.tensor(decoded["logprobs"]), rtol=0, atol=1e-3)
 
 
 def test_triton_kernels_in_the_engine(run, checkpoint):

@@ -254,7 +254,7 @@ def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
         load(packed, kind, matrices)
         for position, weight in enumerate(weights):
             plain.weight.weight_loader(plain.weight, weight, *([SHARD_IDS[kind][position]] if kind in SHARD_IDS else []))
-        assert dict(plain.named_parameters()).keys() == dict(packed.named_parameters()).keys() == {"tiles", "row_norms", "input_scales"}
+        assert dict(plain.named_parameters()).keys() == dict(packed.named_parameters()).keys() == {"qweight", "row_norms", "input_scales"}
         for name, tensor in packed.named_parameters():
             assert torch.equal(tensor, plain.get_parameter(name)), name
 
@@ -304,7 +304,7 @@ def test_packed_layer_holds_no_decoded_tensor(rank, monkeypatch):
     layer = make_layer("qkv_proj", make_config())
     load(layer, "qkv_proj", make_checkpoint("qkv_proj"))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
-    assert shapes == {"tiles": tiled_shape(512, K, BITS), "row_norms": (512,), "input_scales": (K,)}
+    assert shapes == {"qweight": tiled_shape(512, K, BITS), "row_norms": (512,), "input_scales": (K,)}
     assert layer.quadrant_words.shape == (2**BITS // 4,)
 
 
