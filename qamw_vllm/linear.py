@@ -258,14 +258,15 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
         layer._already_called_process_weights_after_loading = True
         self._loader.check_complete(("weight",))
         sizes = choose_rotation_block_sizes(self.plan.layers, self._tp_sizes)
-        weight, block = layer.weight.data, sizes[self._input_size]
+        weight, self.rotation_block_size = layer.weight.data, sizes[self._input_size]
         del layer.weight
-        check_split(self.prefix, self._input_size, weight.shape[1], block)
+        check_split(self.prefix, self._input_size, weight.shape[1], self.rotation_block_size)
         input_scales, row_norms = make_input_scales(self._input_size), None
         if weight.shape[1] != self._input_size:
             input_scales = input_scales[layer.tp_rank * weight.shape[1] :][: weight.shape[1]].clone()
             row_norms = self._norms_of_whole_rows(weight)
-        quantized = encode_weight(weight, self.index_bits, block, input_scales, f"{self.prefix}.weight", row_norms=row_norms)
+        quantized = encode_weight(weight, self.index_bits, self.rotation_block_size, input_scales, f"{self.prefix}.weight",
+                                  row_norms=row_norms)
         self._use(layer, quantized, frozenset({self.index_bits}), frozenset(sizes.values()))
 
     def _says(self) -> str:

@@ -257,6 +257,8 @@ def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
         assert dict(plain.named_parameters()).keys() == dict(packed.named_parameters()).keys() == {"qweight", "row_norms", "input_scales"}
         for name, tensor in packed.named_parameters():
             assert torch.equal(tensor, plain.get_parameter(name)), name
+        x = torch.randn(2, packed.input_scales.shape[0]).bfloat16()
+        assert torch.equal(packed.quant_method.apply(packed, x), plain.quant_method.apply(plain, x))
 
 
 def test_while_loading_refuses(rank):
