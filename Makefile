@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu
+.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu check-versions
 
 setup: $(VENV)/.ready
 
@@ -57,3 +57,7 @@ bench-cpu:
 	mkdir -p build
 	g++ -O3 -march=native -fopenmp kernels/benchmarks/bench_cpu.cpp -o build/bench_cpu
 	for threads in 1 $$(nproc); do OMP_NUM_THREADS=$$threads build/bench_cpu; done
+
+# Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
+check-versions: setup
+	$(BIN)/python tests/check_versions.py

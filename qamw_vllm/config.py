@@ -121,8 +121,8 @@ class QamwConfig(QuantizationConfig):
 
         def rename(module: str) -> str:
             # As a tensor's name, because mappers of prefixes end with a dot: "lm_head." is to match the module lm_head.
-            name = hf_to_vllm_mapper.map_name(f"{module}.weight") or module
-            return name.removesuffix(".weight")
+            found = hf_to_vllm_mapper.apply_list([f"{module}.weight"])  # map_name came with vLLM 0.32
+            return found[0].removesuffix(".weight") if found else module
 
         self.format = dataclasses.replace(
             self.format,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from vllm.config import get_current_vllm_config_or_none
-from vllm.distributed import get_tp_group
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearMethodBase,

@@ -5,6 +5,7 @@ import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,7 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
+import check_versions
 import qamw_vllm
 import qamw_vllm.cpu_metadata
 import qamw_vllm.linear
@@ -194,6 +196,16 @@ def test_model_prefixes_are_mapped():
     assert config.index_bits_of("visual.fc") is None
     assert config.index_bits_of("language_model.lm_head") is None
     assert config.index_bits_of("language_model.model.layers.0.o_proj") == 8
+
+
+def test_vllm_has_the_interfaces_that_are_used(monkeypatch):
+    """``make check-versions`` asks the same of every release of the range."""
+    installed = Path(vllm_linear.__file__).parents[3]
+    assert check_versions.faults(installed) == []
+    monkeypatch.setitem(check_versions.SIGNATURES, ("vllm.model_executor.models.utils", "WeightsMapper", "apply_list"), ("self", "names"))
+    monkeypatch.setitem(check_versions.WORDS, "vllm.lora.layers.utils", ("tiles",))
+    monkeypatch.setattr(check_versions, "imports", lambda: {("vllm.distributed", "get_nothing"), ("vllm.nowhere", "x")})
+    assert len(check_versions.faults(installed)) == 4
 
 
 # --- loading and computing
