@@ -14,7 +14,7 @@
 #include <cstdlib>
 #include <vector>
 
-constexpr int N = 4096, K = 4096, ENTRY_BITS = 9, WORDS = ENTRY_BITS + 2, RUNS = 41;
+constexpr int N = 4096, K = 4096, ENTRY_BITS = 9, WORDS = ENTRY_BITS + 2, RUNS = 101;
 constexpr int BLOCKS = N / 16, UNITS = K / 64;  // a unit: 32 pairs
 
 template <typename T> static T* allocate(size_t count) { return static_cast<T*>(aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64)); }
@@ -47,23 +47,20 @@ template <int TOKENS> static void packed(const int* tiles, const int* quadrant, 
 }
 
 template <int TOKENS> static void bf16(const uint16_t* weight, const int* x, float* y) {
+  constexpr int ROWS = TOKENS == 1 ? 4 : 2;  // at once, so that there are sums enough to hide the latency of one
 #pragma omp parallel for
-  for (int row = 0; row < N; row++) {
-    constexpr int CHAINS = TOKENS == 1 ? 4 : 1;  // of sums, to hide the latency of one
-    __m512 sums[TOKENS * CHAINS] = {};
-    for (int k = 0; k < K; k += 32 * CHAINS)
-      for (int c = 0; c < CHAINS; c++) {
-        __m512bh w = __m512bh(_mm512_loadu_si512(weight + size_t(row) * K + k + 32 * c));
-        for (int m = 0; m < TOKENS; m++) {
-          __m512bh inputs = __m512bh(_mm512_loadu_si512(x + m * (K / 2) + (k + 32 * c) / 2));
-          sums[m * CHAINS + c] = _mm512_dpbf16_ps(sums[m * CHAINS + c], w, inputs);
-        }
+  for (int row = 0; row < N; row += ROWS) {
+    __m512 sums[ROWS][TOKENS] = {};
+    for (int k = 0; k < K; k += 32) {
+      __m512bh weights[ROWS];
+      for (int r = 0; r < ROWS; r++) weights[r] = __m512bh(_mm512_loadu_si512(weight + size_t(row + r) * K + k));
+      for (int m = 0; m < TOKENS; m++) {
+        __m512bh inputs = __m512bh(_mm512_loadu_si512(x + m * (K / 2) + k / 2));
+        for (int r = 0; r < ROWS; r++) sums[r][m] = _mm512_dpbf16_ps(sums[r][m], weights[r], inputs);
       }
-    for (int m = 0; m < TOKENS; m++) {
-      float total = 0;
-      for (int c = 0; c < CHAINS; c++) total += _mm512_reduce_add_ps(sums[m * CHAINS + c]);
-      y[m * N + row] = total;
     }
+    for (int r = 0; r < ROWS; r++)
+      for (int m = 0; m < TOKENS; m++) y[m * N + row + r] = _mm512_reduce_add_ps(sums[r][m]);
   }
 }
 
