@@ -73,7 +73,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
         "Written by `make kernels-report`, without a GPU: compiled ahead of time, disassembled, counted. bfloat16. The loop is the",
         "innermost one that decodes; its instructions include loads, matrix instructions and its own control. An H200 at its memory's",
         "speed has time for 9.5 instructions per pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by",
-        "`tests/test_gluon.py`, which executes the PTX.", "",
+        "`tests/test_gluon.py`, which executes the PTX. Matrix instructions counted are HMMA and HGMMA.", "",
     ]
     for version in dict.fromkeys(r["triton"] for r in found):
         lines += [f"## Triton {version}" + (f" ({TRITONS[version]})" if version in TRITONS else ""), "",
