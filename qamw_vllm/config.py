@@ -71,6 +71,7 @@ class QamwConfig(QuantizationConfig):
 
     Args:
         format: None for a plain checkpoint, which is quantised while it is loaded.
+        bits_per_weight: of a plain checkpoint.
 
     Attributes:
         format: the validated format; its module names are those of vLLM once :meth:`apply_vllm_mapper` has run.
@@ -80,8 +81,11 @@ class QamwConfig(QuantizationConfig):
 
     def __init__(self, format: QamwFormat | None = None, bits_per_weight: Any = 5.5) -> None:
         super().__init__()
-        self.while_loading = WhileLoading(bits_per_weight) if format is None else None
-        self.format = format or QamwFormat(WhileLoading(bits_per_weight).index_bits, {})
+        self.while_loading: WhileLoading | None = None
+        if format is None:
+            self.while_loading = WhileLoading(bits_per_weight)
+            format = QamwFormat(self.while_loading.index_bits, {})
+        self.format = format
         self._ignore = frozenset(self.format.ignore)
         self.summary = LoadSummary()
 
@@ -121,7 +125,7 @@ class QamwConfig(QuantizationConfig):
 
         def rename(module: str) -> str:
             # As a tensor's name, because mappers of prefixes end with a dot: "lm_head." is to match the module lm_head.
-            found = hf_to_vllm_mapper.apply_list([f"{module}.weight"])  # map_name came with vLLM 0.32
+            found = hf_to_vllm_mapper.apply_list([f"{module}.weight"])  # map_name came with vLLM 0.31
             return found[0].removesuffix(".weight") if found else module
 
         self.format = dataclasses.replace(

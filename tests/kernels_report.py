@@ -45,12 +45,13 @@ def rows() -> list[dict[str, Any]]:
     import torch
 
     from qamw_kernels import gluon_launch, triton_kernels, triton_launch
+    from sass import SHARED_BYTES
 
     found = []
     for target in TARGETS:
         if gluon_launch.kernels is not None:
             for bits, parts in [*((bits, 1) for bits in range(6, 13)), (11, 2), (11, 4), (11, 8)]:
-                if gluon_launch.shared_bytes(bits) > {80: 163, 89: 99, 90: 227, 100: 227}[target] * 1024:
+                if gluon_launch.shared_bytes(bits) > SHARED_BYTES[target]:
                     continue
                 found.append(row(f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens", target, gluon_launch.kernels.decode_gemm_kernel,
                                  gluon_launch.constants(bits, torch.bfloat16, parts), 128,

@@ -13,7 +13,7 @@ from qamw_kernels.gluon_launch import constants, parts_of, shared_bytes
 from qamw_kernels.ops import INTERPRETED, quadrant_words
 from qamw_kernels.packing import pack_planes
 from qamw_kernels.tiling import tile_planes, untile
-from sass import compile_for, disassemble, loops
+from sass import SHARED_BYTES, compile_for, disassemble, loops
 
 needs_gluon = pytest.mark.skipif(INTERPRETED or gluon_launch.kernels is None, reason="this Triton has no shared-memory gather")
 PAIRS_PER_THREAD = 128  # of a tile
@@ -74,7 +74,7 @@ def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
 def test_main_loop(target: int, index_bits: int) -> None:
     """An H200 has time for 9.5 instructions per pair at its memory's speed; the decode kernel is held to 6.5, a bit more elsewhere."""
-    if shared_bytes(index_bits) > {80: 163, 89: 99, 90: 227, 100: 227}[target] * 1024:
+    if shared_bytes(index_bits) > SHARED_BYTES[target]:
         pytest.skip("the table does not fit: the plain kernel runs")
     compiled = compile_gemm(target, index_bits, torch.bfloat16, 1)
     instructions = disassemble(compiled)
