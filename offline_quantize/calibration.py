@@ -115,30 +115,32 @@ class Calibrator:
 
     @torch.no_grad()
     def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]],
-                 importance: Sequence[torch.Tensor] | None = None) -> list[torch.Tensor | None]:
-        """Mean of importance * x^T x, [K, K] float32, over all calibration tokens for the input x of each group of the next layer.
+                 importance: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+        """Mean of importance * x^T x, [K, K] float32, over all calibration tokens that reach it, for every input x of the next layer.
 
         Args:
             weights: the layer's original tensors by full name.
             importance: [tokens] float32 for each group; None where all tokens count the same.
         Returns:
-            One entry per group; None where no token reached the group, or nothing but zeros.
+            By the name of the linear that reads the input first; None where no token reached it, or nothing but zeros.
         """
         runner = self._runner
         prefix = f"{runner.layers_name}.{self._index}."
-        first = {group[0].name.removeprefix(prefix): i for i, group in enumerate(groups)}
-        sums = [torch.zeros(g[0].num_inputs, g[0].num_inputs, device=runner.device) for g in groups]
-        counts = [0] * len(groups)
+        counted = {linear.name.removeprefix(prefix): (linear, tokens) for group, tokens in zip(groups, importance, strict=True)
+                   for linear in group if linear.counted}
+        sums = {linear.reads: torch.zeros(linear.num_inputs, linear.num_inputs, device=runner.device) for linear, _ in counted.values()}
+        counts = dict.fromkeys(sums, 0)
+        last = next(reversed(counted), "")
 
         def note(name: str, x: torch.Tensor) -> None:
-            if name in first:
-                i, rows = first[name], x.reshape(-1, x.shape[-1]).float()
-                weighted = rows
-                if importance is not None:
-                    weighted = rows * importance[i][counts[i] : counts[i] + len(rows), None].to(rows.device)
-                sums[i].addmm_(weighted.T, rows)
-                counts[i] += len(rows)
-                if i == len(groups) - 1:
+            if name in counted:
+                (linear, tokens), rows = counted[name], x.reshape(-1, x.shape[-1]).float()
+                weighted, at = rows, counts[linear.reads]
+                if tokens is not None:
+                    weighted = rows * tokens[at : at + len(rows), None].to(rows.device)
+                sums[linear.reads].addmm_(weighted.T, rows)
+                counts[linear.reads] += len(rows)
+                if name == last and not linear.routed:
                     raise _Reached
 
         runner.load(self._index, weights)
@@ -146,10 +148,10 @@ class Calibrator:
             for i, batch in enumerate(runner.hidden):
                 with suppress(_Reached):
                     runner.run(self._index, i, batch.to(runner.device))
-        for total, group in zip(sums, groups, strict=True):
+        for name, total in sums.items():
             if not total.isfinite().all():
-                raise QuantizeError(f"{group[0].name}: its input is not finite on the calibration text")
-        return [total / n if n and total.any() else None for total, n in zip(sums, counts, strict=True)]
+                raise QuantizeError(f"{name}: its input is not finite on the calibration text")
+        return {name: total / counts[name] if counts[name] and total.any() else None for name, total in sums.items()}
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Carry the tokens through the layer with its quantised ``weights``, decoded, by full name; go on to the next layer."""

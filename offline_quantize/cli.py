@@ -89,6 +89,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
     from offline_quantize.checkpoint import resolve_model
     from offline_quantize.quantize import quantize
+    from offline_quantize.report import REPORT
 
     with ExitStack() as stack:
         bars: dict[str, tqdm] = {}
@@ -102,6 +103,9 @@ def _quantize(args: argparse.Namespace) -> None:
                           args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates)
     print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
+    if missed := report["not_reached"]:
+        print(f"{len(missed)} layers were coded without calibration, because none of its tokens reached them: {', '.join(missed[:4])}"
+              + (f" ... (all in {args.out / REPORT})" if len(missed) > 4 else ""))
     print("largest errors:", *report["worst_layers"], sep="\n  ")
     print(f"serve it with: vllm serve {args.out} --quantization qamw")
 

@@ -1,6 +1,6 @@
 """From the weights of one input group to quantised weights: choose the channel scales, then code every pair."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +58,16 @@ def measure(weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Ten
     return measured if hessian is None else measured | {"output_nmse": output_error / (output_energy or 1.0)}
 
 
-def _searched_scales(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int, hessian: torch.Tensor) -> torch.Tensor:
+def _searched_scales(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int,
+                     hessians: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
     """Input scales for nearest codewords: rms(x) ** exponent with the least output error, on some rows of every weight."""
-    rows = [w[:: max(1, len(w) // SEARCH_ROWS)][:SEARCH_ROWS].float() for w in weights.values()]
-    rms = hessian.diagonal().sqrt()
+    known = {name: hessian for name, hessian in hessians.items() if hessian is not None}
+    rows = {name: weights[name][:: max(1, len(weights[name]) // SEARCH_ROWS)][:SEARCH_ROWS].float() for name in known}
+    rms = torch.stack([*{id(hessian): hessian.diagonal() for hessian in known.values()}.values()]).mean(0).sqrt()
 
     def error(scales: torch.Tensor) -> float:
-        return sum(measure(w, encode_weight(w, index_bits, rotation_block_size, scales), hessian)["output_nmse"] for w in rows)
+        return sum(measure(w, encode_weight(w, index_bits, rotation_block_size, scales), known[name])["output_nmse"]
+                   for name, w in rows.items())
 
     return min((make_input_scales(len(rms), channel_scales(rms, exponent)) for exponent in EXPONENTS), key=error)
 
@@ -91,26 +94,30 @@ def _feedback_coder(hessian: torch.Tensor, input_scales: torch.Tensor, index_bit
     return lambda coordinates: encode_with_feedback(coordinates, feedback, index_bits)
 
 
-def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int, hessian: torch.Tensor | None,
-                 encoder: str) -> EncodedGroup:
-    """Quantise the weights that read one activation.
+def encode_group(weights: dict[str, torch.Tensor], index_bits: int, rotation_block_size: int,
+                 hessians: Mapping[str, torch.Tensor | None], encoder: str) -> EncodedGroup:
+    """Quantise the weights that read one activation, or one activation of every expert: they share the input scales.
 
     Args:
         weights: module name -> [N, K]; all on one device, with the same K.
-        hessian: [K, K] float32, mean of x^T x over the activation; None without calibration, then codewords are the nearest.
+        hessians: module name -> [K, K] float32, mean of x^T x over what it reads, the same tensor where that is the same; None where
+            nothing is known of it, then codewords are the nearest.
         encoder: one of ENCODERS.
     """
-    num_inputs = next(iter(weights.values())).shape[1]
-    coder, weights_at_once = None, ENCODE_CHUNK
-    if hessian is None:
-        scales = make_input_scales(num_inputs)
+    if all(hessian is None for hessian in hessians.values()):
+        scales = make_input_scales(next(iter(weights.values())).shape[1])
     elif encoder == "nearest":
-        scales = _searched_scales(weights, index_bits, rotation_block_size, hessian)
+        scales = _searched_scales(weights, index_bits, rotation_block_size, hessians)
     else:
         scales = _balanced_scales(weights)
-        coder, weights_at_once = _feedback_coder(hessian, scales, index_bits, rotation_block_size), FEEDBACK_WEIGHTS
     quantized, errors = {}, {}
+    coder, coder_hessian = None, None
     for name, weight in weights.items():
+        hessian = hessians[name]
+        if encoder == "feedback" and hessian is not coder_hessian:  # a factor is large: one at a time
+            coder = None if hessian is None else _feedback_coder(hessian, scales, index_bits, rotation_block_size)
+            coder_hessian = hessian
+        weights_at_once = FEEDBACK_WEIGHTS if coder else ENCODE_CHUNK
         quantized[name] = encode_weight(weight, index_bits, rotation_block_size, scales, f"{name}.weight", coder, weights_at_once)
         errors[name] = measure(weight, quantized[name], hessian)
     return EncodedGroup(quantized, errors)

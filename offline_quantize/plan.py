@@ -14,7 +14,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
 from qamw_kernels.codebook import INDEX_BITS, load_quadrant
 from qamw_kernels.codec import check_finite
-from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.format import QamwFormat, layer_tensors, role_of
 from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
@@ -64,7 +64,7 @@ class Plan:
 
     def with_rates(self, index_bits: Sequence[Sequence[int]]) -> "Plan":
         """The same plan with these index bits for every input group of every layer."""
-        rates = {linear.name: bits for groups, chosen in zip(self.layers, index_bits, strict=True)
+        rates = {role_of(linear.name): bits for groups, chosen in zip(self.layers, index_bits, strict=True)
                  for group, bits in zip(groups, chosen, strict=True) for linear in group}
         usual = max(INDEX_BITS, key=list(rates.values()).count)
         fmt = dataclasses.replace(self.format, index_bits=usual, codebooks={},
@@ -144,7 +144,7 @@ class Plan:
         peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
         peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
         if calibration_tokens:  # the layer in float32, activations, the layer's Hessians, and one of them factored in float64
-            widths = [[group[0].num_inputs for group in groups] for groups in self.layers]
+            widths = [{linear.reads: linear.num_inputs for group in groups for linear in group}.values() for groups in self.layers]
             peak += max(4 * sum(k * k for k in own) + 5 * 8 * max(own, default=0) ** 2 for own in widths)
             peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
             peak += 2 * 4 * calibration_tokens * max(linear.num_inputs for linear in self.linears)

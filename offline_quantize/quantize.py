@@ -143,8 +143,8 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
             made: dict[str, torch.Tensor] = {}
             if wanted:
                 weights = plan.load_layer(layer)
-                importance = [s.importance for s in sensitivities[layer]] if sensitivities else None
-                hessians = calibrator.hessians(weights, plan.layers[layer], importance) if calibrator else None
+                importance = [s.importance for s in sensitivities[layer]] if sensitivities else [None] * len(plan.layers[layer])
+                hessians = calibrator.hessians(weights, plan.layers[layer], importance) if calibrator else {}
                 made, notes = _quantize_layer(plan, layer, weights, hessians, encoder, device)
                 tensors |= made
                 entries += notes
@@ -160,16 +160,15 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
 
 
-def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], hessians: list[torch.Tensor | None] | None, encoder: str,
+def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor | None], encoder: str,
                     device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The output tensors of a decoder layer from its original ones, and the report's entries."""
-    groups = plan.layers[layer]
     entries = []
-    for group, hessian in zip(groups, hessians or [None] * len(groups), strict=True):
+    for group in plan.layers[layer]:
         index_bits = plan.format.index_bits_of(group[0].name)
         block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
         originals = {linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}
-        encoded = encode_group(originals, index_bits, block, hessian, encoder)
+        encoded = encode_group(originals, index_bits, block, {x.name: hessians.get(x.reads) for x in group}, encoder)
         for linear in group:
             quantized = encoded.quantized[linear.name]
             stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in LAYER_TENSORS}

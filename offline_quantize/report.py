@@ -35,9 +35,8 @@ def layer_entry(linear: Linear, quantized: QuantizedWeight, errors: dict[str, fl
 
 
 def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None, encoder: str) -> dict[str, Any]:
-    """The whole report: totals, worst layers, every layer."""
+    """The whole report: totals, worst layers, layers (experts, mostly) that no calibration token reached, every layer."""
     key = "output_nmse" if calibration else "nmse"
-    # A layer that no calibration token reached has no output error.
     worst = sorted((entry for entry in entries if key in entry), key=lambda entry: -entry[key])[:5]
     return {
         "qamw_version": version("qamw-vllm"),
@@ -49,6 +48,7 @@ def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | N
         "source_bytes": plan.source_bytes,
         "output_bytes": plan.output_bytes,
         "tensor_parallel_sizes": list(plan.tensor_parallel_sizes),
+        "not_reached": [entry["name"] for entry in entries if key not in entry],
         "worst_layers": [f"{entry['name']}: {key} {entry[key]:.2e}" for entry in worst],
         "layers": entries,
     }

@@ -34,11 +34,20 @@ class Sensitivity:
 
     Attributes:
         distortion_cost: KL divergence, but for a factor that all groups share, per unit of distortion.
-        importance: [tokens] float32 with mean 1, in the order of the calibration tokens; what is not zero is positive.
+        importance: [tokens] float32 with mean 1, in the order of the calibration tokens; what is not zero is positive. None for
+            experts: which tokens they see changes once the layers before them are quantised.
     """
 
     distortion_cost: float
+    importance: torch.Tensor | None
+
+
+@dataclass
+class _Reading:
+    """One run of a linear, or of several that read the same: the tokens' importance [n], and their inputs [n, K] where they are kept."""
+
     importance: torch.Tensor
+    inputs: torch.Tensor | None
 
 
 class _Spill:
@@ -123,52 +132,49 @@ def _backward(runner: LayerRunner, index: int, groups: Sequence[Sequence[Linear]
     """Sensitivities of one layer's groups; ``gradients`` become those at the layer's input."""
     layer = runner.layers[index]
     prefix = f"{runner.layers_name}.{index}."
-    group_of = {linear.name.removeprefix(prefix): i for i, group in enumerate(groups) for linear in group}
-    importance: list[list[torch.Tensor]] = [[] for _ in groups]  # per batch
-    seen: list[dict[int, torch.Tensor]] = [{} for _ in groups]  # inputs of some batches
-    stride = max(1, len(inputs) // HESSIAN_BATCHES)
+    readings: list[list[_Reading]] = [[] for _ in groups]
+    stride, at = max(1, len(inputs) // HESSIAN_BATCHES), 0
 
-    def watch(group: int, name: str) -> Any:
-        module = layer.get_submodule(name)
+    def watch(group: int, linear: Linear) -> Any:
+        module = layer.get_submodule(linear.name.removeprefix(prefix))
         assert isinstance(module, nn.Linear)
         energies = module.weight.float().square().mean(1)
-        leads = groups[group][0].name == prefix + name
 
         def note(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if leads:
-                at = len(importance[group])
-                if at % stride == 0:
-                    seen[group][at] = args[0].detach().reshape(-1, module.in_features)
-                importance[group].append(torch.zeros(output[..., 0].numel(), device=runner.device))
-            sums = importance[group][-1]
+            if linear.counted:
+                rows = args[0].detach().reshape(-1, module.in_features)
+                readings[group].append(_Reading(torch.zeros(len(rows), device=runner.device), rows if at % stride == 0 else None))
+            importance = readings[group][-1].importance  # of what was read last: linears that read the same follow each other
 
             def weigh(gradient: torch.Tensor) -> None:
-                sums.add_(gradient.reshape(-1, module.out_features).float().square() @ energies)
+                importance.add_(gradient.reshape(-1, module.out_features).float().square() @ energies)
 
             output.register_hook(weigh)
 
         return module.register_forward_hook(note)
 
-    handles = [watch(i, name) for name, i in group_of.items()]
-    for i, batch in enumerate(inputs):
+    handles = [watch(i, linear) for i, group in enumerate(groups) for linear in group]
+    for at, batch in enumerate(inputs):
         hidden = batch.to(runner.device).requires_grad_()
-        output = runner.run(index, i, hidden)
-        gradients[i] = torch.autograd.grad(output, hidden, gradients[i].to(runner.device))[0].cpu()
+        output = runner.run(index, at, hidden)
+        gradients[at] = torch.autograd.grad(output, hidden, gradients[at].to(runner.device))[0].cpu()
     for handle in handles:
         handle.remove()
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise QuantizeError(f"{prefix[:-1]}: its gradient is not finite on the calibration text")
-    return [_sensitivity(*both) for both in zip(importance, seen, strict=True)]
+    num_tokens = sum(batch[..., 0].numel() for batch in inputs[::stride])
+    return [_sensitivity(own, num_tokens, group[0].routed) for own, group in zip(readings, groups, strict=True)]
 
 
-def _sensitivity(importance: list[torch.Tensor], seen: dict[int, torch.Tensor]) -> Sensitivity:
-    """From the importance of every batch, [tokens] and not yet normalised, and the inputs [tokens, K] of some."""
-    if not importance:  # no token reaches the group
-        return Sensitivity(0.0, torch.zeros(0))
-    rows, weights = torch.cat([*seen.values()]).float(), torch.cat([importance[at] for at in seen])
-    cost = _feedback_error((rows * (weights / len(rows))[:, None]).T @ rows, len(rows))
-    every = torch.cat(importance)
-    return Sensitivity(cost, (every / (every.mean() or 1.0)).cpu())
+def _sensitivity(readings: list[_Reading], num_tokens: int, routed: bool) -> Sensitivity:
+    """From all that linears of a group read; ``num_tokens`` is how many tokens the batches had whose inputs were kept."""
+    kept = [(reading.inputs, reading.importance) for reading in readings if reading.inputs is not None]
+    if not kept:  # no token reaches the group
+        return Sensitivity(0.0, None if routed else torch.zeros(0))
+    rows, weights = (torch.cat(parts).float() for parts in zip(*kept, strict=True))
+    cost = _feedback_error((rows * (weights / num_tokens)[:, None]).T @ rows, len(rows))
+    every = torch.cat([reading.importance for reading in readings])
+    return Sensitivity(cost, None if routed else (every / (every.mean() or 1.0)).cpu())
 
 
 def _feedback_error(hessian: torch.Tensor, num_tokens: int) -> float:

@@ -1,10 +1,10 @@
 """Which linears of a model are quantised, found by structure: ``nn.Linear`` inside the repeated decoder layers.
 
 The model is built without weights. One decoder layer at a time is run on meta tensors, and linears that receive the very
-same tensor object form an input group: they share channel scales and rotation, as vLLM's fused layers need.
+same tensor object form an input group: they share channel scales and rotation, as vLLM's fused layers need. So do the experts of a
+layer, which vLLM holds in one tensor.
 """
 
-import fnmatch
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,18 +16,37 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from offline_quantize.errors import QuantizeError
+from offline_quantize.experts import Experts, unfuse_experts
+from qamw_kernels.format import role_of
 
 MIN_LINEAR_SHARE = 0.9  # of a decoder layer's parameters: below it, the weights that matter are not nn.Linear
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One ``nn.Linear``: its module name and its weight's shape [num_rows, num_inputs]."""
+    """One ``nn.Linear``: its module name and its weight's shape [num_rows, num_inputs].
+
+    Attributes:
+        row_parallel: True where vLLM may cut the inputs between tensor-parallel ranks.
+        reads: name of the first linear that reads the same input: their Hessian is one. All experts of a layer read the same input, of
+            which each sees some tokens.
+    """
 
     name: str
     num_rows: int
     num_inputs: int
-    row_parallel: bool  # True where vLLM may cut the inputs between tensor-parallel ranks
+    row_parallel: bool
+    reads: str
+
+    @property
+    def routed(self) -> bool:
+        """Whether it belongs to an expert, which does not see every token."""
+        return role_of(self.name) != self.name
+
+    @property
+    def counted(self) -> bool:
+        """Whether its input adds to the Hessian: once for every token, and for every expert that the token is sent to."""
+        return role_of(self.name) == role_of(self.reads)
 
 
 @dataclass(frozen=True)
@@ -64,6 +83,7 @@ def build_empty_model(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            unfuse_experts(model)
     except Exception as error:  # whatever the code of an architecture makes of a bad config.json
         raise QuantizeError(f"{directory}: unsupported architecture: {type(error).__name__}: {error}") from None
     return model.eval()
@@ -147,6 +167,7 @@ def set_parameters(module: nn.Module, make: Callable[[str, torch.Tensor], torch.
 
 
 def _input_groups(layer: nn.Module, call: tuple[torch.Tensor, tuple, dict]) -> list[list[str]]:
+    """Names inside the layer of the linears that receive the same tensor, in the order in which they run."""
     by_input: dict[int, list[str]] = {}
     alive = []  # keeps ids unique while the layer runs
 
@@ -174,31 +195,34 @@ def find_structure(directory: Path) -> Structure:
     layers.to("meta")
 
     plan = getattr(model.config, "base_model_tp_plan", None) or {}
-    row_parallel = [pattern for pattern, style in plan.items() if "rowwise" in style]
-    prefix = model.base_model_prefix + "." if layers_name.startswith(model.base_model_prefix + ".") else ""
-
-    def is_row_parallel(name: str) -> bool:
-        return not plan or any(fnmatch.fnmatchcase(name, prefix + pattern) for pattern in row_parallel)
+    # By the last part of the name: plans leave out whole blocks (shared experts, the attention of some models).
+    row_parallel = {pattern.rpartition(".")[2] for pattern, style in plan.items() if "rowwise" in style} | {"o_proj", "down_proj"}
 
     found = []
     for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        modules = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        blocks = {name.rpartition(".")[0] for name, m in layer.named_modules() if isinstance(m, Experts)}
+        modules = {name: m for name, m in layer.named_modules()
+                   if isinstance(m, nn.Linear) and name.rpartition(".")[0] not in blocks}  # beside experts: routers and gates
         total, in_linears = sum(p.numel() for p in layer.parameters()), sum(m.weight.numel() for m in modules.values())
         if in_linears < MIN_LINEAR_SHARE * total:
             others = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim > 1} - set(modules))
             raise QuantizeError(f"unsupported architecture {type(model).__name__}: nn.Linear holds only {in_linears / total:.0%} of the "
                                 f"weights of {layers_name}.{i}; the rest is in {others}")
         try:
-            groups = _input_groups(layer, call)
+            groups = [[name for name in group if name in modules] for group in _input_groups(layer, call)]
         except Exception as error:  # whatever a layer's own code raises on meta tensors
             raise QuantizeError(f"unsupported architecture {type(model).__name__}: {layers_name}.{i} cannot be traced: {error}") from error
         called = {name for group in groups for name in group}
         groups += [[name] for name in modules if name not in called]
-        found.append(tuple(
-            tuple(Linear(f"{layers_name}.{i}.{name}", modules[name].out_features, modules[name].in_features,
-                         is_row_parallel(f"{layers_name}.{i}.{name}")) for name in dict.fromkeys(group))
-            for group in groups
-        ))
+        by_role: dict[str, list[Linear]] = {}  # input groups, but those of experts' inner activations are one
+        for group in filter(None, groups):
+            for name in dict.fromkeys(group):
+                full, first = f"{layers_name}.{i}.{name}", f"{layers_name}.{i}.{group[0]}"
+                inner = len(group) == 1 and role_of(full) != full
+                cut = inner or not plan or name.rpartition(".")[2] in row_parallel
+                rows, inputs = modules[name].weight.shape
+                by_role.setdefault(role_of(first), []).append(Linear(full, rows, inputs, cut, first))
+        found.append(tuple(map(tuple, by_role.values())))
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads

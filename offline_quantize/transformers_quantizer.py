@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qamw_kernels import ops
 from qamw_kernels.codec import QuantizedWeight, decode_weight
-from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors
+from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors, role_of
 from qamw_kernels.tiling import tile_planes
 
 
@@ -88,6 +88,9 @@ class QamwHfQuantizer(HfQuantizer):
         for file in kwargs["checkpoint_files"]:
             with safe_open(file, "pt") as shard:
                 stored.update(shard.keys())
+        if experts := sorted(name for name in stored if name.endswith(".qweight") and role_of(name) != name):
+            raise ValueError(f"{experts[0]}: transformers merges experts while loading, which packed ones cannot be; use "
+                             "qamw dequantize, or vLLM")
         for name, module in list(model.named_modules()):
             # Loaded without its head, a model has no prefix before its names.
             full = next((n for n in (name, f"{model.base_model_prefix}.{name}") if f"{n}.qweight" in stored), name)

@@ -154,11 +154,14 @@ class QamwConfig(QuantizationConfig):
         return bits[parts[0]]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a linear layer, plain for an ignored one; None for a layer of any other kind."""
+        """The method of a linear layer or of experts, plain for ignored ones; None for a layer of any other kind."""
+        from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 
         from qamw_vllm.linear import QamwLinearMethod, QamwLoadingLinearMethod
 
+        if isinstance(layer, RoutedExperts):
+            return self._method_of_experts(layer, prefix)
         if not isinstance(layer, LinearBase):
             return None
         if self.while_loading:
@@ -169,3 +172,13 @@ class QamwConfig(QuantizationConfig):
         if index_bits is None:
             return UnquantizedLinearMethod()
         return QamwLinearMethod(prefix, self.parts_of(prefix), index_bits, self.format, self.summary)
+
+    def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        from qamw_vllm.experts import QamwMoEMethod
+
+        if self.while_loading:
+            raise ValueError(f"{prefix}: experts cannot be quantised while they are loaded: run qamw quantize first")
+        prefix = prefix.removesuffix(".routed_experts")
+        if any(f"{prefix}.0.{name}" in self._ignore for name in ("gate_proj", "w1")):
+            return None
+        return QamwMoEMethod(layer, prefix, self.format, self.summary)

@@ -71,14 +71,41 @@ def check_split(prefix: str, input_size: int, input_size_per_partition: int, rot
             f"Possible for this layer: {', '.join(map(str, possible))}. Quantise with smaller rotation blocks for more.")
 
 
-@functools.cache
-def _warm_up(rates: frozenset[int], rotation_block_sizes: frozenset[int], dtype: torch.dtype, device: torch.device) -> None:
+def warm_up_once(format: QamwFormat, dtype: torch.dtype, device: torch.device, experts: bool = False) -> None:
     """Compile the kernels of a whole model, once in this process: before graphs are captured, and not while serving."""
+    rates = frozenset({format.index_bits, *format.layer_index_bits.values()})
+    _warm_up(rates, frozenset(format.rotation_block_sizes.values()), dtype, device, experts)
+
+
+@functools.cache
+def _warm_up(rates: frozenset[int], rotation_block_sizes: frozenset[int], dtype: torch.dtype, device: torch.device, experts: bool) -> None:
     from qamw_kernels import triton_launch
 
     start = time.perf_counter()
-    triton_launch.warm_up(rates, rotation_block_sizes, dtype, device)
+    triton_launch.warm_up(rates, rotation_block_sizes, dtype, device, experts)
     logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", sorted(rates), time.perf_counter() - start)
+
+
+def backend_says(backend: str, dtype: torch.dtype) -> str:
+    """What runs, and why."""
+    if backend == "decode":
+        return (f"Decoded to {dtype} while loading, for vLLM's own matrix multiplication, because this is a CPU: "
+                "that saves disk, not memory")
+    if current_platform.is_cpu():
+        return "They stay packed; Triton kernels run in the interpreter (slow)"
+    from qamw_kernels import gluon_launch
+
+    return ("They stay packed; the Gluon kernel decodes them" if gluon_launch.kernels is not None else
+            "They stay packed; a plain Triton kernel decodes them, because this Triton has no shared-memory gather (3.7.1 has)")
+
+
+def decode_rows(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of this rank in ``dtype``."""
+    weight = torch.empty(quantized.shape, dtype=dtype)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        weight[part] = decode_weight(quantized.rows(part))
+    return weight
 
 
 @register_weight_loader_v2_supported_method
@@ -156,17 +183,16 @@ class QamwLinearMethod(LinearMethodBase):
         self._loader.verify()
         weight = QuantizedWeight(layer.qweight.data, layer.row_norms.data, input_scales.data[0].clone(), self.rotation_block_size)
         del layer.qweight, layer.row_norms, layer.input_scales
-        rates = frozenset({self.format.index_bits, *self.format.layer_index_bits.values()})
-        self._use(layer, weight, rates, frozenset(self.format.rotation_block_sizes.values()))
+        self._use(layer, weight)
 
-    def _use(self, layer: Any, weight: QuantizedWeight, rates: frozenset[int], rotation_block_sizes: frozenset[int]) -> None:
-        """Give the layer its weight in the form that ``apply`` uses; the sets are those of the whole model."""
+    def _use(self, layer: Any, weight: QuantizedWeight) -> None:
+        """Give the layer its weight in the form that ``apply`` uses."""
         num_rows, num_inputs = weight.shape
         if self.summary.add((weight.qweight, weight.row_norms, weight.input_scales), num_rows * num_inputs):
             logger.info("QAM-W: %s. %s", self.summary, self._says())
         # Plain parameters: vLLM's own classes only matter while loading.
         if self.backend == "decode":
-            layer.register_parameter("weight", Parameter(self._decode(weight), requires_grad=False))
+            layer.register_parameter("weight", Parameter(decode_rows(weight, self.params_dtype), requires_grad=False))
             self._plain.process_weights_after_loading(layer)
             return
         layer.qweight = Parameter(tile_planes(weight.qweight), requires_grad=False)  # the name by which vLLM's LoRA finds the device
@@ -175,27 +201,11 @@ class QamwLinearMethod(LinearMethodBase):
         device = weight.qweight.device
         layer.register_buffer("quadrant_words", ops.quadrant_words(self.index_bits, device), persistent=False)
         if current_platform.is_cuda():
-            _warm_up(rates, rotation_block_sizes, self.params_dtype, device)
+            warm_up_once(self.format, self.params_dtype, device)
 
     def _says(self) -> str:
         """What runs, and why."""
-        if self.backend == "decode":
-            return (f"Decoded to {self.params_dtype} while loading, for vLLM's own matrix multiplication, because this is a CPU: "
-                    "that saves disk, not memory")
-        if current_platform.is_cpu():
-            return "They stay packed; Triton kernels run in the interpreter (slow)"
-        from qamw_kernels import gluon_launch
-
-        return ("They stay packed; the Gluon kernel decodes them" if gluon_launch.kernels is not None else
-                "They stay packed; a plain Triton kernel decodes them, because this Triton has no shared-memory gather (3.7.1 has)")
-
-    def _decode(self, quantized: QuantizedWeight) -> torch.Tensor:
-        """The weight [N, K] of this rank in the model's dtype."""
-        weight = torch.empty(quantized.shape, dtype=self.params_dtype)
-        for start in range(0, len(weight), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
-            weight[part] = decode_weight(quantized.rows(part))
-        return weight
+        return backend_says(self.backend, self.params_dtype)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K of this rank] to [..., N of this rank], in the dtype of x."""
@@ -267,7 +277,8 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
             row_norms = self._norms_of_whole_rows(weight)
         quantized = encode_weight(weight, self.index_bits, self.rotation_block_size, input_scales, f"{self.prefix}.weight",
                                   row_norms=row_norms)
-        self._use(layer, quantized, frozenset({self.index_bits}), frozenset(sizes.values()))
+        self.format = QamwFormat(self.index_bits, sizes)
+        self._use(layer, quantized)
 
     def _says(self) -> str:
         return f"Quantised while loading. {super()._says()}"

@@ -14,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RELEASES = [f"0.{minor}.0" for minor in range(24, 34)]
 SOURCES = [*sorted((ROOT / "qamw_vllm").glob("*.py")), ROOT / "offline_quantize" / "served.py"]
+EXPERTS = "vllm.model_executor.layers.fused_moe"
 LINEAR, QUANTIZATION = "vllm.model_executor.layers.linear", "vllm.model_executor.layers.quantization"
 CREATE_WEIGHTS = ("self", "layer", "input_size_per_partition", "output_partition_sizes", "input_size", "output_size", "params_dtype")
 # (module, class or "", function) -> its first parameters
@@ -27,6 +28,14 @@ SIGNATURES = {
     (f"{QUANTIZATION}.base_config", "QuantizationConfig", "get_min_capability"): ("cls",),
     (f"{QUANTIZATION}.base_config", "QuantizationConfig", "get_config_filenames"): (),
     (f"{QUANTIZATION}.base_config", "QuantizationConfig", "apply_vllm_mapper"): ("self", "hf_to_vllm_mapper"),
+    (f"{EXPERTS}.fused_moe_method_base", "FusedMoEMethodBase", "create_weights"):
+        ("self", "layer", "num_experts", "hidden_size", "intermediate_size_per_partition", "params_dtype"),
+    (f"{EXPERTS}.fused_moe_method_base", "FusedMoEMethodBase", "apply"):
+        ("self", "layer", "x", "topk_weights", "topk_ids", "shared_experts", "shared_experts_input"),
+    (f"{EXPERTS}.routed_experts", "RoutedExperts", "load_weights"): ("self", "weights"),
+    (f"{EXPERTS}.routed_experts", "RoutedExperts", "_map_global_expert_id_to_local_expert_id"): ("self", "expert_id"),
+    (f"{EXPERTS}.moe_align_block_size", "", "moe_align_block_size"): ("topk_ids", "block_size", "num_experts", "expert_map"),
+    (f"{EXPERTS}.activation", "", "apply_moe_activation"): ("activation", "output", "input"),
     (QUANTIZATION, "", "register_quantization_config"): ("quantization",),
     (QUANTIZATION, "", "get_quantization_config"): ("quantization",),
     ("vllm.model_executor.models.utils", "WeightsMapper", "apply_list"): ("self", "values"),
@@ -39,6 +48,8 @@ WORDS = {
     f"{QUANTIZATION}.base_config": ("uses_meta_device",),
     "vllm.model_executor.model_loader.reload.layerwise": ("_already_called_process_weights_after_loading",),
     "vllm.lora.layers.utils": ("qweight",),
+    f"{EXPERTS}.routed_experts": ("global_num_experts", "local_num_experts", "expert_map", "swiglu_limit", "apply_router_weight_on_input"),
+    f"{EXPERTS}.config": ("moe_parallel_config", "tp_rank", "tp_size", "has_bias", "is_act_and_mul"),
     "vllm.config.pooler": ("task", "use_activation"),
     "vllm.pooling_params": ("task", "use_activation"),
 }

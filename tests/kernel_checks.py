@@ -19,6 +19,7 @@ from qamw_kernels.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.codec import QuantizedWeight, decode_weight, linear_reference
 from qamw_kernels.packing import pack_planes, unpack_planes
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES, hadamard
+from qamw_kernels.routing import sort_slots
 from qamw_kernels.tiling import tile_planes
 from qamw_kernels.triton_kernels import cast, dot
 
@@ -255,3 +256,42 @@ def test_the_benchmark_gives_no_speed_for_wrong_results():
     program["WAYS"]["packed"] = lambda x, weight, bias: triton_launch.multiply_packed(x, weight, bias).roll(1, 1)
     with pytest.raises(SystemExit, match=r"packed, 1 tokens, 96 x 512, 8 index bits: relative error 1.*no speed is given"):
         program["check"](96, 512, 8, (1, 130), DEVICE)
+
+
+@pytest.mark.parametrize("case", [(11, 64, 1, torch.bfloat16), (8, 128, 5, torch.float16), (6, 16, 40, torch.bfloat16),
+                                  (12, 64, 7, torch.float32), (9, 64, 0, torch.bfloat16)], ids=str)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) -> None:
+    """Experts of which some get no token, and with expert parallelism some are elsewhere, against a plain loop."""
+    index_bits, size, num_tokens, dtype = case
+    num_experts, top_k, num_inputs = 6, 2, 192 if size == 64 else 256
+    weights = [random_weight(NUM_ROWS, num_inputs, index_bits, size, seed) for seed in range(num_experts)]
+    for weight in weights:
+        weight.input_scales.copy_(weights[0].input_scales)
+    generator = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(num_experts - 1, generator=generator)[:top_k] for _ in range(num_tokens)] or
+                         [torch.zeros(top_k)])[:num_tokens].int().to(DEVICE)
+    here = [e for e in range(num_experts) if not parallel or e % 2]
+    expert_map = torch.tensor([here.index(e) if e in here else -1 for e in range(num_experts)], dtype=torch.int32, device=DEVICE)
+    block_size = triton_launch.routed_block_size(num_tokens * top_k, 1, dtype)
+    routing = sort_slots(chosen, block_size, num_experts, expert_map if parallel else None)
+    tiles, norms = torch.stack([tile_planes(weights[e].qweight) for e in here]), torch.stack([weights[e].row_norms for e in here])
+    scales, words = weights[0].input_scales, ops.quadrant_words(index_bits, DEVICE)
+    close = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}[dtype]
+    # Behind the first layer of an expert, each slot has an activation of its own.
+    for x in (random(num_tokens, num_inputs, dtype=dtype), random(num_tokens * top_k, num_inputs, dtype=dtype)):
+        y = ops.routed_linear(x, tiles, norms, scales, words, routing, num_tokens * top_k, size)
+        assert y.shape == (num_tokens * top_k, NUM_ROWS)
+        for slot, expert in enumerate(chosen.flatten().tolist()):
+            if expert in here:
+                truth = decode_weight(weights[expert]).double() @ x[slot * len(x) // len(y)].double()
+                assert (y[slot].double() - truth).norm() < close * truth.norm()
+            else:
+                assert not y[slot].any()
+
+
+def test_slots_are_sorted() -> None:
+    """What vLLM's moe_align_block_size promises: each expert's slots in order, padded to whole blocks."""
+    slots, experts, num_sorted, _ = sort_slots(torch.tensor([[2, 0], [2, 3], [2, 0]], device=DEVICE), 4, 5)
+    assert num_sorted.tolist() == [12] and experts.tolist()[:3] == [0, 2, 3] and set(experts.tolist()[3:]) == {-1}
+    assert slots.tolist()[:12] == [1, 5, 6, 6, 0, 2, 4, 6, 3, 6, 6, 6]

@@ -109,6 +109,11 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"original_max_position_embeddings": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 256},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "n_group": 2, "topk_group": 1,
+                    "first_k_dense_replace": 1, "q_lora_rank": 64, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64,
+                    "v_head_dim": 64, "num_key_value_heads": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
 }
 
 _TEXT = """The quick brown fox jumps over the lazy dog. A journey of a thousand miles begins with a single step.

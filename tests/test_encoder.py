@@ -60,7 +60,8 @@ def test_feedback_without_correlations_is_nearest() -> None:
 def test_feedback_lowers_the_output_error(index_bits: int) -> None:
     hessian = correlated_hessian(256, 8000)
     weights = {"a": torch.randn(64, 256, generator=torch.Generator().manual_seed(3)), "b": torch.randn(32, 256)}
-    errors = {encoder: encode_group(weights, index_bits, 128, hessian.float(), encoder).errors for encoder in ("feedback", "nearest")}
+    hessians = dict.fromkeys(weights, hessian.float())
+    errors = {encoder: encode_group(weights, index_bits, 128, hessians, encoder).errors for encoder in ("feedback", "nearest")}
     for name in weights:
         assert errors["feedback"][name]["output_nmse"] < 0.6 * errors["nearest"][name]["output_nmse"]
 
@@ -78,8 +79,8 @@ def test_any_hessian_is_safe(kind: str) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(4))
     weight[3] = 0
     weight[:, 5] = 0
-    encoded = encode_group({"w": weight}, 10, 64, hessian, "feedback")
-    nearest_errors = encode_group({"w": weight}, 10, 64, None, "nearest").errors["w"]
+    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, "feedback")
+    nearest_errors = encode_group({"w": weight}, 10, 64, {"w": None}, "nearest").errors["w"]
     assert encoded.quantized["w"].row_norms[3] == 0
     assert 0 < encoded.errors["w"]["output_nmse"] < 0.01
     assert encoded.errors["w"]["nmse"] < 30 * nearest_errors["nmse"]

@@ -36,7 +36,8 @@ from offline_quantize.quantize import quantize
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not current_platform.is_cpu(), reason="starts vLLM's CPU build")]
 
-ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"]  # biases in qwen2, q/k norms in qwen3, fused on disk in phi3
+# Biases in qwen2, q/k norms in qwen3, fused on disk in phi3; experts, in qwen2_moe beside a shared one.
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"]
 IN_PROCESS = {"distributed_executor_backend": "uni"}
 TWO_RANKS = {"distributed_executor_backend": "mp", "tensor_parallel_size": 2}
 EVALUATION_TEXT = Path(__file__).parent / "data" / "evaluation.txt"
@@ -143,6 +144,25 @@ def test_tensor_parallel_agrees(run, checkpoint, tiny_results):
     ((result,), _) = run([{"model": str(checkpoint("llama")), "options": {"dtype": "float32", **TWO_RANKS}}])
     assert_matches(result, checkpoint("llama"), 1e-3)
     assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+@pytest.mark.parametrize("options", [{}, TWO_RANKS, {**TWO_RANKS, "enable_expert_parallel": True}], ids=["alone", "cut", "distributed"])
+def test_experts_on_packed_weights(options, run, checkpoint):
+    """The real kernels; two ranks hold half of every expert each, or every other expert."""
+    job = {"model": str(checkpoint("mixtral")), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **options}}
+    ((result,), printed) = run([job], QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
+    assert "They stay packed" in printed
+    assert_matches(result, checkpoint("mixtral"), 1e-3)
+
+
+def test_latent_attention_and_grouped_experts(run, checkpoint):
+    """DeepSeek-V3, which vLLM computes in its own way: it says what the plain model says that the checkpoint stands for."""
+    plain = checkpoint("deepseek_v3").parent / "dequantized"
+    dequantize(checkpoint("deepseek_v3"), plain, torch.float32)
+    (ours, theirs), _ = run([{"model": str(model), "options": {"dtype": "float32"}} for model in (checkpoint("deepseek_v3"), plain)])
+    assert ours["tokens"] == theirs["tokens"]
+    for one, other in zip(ours["logprobs"], theirs["logprobs"], strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -273,11 +293,14 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
                   lambda tensor: tensor.index_fill(0, torch.tensor(5), torch.nan))
     mixed = copy_model(good, tmp_path / "mixed")
     change_config(mixed, ignore=["lm_head", "model.layers.0.mlp.gate_proj"])
+    expert = copy_model(checkpoint("mixtral"), tmp_path / "expert")
+    change_tensor(expert, "model.layers.1.block_sparse_moe.experts.2.w3.input_scales", lambda tensor: None)
     other = copy_model(good, tmp_path / "other")
     change_config(other, codebooks={"circular-gaussian-2048-v1": "0" * 64})
     cases = {
         dropped: "the checkpoint lacks model.layers.1.mlp.up_proj.row_norms",
         poisoned: "model.layers.0.self_attn.o_proj.row_norms: expected finite values, not negative, got nan in row 5",
+        expert: "the checkpoint lacks model.layers.1.block_sparse_moe.experts.2.w3.input_scales",
         mixed: "model.layers.0.mlp.gate_up_proj: vLLM fuses these modules",
         other: "codebooks: this version of qamw ships",
     }

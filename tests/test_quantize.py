@@ -71,6 +71,52 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
                       [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]])
 
 
+@pytest.mark.parametrize("architecture, names", [
+    ("mixtral", ("block_sparse_moe.experts", "w1", "w3", "w2")), ("qwen2_moe", ("mlp.experts", "gate_proj", "up_proj", "down_proj")),
+    ("deepseek_v3", ("mlp.experts", "gate_proj", "up_proj", "down_proj"))])
+def test_mixtures_of_experts(architecture: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are quantised under their names on disk; they share scales and rates; routers and gates are left alone."""
+    from transformers import AutoModelForCausalLM
+
+    from offline_quantize import calibration as cal
+    from offline_quantize.evaluate import load_model
+
+    monkeypatch.setattr(cal, "NUM_WINDOWS", 4)
+    monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
+    model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
+    ids = torch.arange(20, 60)[None]
+    with torch.no_grad():  # taken apart, the experts compute what transformers' own do
+        own = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(ids).logits
+        torch.testing.assert_close(load_model(model)(ids).logits, own, rtol=0, atol=1e-4)
+
+    block, gate, up, down = names
+    groups = find_structure(model).layers[1]
+    first, second = (next(group for group in groups if group[0].name.endswith(f"experts.0.{name}")) for name in (gate, down))
+    assert [x.name.removeprefix(f"model.layers.1.{block}.") for x in first] == [f"{e}.{name}" for e in range(4) for name in (gate, up)]
+    assert len({x.reads for x in first}) == 1 and [x.counted for x in first] == [True, False] * 4
+    assert len({x.reads for x in second}) == 4 and all(x.row_parallel and x.counted for x in second)
+
+    if architecture == "mixtral":  # with a router of zeros, all tokens are sent to the same two experts
+        (file,) = model.glob("*.safetensors")
+        tensors = load_file(file)
+        tensors["model.layers.1.block_sparse_moe.gate.weight"].zero_()
+        save_file(tensors, file, metadata={"format": "pt"})
+    report = quantize(model, out, bpw=4.5)
+    assert verify(out) and report["nominal_bits_per_weight"] == pytest.approx(4.5, abs=0.15)
+    entries = {entry["name"]: entry for entry in report["layers"]}
+    stored = tensors_of(out)
+    for group in (first, second):
+        assert len({entries[x.name]["index_bits"] for x in group}) == 1
+        assert all(torch.equal(stored[f"{x.name}.input_scales"], stored[f"{group[0].name}.input_scales"]) for x in group)
+    not_reached = [x.name for x in second if "output_nmse" not in entries[x.name]]
+    assert len(not_reached) == (2 if architecture == "mixtral" else 0) and report["not_reached"] == not_reached
+    assert all(0 < entries[x.name]["output_nmse"] < 0.02 for x in second if x.name not in not_reached)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert not [name for name in config["layer_index_bits"] if "experts.0" in name], "experts share one entry"
+    left_alone = {"mixtral": "block_sparse_moe.gate", "qwen2_moe": "mlp.shared_expert_gate", "deepseek_v3": "mlp.gate"}[architecture]
+    assert f"model.layers.1.{left_alone}" in config["ignore"]
+
+
 @pytest.fixture(scope="module")
 def calibrated(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("calibrated") / "out"
@@ -130,10 +176,10 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, m
     # The second layer's Hessian is that of its input behind the quantised first layer.
     decoded = dict(decoded_tensors(Checkpoint(tmp_path / "out"), torch.float32))
     calibrator = Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
-    calibrator.hessians(weights[0], ())
+    calibrator.hessians(weights[0], (), ())
     calibrator.finish({name: decoded[name] for name in weights[0]})
     importance = torch.rand(tokens.numel())
-    (hessian,) = calibrator.hessians(weights[1], plan.layers[1][-1:], [importance])
+    (hessian,) = calibrator.hessians(weights[1], plan.layers[1][-1:], [importance]).values()
     inputs = []
     behind = whole.get_submodule(plan.layers[1][-1][0].name)
     whole.load_state_dict({name: decoded[name] for name in weights[0]}, strict=False)
@@ -355,9 +401,9 @@ def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_mixture_of_experts_is_refused_with_its_reason(tmp_path: Path) -> None:
+def test_experts_that_are_fused_on_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"nn\.Linear holds only .* the rest is in .*experts"):
-        quantize(tiny_model(tmp_path / "moe", "mixtral"), tmp_path / "out", calibration=None)
+        quantize(tiny_model(tmp_path / "moe", "granitemoe"), tmp_path / "out", calibration=None)
 
 
 def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:

@@ -61,3 +61,9 @@ def test_packed_layer() -> None:
     layer.pack()
     assert set(dict(layer.named_buffers())) == {"tiles", "row_norms", "input_scales", "quadrant_words"}
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    quantize(tiny_model(tmp_path / "model", "mixtral"), tmp_path / "out", calibration=None)
+    with pytest.raises(ValueError, match=r"experts\.0\.w1\.qweight: transformers merges experts while loading.* qamw dequantize"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -11,6 +11,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from qamw_kernels import gluon_launch, triton_launch
 from qamw_kernels.ops import INTERPRETED, quadrant_words
+from qamw_kernels.routing import sort_slots
 from qamw_kernels.tiling import tiled_shape
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter replaces the compiler")
@@ -36,7 +37,7 @@ class Recorder:
 @pytest.fixture(params=["gluon", "triton"])
 def seen(request, monkeypatch) -> set[str]:
     seen: set[str] = set()
-    for name in ("rotate_kernel", "gemm_kernel", "dequantize_kernel"):
+    for name in ("rotate_kernel", "gemm_kernel", "dequantize_kernel", "routed_gemm_kernel"):
         monkeypatch.setattr(triton_launch, name, Recorder(getattr(triton_launch, name), seen))
     if request.param == "gluon":
         if gluon_launch.kernels is None:
@@ -53,14 +54,24 @@ def launch(index_bits: int, size: int, dtype: torch.dtype, num_tokens: int, num_
                          quadrant_words(index_bits), torch.zeros(num_rows, dtype=dtype) if bias else None, size)
 
 
+def launch_routed(index_bits: int, size: int, dtype: torch.dtype, num_tokens: int, num_rows: int, num_inputs: int) -> None:
+    tiles = torch.zeros((8, *tiled_shape(num_rows, num_inputs, index_bits)), dtype=torch.int32)
+    block_size = triton_launch.routed_block_size(2 * num_tokens, 8, dtype)
+    slots, experts, num_sorted, _ = sort_slots(torch.zeros(num_tokens, 2, dtype=torch.int32), block_size, 8)
+    x, norms, scales = torch.zeros(num_tokens, num_inputs, dtype=dtype), torch.ones(8, num_rows), torch.ones(num_inputs).half()
+    words = quadrant_words(index_bits)
+    triton_launch.routed_linear(x, tiles, norms, scales, words, slots, experts, num_sorted, block_size, 2 * num_tokens, size)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_warm_up_compiles_everything(seen: set[str], dtype: torch.dtype) -> None:
-    triton_launch.warm_up(RATES, SIZES, dtype, torch.device("cpu"))
+    triton_launch.warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True)
     ready = set(seen)
     for index_bits in RATES:
         for num_rows, num_inputs, size in ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128)):
             for num_tokens in (*range(1, 66), 127, 128, 129, 256, 1000, 1024):
                 launch(index_bits, size, dtype, num_tokens, num_rows, num_inputs, bias=num_tokens % 2 == 0)
+                launch_routed(index_bits, size, dtype, num_tokens, num_rows, num_inputs)
     assert seen - ready == set()
     launch(7, 64, dtype, 1, 64, 128, bias=False)
     assert len(seen - ready) == 1, "a rate that was not asked for would be compiled: the recorder sees it"

@@ -1,5 +1,6 @@
 """Format version 1: what config.json says and which tensors a quantised linear layer has. See kernels/FORMAT.md."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,14 @@ from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
 QUANT_METHOD = "qamw"
 LAYER_TENSORS = ("qweight", "row_norms", "input_scales")  # <module>.<suffix> in place of <module>.weight
 FORMAT_VERSION = 1
+
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
+
+
+def role_of(module: str) -> str:
+    """A module's name, with ``*`` for the number of an expert: what ``layer_index_bits`` knows it by."""
+    return _EXPERT.sub(".experts.*.", module)
 
 
 class FormatError(ValueError):
@@ -35,7 +44,7 @@ class QamwFormat:
     Attributes:
         index_bits: bits per pair, 6..12, of every quantised layer that ``layer_index_bits`` does not name.
         rotation_block_sizes: Hadamard width for every number of inputs K that occurs among the quantised layers.
-        layer_index_bits: exact module name -> index bits, for mixed rates.
+        layer_index_bits: exact module name -> index bits, for mixed rates; the experts of a layer have one name, see :func:`role_of`.
         ignore: exact names of the modules that keep a plain ``weight``.
         codebooks: codebook name -> SHA-256, for every rate in use.
     """
@@ -65,7 +74,7 @@ class QamwFormat:
 
     def index_bits_of(self, module: str) -> int:
         """Index bits of one quantised module."""
-        return self.layer_index_bits.get(module, self.index_bits)
+        return self.layer_index_bits.get(role_of(module), self.index_bits)
 
     def rotation_block_size_of(self, module: str, num_inputs: int) -> int:
         """Hadamard width of a module with ``num_inputs`` inputs (of the whole layer, not of a tensor-parallel shard)."""

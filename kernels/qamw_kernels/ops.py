@@ -1,4 +1,4 @@
-"""The torch op ``qamw::linear``.
+"""The torch ops ``qamw::linear`` and, for mixtures of experts, ``qamw::routed_linear``.
 
 CUDA tensors run the Triton kernels. CPU tensors run plain torch, the truth; only when the process was started with
 Triton's interpreter (``TRITON_INTERPRET=1``) do they run the Triton kernels too. There is no other choice between
@@ -15,6 +15,7 @@ import torch
 from qamw_kernels import rotation
 from qamw_kernels.codebook import INDEX_BITS, load_quadrant
 from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.routing import Routing
 from qamw_kernels.tiling import tiled_shape, untile
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")  # as triton reads it
@@ -58,6 +59,30 @@ def linear(
     """
     y = torch.ops.qamw.linear(x.reshape(-1, x.shape[-1]), tiles, row_norms, input_scales, quadrant_words, bias, rotation_block_size)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def routed_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    routing: Routing,
+    num_slots: int,
+    rotation_block_size: int,
+) -> torch.Tensor:
+    """The same for the experts of a layer, each with the tokens that are sent to it.
+
+    Args:
+        x: [M, K] bfloat16, float16 or float32; ``num_slots`` is a multiple of M, and slot s reads row s // (num_slots / M).
+        tiles: [experts, ...], of each expert as in :func:`linear`. row_norms: [experts, N] float32.
+        input_scales: [K] float16, of all experts.
+        routing: from :func:`qamw_kernels.routing.sort_slots`, or vLLM's ``moe_align_block_size``.
+    Returns:
+        [num_slots, N] in the dtype of x; zeros for slots whose expert is not here.
+    """
+    return torch.ops.qamw.routed_linear(
+        x, tiles, row_norms, input_scales, quadrant_words, *routing, num_slots, rotation_block_size)
 
 
 def _check(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
@@ -123,6 +148,60 @@ def _linear_torch(
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
+def _check_routed_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    slots: torch.Tensor,
+    experts: torch.Tensor,
+    num_sorted: torch.Tensor,
+    block_size: int,
+    num_slots: int,
+    rotation_block_size: int,
+) -> None:
+    if tiles.ndim != 6 or not len(tiles) or row_norms.ndim != 2 or len(row_norms) != len(tiles):
+        raise ValueError(f"tiles and row_norms: expected shapes [experts, ...] and [experts, N], got {tuple(tiles.shape)} and "
+                         f"{tuple(row_norms.shape)}")
+    _check_linear(x, tiles[0], row_norms[0], input_scales, quadrant_words, None, rotation_block_size)
+    if num_slots != 0 and (len(x) == 0 or num_slots % len(x)):
+        raise ValueError(f"num_slots: expected a multiple of {len(x)} tokens, got {num_slots}")
+    if len(slots) > len(experts) * block_size:
+        raise ValueError(f"experts: expected one for every {block_size} of {len(slots)} slots, got {len(experts)}")
+    for name, tensor, length in (("slots", slots, len(slots)), ("experts", experts, len(experts)), ("num_sorted", num_sorted, 1)):
+        _check(name, tensor, tiles, (length,), torch.int32)
+
+
+def _routed_linear_torch(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    slots: torch.Tensor,
+    experts: torch.Tensor,
+    num_sorted: torch.Tensor,
+    block_size: int,
+    num_slots: int,
+    rotation_block_size: int,
+) -> torch.Tensor:
+    y = x.new_zeros(num_slots, row_norms.shape[1])
+    blocks = slots[: int(num_sorted)].view(-1, block_size)
+    for own, expert in zip(blocks.long(), experts.tolist(), strict=False):
+        own = own[own < num_slots]
+        if expert >= 0:
+            tokens = x[own // (num_slots // len(x))]
+            y[own] = _linear_torch(tokens, tiles[expert], row_norms[expert], input_scales, quadrant_words, None, rotation_block_size)
+    return y
+
+
+def _routed_linear_fake(x: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor,
+                        quadrant_words: torch.Tensor, slots: torch.Tensor, experts: torch.Tensor, num_sorted: torch.Tensor,
+                        block_size: int, num_slots: int, rotation_block_size: int) -> torch.Tensor:
+    return x.new_empty(num_slots, row_norms.shape[1])
+
+
 def _linear_fake(x: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, *others: object) -> torch.Tensor:
     return x.new_empty(x.shape[0], row_norms.shape[0])
 
@@ -133,9 +212,15 @@ def _linear_triton(*args: Any) -> torch.Tensor:
     return triton_launch.linear(*args)
 
 
-def _checked(implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _routed_linear_triton(*args: Any) -> torch.Tensor:
+    from qamw_kernels import triton_launch
+
+    return triton_launch.routed_linear(*args)
+
+
+def _after(check: Callable[..., None], implementation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def run(*args: Any) -> torch.Tensor:
-        _check_linear(*args)
+        check(*args)
         return implementation(*args)
 
     return run
@@ -143,11 +228,16 @@ def _checked(implementation: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("qamw", "DEF")
-    library.define("linear(Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words, Tensor? bias, "
-                   "int rotation_block_size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl("linear", _checked(_linear_triton), "CUDA")
-    library.impl("linear", _checked(_linear_triton if INTERPRETED else _linear_torch), "CPU")
-    torch.library.register_fake("qamw::linear", _checked(_linear_fake), lib=library)
+    weight = "Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words"
+    for name, others, check, triton, plain, fake in (
+        ("linear", "Tensor? bias", _check_linear, _linear_triton, _linear_torch, _linear_fake),
+        ("routed_linear", "Tensor slots, Tensor experts, Tensor num_sorted, int block_size, SymInt num_slots",
+         _check_routed_linear, _routed_linear_triton, _routed_linear_torch, _routed_linear_fake),
+    ):
+        library.define(f"{name}({weight}, {others}, int rotation_block_size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(name, _after(check, triton), "CUDA")
+        library.impl(name, _after(check, triton if INTERPRETED else plain), "CPU")
+        torch.library.register_fake(f"qamw::{name}", _after(check, fake), lib=library)
     return library
 
 

@@ -113,29 +113,62 @@ def rotate_kernel(
     tl.store(p_out + r.to(tl.int64)[:, None] * B + j[None, :], cast(acc, DTYPE), mask=m_r)
 
 
+@triton.jit
+def coordinates_times(
+    p_tiles, p_quadrant, row_tile, p_x, m_x, N, K, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
+):
+    """Coordinates of the row tiles ``row_tile`` [R] times the vectors [K] at ``p_x`` [BLOCK_M]: [16 * R, BLOCK_M] float32.
+
+    The weights are the first operand: the few tokens of a decode step are then the dimension that may be small.
+    """
+    acc = tl.zeros([row_tile.shape[0] * 16, BLOCK_M], dtype=tl.float32)
+    for chunk in range(K // 32):
+        coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
+        k = chunk * 32 + tl.arange(0, 32)
+        x = tl.load(p_x[None, :] + k[:, None], mask=m_x[None, :], other=0.0)  # [32, BLOCK_M]
+        acc = dot(coordinates, x, acc)
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "N", "has_bias"])
 def gemm_kernel(
     p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias,
     INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
 ):
-    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [16 * ROW_TILES, BLOCK_M] tile per program.
-
-    The weights are the first operand: the few tokens of a decode step are then the dimension that may be small.
-    """
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [16 * ROW_TILES, BLOCK_M] tile per program."""
     row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = tl.zeros([ROW_TILES * 16, BLOCK_M], dtype=tl.float32)
-    for chunk in range(K // 32):
-        coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
-        k = chunk * 32 + tl.arange(0, 32)
-        x = tl.load(p_x + m.to(tl.int64)[None, :] * K + k[:, None], mask=(m < M)[None, :], other=0.0)  # [32, BLOCK_M]
-        acc = dot(coordinates, x, acc)
+    acc = coordinates_times(p_tiles, p_quadrant, row_tile, p_x + m.to(tl.int64) * K, m < M, N, K, INDEX_BITS, DTYPE, BLOCK_M)
     m_n = n < N
     acc *= tl.load(p_row_norms + n, mask=m_n, other=0.0)[:, None]
     acc += tl.load(p_bias + n, mask=n < N * has_bias, other=0.0).to(tl.float32)[:, None]
     o_y = m.to(tl.int64)[None, :] * N + n[:, None]
     tl.store(p_y + o_y, cast(acc, DTYPE), mask=m_n[:, None] & (m < M)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_slots", "slots_per_token", "N"])
+def routed_gemm_kernel(
+    p_x, p_tiles, p_row_norms, p_quadrant, p_slots, p_experts, p_num_sorted, p_y, num_slots, slots_per_token, N, K,
+    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
+):
+    """y [slots, N], in slot s the product of token s // slots_per_token with its expert's weight; see :mod:`qamw_kernels.routing`.
+
+    Program (i, j) has the slots of block j, which have one expert. Blocks behind the last, and experts of other ranks, are left out.
+    """
+    expert = tl.load(p_experts + tl.program_id(1)).to(tl.int64)
+    if (tl.program_id(1) * BLOCK_M >= tl.load(p_num_sorted)) | (expert < 0):
+        return
+    row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
+    n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
+    slot = tl.load(p_slots + tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))
+    m_slot = slot < num_slots
+    p_expert = p_tiles + expert * tl.cdiv(N, 16) * tl.cdiv(K, 512) * (INDEX_BITS * 128)
+    p_tokens = p_x + (slot // slots_per_token).to(tl.int64) * K
+    acc = coordinates_times(p_expert, p_quadrant, row_tile, p_tokens, m_slot, N, K, INDEX_BITS, DTYPE, BLOCK_M)
+    m_n = n < N
+    acc *= tl.load(p_row_norms + expert * N + n, mask=m_n, other=0.0)[:, None]
+    tl.store(p_y + slot.to(tl.int64)[None, :] * N + n[:, None], cast(acc, DTYPE), mask=m_n[:, None] & m_slot[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])

@@ -17,8 +17,9 @@ import triton.language as tl
 
 from qamw_kernels import gluon_launch
 from qamw_kernels.ops import quadrant_words
+from qamw_kernels.routing import sort_slots
 from qamw_kernels.tiling import TILE_ROWS, tiled_shape
-from qamw_kernels.triton_kernels import dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.triton_kernels import dequantize_kernel, gemm_kernel, rotate_kernel, routed_gemm_kernel
 
 TL_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -141,23 +142,68 @@ def multiply_dequantized(x: torch.Tensor, weight: TiledWeight, bias: torch.Tenso
     return y
 
 
-def warm_up(rates: Collection[int], rotation_block_sizes: Collection[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Compile all that :func:`linear` launches for weights of these index bits and rotations, whatever their and the input's sizes.
+def routed_block_size(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
+    """Slots of one expert that a program takes: more, where experts have more of them on average."""
+    kind = "skinny" if num_slots <= SKINNY_MAX_TOKENS * num_experts else "wide"
+    return GEMM_TILES[kind, dtype.itemsize].BLOCK_M
+
+
+def routed_linear(
+    x: torch.Tensor,
+    tiles: torch.Tensor,
+    row_norms: torch.Tensor,
+    input_scales: torch.Tensor,
+    quadrant_words: torch.Tensor,
+    slots: torch.Tensor,
+    experts: torch.Tensor,
+    num_sorted: torch.Tensor,
+    block_size: int,
+    num_slots: int,
+    rotation_block_size: int,
+) -> torch.Tensor:
+    """The op ``qamw::routed_linear``; ``block_size`` is one of :func:`routed_block_size`."""
+    num_rows, num_inputs = row_norms.shape[1], x.shape[1]
+    y = torch.zeros(num_slots, num_rows, dtype=x.dtype, device=x.device)
+    if num_slots == 0:
+        return y
+    rotated = rotate(x.contiguous(), input_scales.contiguous(), rotation_block_size)
+    kind = next(kind for kind in ("skinny", "wide") if block_size == GEMM_TILES[kind, x.dtype.itemsize].BLOCK_M)
+    constants = gemm_constants(tiles.shape[3], x.dtype, kind)
+    grid = (triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]), len(experts))
+    with _on_device_of(x):
+        routed_gemm_kernel[grid](
+            rotated, tiles.contiguous(), row_norms.contiguous(), quadrant_words, slots, experts, num_sorted, y,
+            num_slots, num_slots // len(x), num_rows, num_inputs, **constants)
+    return y
+
+
+def warm_up(rates: Collection[int], rotation_block_sizes: Collection[int], dtype: torch.dtype, device: torch.device,
+            experts: bool = False) -> None:
+    """Compile all that the ops launch for weights of these index bits and rotations, whatever their and the input's sizes;
+    those for experts only if there are some.
 
     To be called before a CUDA graph is captured. Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
     """
-    def run(index_bits: int, size: int, num_tokens: int) -> None:
+    def run(index_bits: int, size: int, num_tokens: int, routed: bool = False) -> None:
         x = torch.zeros(num_tokens, max(size, 64), dtype=dtype, device=device)
         tiles = torch.zeros(tiled_shape(1, x.shape[1], index_bits), dtype=torch.int32, device=device)
         words, scales = quadrant_words(index_bits, device), torch.ones(x.shape[1], dtype=torch.float16, device=device)
-        linear(x, tiles, torch.ones(1, device=device), scales, words, None, size)
+        norms = torch.ones(1, device=device)
+        if routed:
+            block_size = routed_block_size(num_tokens, 1, dtype)
+            slots, experts, num_sorted, _ = sort_slots(torch.zeros(num_tokens, 1, dtype=torch.int32, device=device), block_size, 1)
+            routed_linear(x, tiles[None], norms[None], scales, words, slots, experts, num_sorted, block_size, num_tokens, size)
+        else:
+            linear(x, tiles, norms, scales, words, None, size)
 
     limit = gemm_max_tokens(device)
     few = sorted({m for m in (*(8 * parts for parts in gluon_launch.PARTS), SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1) if m <= limit})
     for size in rotation_block_sizes:
         run(min(rates), size, few[0])
-    jobs = [(bits, min(rotation_block_sizes), m) for bits in rates for m in few]
-    jobs += [(bits, size, limit + 1) for bits in rates for size in rotation_block_sizes]
+    jobs = [(bits, min(rotation_block_sizes), m, False) for bits in rates for m in few]
+    jobs += [(bits, size, limit + 1, False) for bits in rates for size in rotation_block_sizes]
+    if experts:
+        jobs += [(bits, min(rotation_block_sizes), m, True) for bits in rates for m in (SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda job: run(*job), jobs))
 
