@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu check-versions
+.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu bench-serve soak check-versions
 
 setup: $(VENV)/.ready
 
@@ -57,6 +57,14 @@ bench-cpu:
 	mkdir -p build
 	g++ -O3 -march=native -fopenmp kernels/benchmarks/bench_cpu.cpp -o build/bench_cpu
 	for threads in 1 $$(nproc); do OMP_NUM_THREADS=$$threads build/bench_cpu; done
+
+# A plain model and a QAM-W checkpoint under the same load: make bench-serve MODEL=... CKPT=...
+bench-serve: setup
+	$(BIN)/python tests/bench_serve.py $(MODEL) $(CKPT)
+
+# 64 clients for ten minutes: make soak CKPT=...
+soak: setup
+	$(BIN)/python tests/soak.py $(CKPT)
 
 # Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
 check-versions: setup

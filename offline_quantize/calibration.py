@@ -109,8 +109,9 @@ class Calibrator:
 
     def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device) -> None:
         self._runner = LayerRunner(checkpoint, tokens, device)
-        # Embeddings and head have done their work.
-        set_parameters(self._runner.model, lambda name, p: torch.empty_like(p, device="meta"), skip=self._runner.layers_name)
+        # Embeddings and head have done their work; norms are small, and the last one stands before the head.
+        set_parameters(self._runner.model, lambda name, p: p if p.ndim == 1 else torch.empty_like(p, device="meta"),
+                       skip=self._runner.layers_name)
         self._index = 0
 
     @torch.no_grad()
@@ -159,3 +160,26 @@ class Calibrator:
         self._runner.advance(self._index)
         self._runner.unload(self._index)
         self._index += 1
+
+    @torch.no_grad()
+    def head_hessian(self) -> torch.Tensor:
+        """Mean of x^T x, [K, K] float32, for what the head reads; once all layers are finished."""
+        runner, num_tokens = self._runner, 0
+        head = runner.model.get_output_embeddings()
+        total = torch.zeros(head.in_features, head.in_features, device=runner.device)
+
+        def note(_: torch.nn.Module, args: tuple) -> None:
+            rows = args[0].reshape(-1, head.in_features).float()
+            total.addmm_(rows.T, rows)
+            raise _Reached
+
+        handle = head.register_forward_pre_hook(note)
+        for batch in runner.hidden:
+            states = batch.to(runner.device)
+            for layer in runner.layers:
+                layer.forward = lambda *args, states=states, **kwargs: states
+            with suppress(_Reached):
+                runner.model(inputs_embeds=states, use_cache=False)
+            num_tokens += states[..., 0].numel()
+        handle.remove()
+        return total / num_tokens

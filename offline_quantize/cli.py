@@ -30,6 +30,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--tp-max", type=int, default=8, help="widest tensor parallelism to prepare for (default 8)")
         command.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                              help="leave linear layers of this glob pattern as they are; may be repeated")
+        command.add_argument("--quantize-lm-head", action="store_true", help=(
+            "also the head that makes logits, at 6 bits per weight; it gets a weight of its own where it shared that of the embeddings"))
 
     quantize = commands.add_parser("quantize", help="quantise MODEL into the new directory OUT")
     add_model_options(quantize)
@@ -100,7 +102,8 @@ def _quantize(args: argparse.Namespace) -> None:
             bars[stage].update(done - bars[stage].n)
 
         report = quantize(resolve_model(args.model), args.out, args.bpw, _calibration(args.calibration), args.tp_max,
-                          args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates)
+                          args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates,
+                          quantize_lm_head=args.quantize_lm_head)
     print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
     if missed := report["not_reached"]:
@@ -118,7 +121,7 @@ def _plan(args: argparse.Namespace) -> None:
 
     text = _calibration(args.calibration)
     _, rates = chosen_method(args.bpw, text, args.encoder, args.rates)
-    plan = make_plan(resolve_model(args.model), args.bpw, args.tp_max, args.ignore)
+    plan = make_plan(resolve_model(args.model), args.bpw, args.tp_max, args.ignore, quantize_lm_head=args.quantize_lm_head)
     rows = plan.table(mixed=rates == "mixed")
     width = max(len(row[0]) for row in rows)
     for name, count, shape, decision, megabytes in rows:

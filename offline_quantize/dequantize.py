@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -39,11 +39,14 @@ def decoded_tensor(checkpoint: Checkpoint, fmt: QamwFormat, stored: str, dtype: 
     return decode_weight(QuantizedWeight(qweight, row_norms, input_scales, block)).to(dtype)
 
 
-def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the model that a QAM-W checkpoint stands for, quantised weights rounded to ``dtype``."""
-    fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
+def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype,
+                    wanted: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the model that a checkpoint stands for, all or those ``wanted``; weights of a QAM-W checkpoint rounded to ``dtype``."""
+    quantized = checkpoint.config.get("quantization_config")
+    fmt = QamwFormat.from_dict(quantized) if quantized else None
     for name, stored in decoded_names(checkpoint).items():
-        yield name, decoded_tensor(checkpoint, fmt, stored, dtype)
+        if wanted is None or name in wanted:
+            yield name, decoded_tensor(checkpoint, fmt, stored, dtype) if fmt else next(checkpoint.load([name]))[1]
 
 
 def dequantize(quantized: Path, out: Path, dtype: torch.dtype = torch.bfloat16, progress: Callable[[int, int], None] | None = None,

@@ -33,8 +33,7 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         ValueError: a parameter of the model has no tensor, or a tensor no parameter.
     """
     checkpoint = Checkpoint(directory)
-    quantized = checkpoint.config.get("quantization_config")
-    tensors = dict(decoded_tensors(checkpoint, dtype) if quantized else checkpoint.load(checkpoint.tensors))
+    tensors = dict(decoded_tensors(checkpoint, dtype))
     model = build_empty_model(directory)
     set_parameters(model, lambda name, old: tensors[name].to(dtype) if name in tensors else old, buffers=True)
     model.tie_weights()
@@ -60,7 +59,7 @@ class Head:
         wanted = {f"{names[id(model.get_output_embeddings())]}.{suffix}" for suffix in ("weight", "bias")}
         if model.config.get_text_config().tie_word_embeddings:
             wanted.add(f"{names[id(model.get_input_embeddings())]}.weight")
-        tensors = dict(checkpoint.load(wanted & set(checkpoint.tensors)))
+        tensors = dict(decoded_tensors(checkpoint, torch.float32, wanted))
         set_parameters(model, lambda name, old: tensors[name].to(device, torch.float32) if name in tensors else old)
         model.tie_weights()
         if model.get_output_embeddings().weight.is_meta:

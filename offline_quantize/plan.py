@@ -19,6 +19,7 @@ from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 MAX_SHARD_BYTES = 512 * 2**20
+HEAD_INDEX_BITS = 12  # of the head, whose errors reach every logit
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Plan:
         layers: for every decoder layer, its input groups that are quantised.
         format: what config.json will say.
         shards: the output files.
+        head: the model's head where it is quantised too, at HEAD_INDEX_BITS: rates are those of the decoder layers.
         tensor_parallel_sizes: the sizes up to ``tp_max`` that the result can be served with.
     """
 
@@ -49,6 +51,7 @@ class Plan:
     max_shard_bytes: int
     tp_max: int
     tensor_parallel_sizes: tuple[int, ...]
+    head: Linear | None
 
     def with_shards(self) -> "Plan":
         """The same plan with the output files that its format leads to."""
@@ -60,6 +63,8 @@ class Plan:
             tensors_by_layer.append([t for name in names for t in (
                 self.output_tensors(by_name[name]) if name in by_name else [self.checkpoint.tensors[name]])])
         other = [info for name, info in self.checkpoint.tensors.items() if name not in in_layers]
+        if self.head:
+            other = [info for info in other if info.name != f"{self.head.name}.weight"] + self.output_tensors(self.head)
         return dataclasses.replace(self, shards=make_shards(tensors_by_layer, other, self.max_shard_bytes))
 
     def with_rates(self, index_bits: Sequence[Sequence[int]]) -> "Plan":
@@ -67,8 +72,8 @@ class Plan:
         rates = {role_of(linear.name): bits for groups, chosen in zip(self.layers, index_bits, strict=True)
                  for group, bits in zip(groups, chosen, strict=True) for linear in group}
         usual = max(INDEX_BITS, key=list(rates.values()).count)
-        fmt = dataclasses.replace(self.format, index_bits=usual, codebooks={},
-                                  layer_index_bits={name: bits for name, bits in rates.items() if bits != usual})
+        own = {name: bits for name, bits in rates.items() if bits != usual}
+        fmt = dataclasses.replace(self.format, index_bits=usual, codebooks={}, layer_index_bits=own | _head_index_bits(self.head))
         return dataclasses.replace(self, format=fmt).with_shards()
 
     def index_bits_within(self, bpw: float) -> float:
@@ -81,6 +86,12 @@ class Plan:
         if index_bits_for(bpw)[1]:
             return bpw * weights
         return (bpw - self.effective_bits_per_weight + self.nominal_bits_per_weight) * weights
+
+    def load_head(self) -> torch.Tensor:
+        """The weight [vocabulary, hidden size] of the head, which is to be quantised."""
+        ((name, weight),) = self.checkpoint.load([self.structure.head_source])
+        check_finite(weight, name)
+        return weight
 
     @property
     def linears(self) -> list[Linear]:
@@ -124,7 +135,7 @@ class Plan:
 
     @property
     def effective_bits_per_weight(self) -> float:
-        """All stored bytes of the quantised layers, codebooks included, in bits per quantised weight."""
+        """All stored bytes of the quantised layers, codebooks included, in bits per quantised weight; without the head."""
         stored = sum(info.num_bytes for linear in self.linears for info in self.output_tensors(linear))
         rates = {self.format.index_bits_of(linear.name) for linear in self.linears}
         codebooks = sum(load_quadrant(bits).numel() * 2 for bits in rates)
@@ -141,7 +152,8 @@ class Plan:
     def peak_memory_bytes(self, calibration_tokens: int = 0) -> int:
         """Estimate: interpreter and libraries, one decoder layer, one shard twice (safetensors serialises a copy)."""
         layers = [[self.checkpoint.tensors[name] for name in self.layer_tensor_names(i)] for i in range(len(self.layers))]
-        peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers)
+        outside = [[self.checkpoint.tensors[self.structure.head_source]]] if self.head else []
+        peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers + outside)
         peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
         if calibration_tokens:  # the layer in float32, activations, the layer's Hessians, and one of them factored in float64
             widths = [{linear.reads: linear.num_inputs for group in groups for linear in group}.values() for groups in self.layers]
@@ -163,17 +175,24 @@ class Plan:
             parts = ["*" if part.isdigit() else part for part in name.split(".")]
             rows.setdefault((".".join(parts), "x".join(map(str, shape)), decision), []).append(num_bytes / 1e6)
 
+        def add_quantized(linear: Linear, rate: str) -> None:
+            block = self.format.rotation_block_size_of(linear.name, linear.num_inputs)
+            add(linear.name, (linear.num_rows, linear.num_inputs), f"{rate}, rotation {block}",
+                sum(t.num_bytes for t in self.output_tensors(linear)))
+
         for info in self.checkpoint.tensors.values():
             module = info.name.removesuffix(".weight")
             if info.name.endswith(".weight") and module in quantized:
-                linear = quantized[module]
-                bits = self.format.index_bits_of(module)
-                block = self.format.rotation_block_size_of(module, linear.num_inputs)
-                rate = "mixed rates" if mixed else f"{bits / 2:g} bpw"
-                add(module, info.shape, f"{rate}, rotation {block}", sum(t.num_bytes for t in self.output_tensors(linear)))
-            else:
+                add_quantized(quantized[module], "mixed rates" if mixed else f"{self.format.index_bits_of(module) / 2:g} bpw")
+            elif not (self.head and module == self.head.name):
                 add(info.name, info.shape, f"kept {str(info.dtype).removeprefix('torch.')}", info.num_bytes)
+        if self.head:
+            add_quantized(self.head, f"{HEAD_INDEX_BITS / 2:g} bpw")
         return [(name, len(mb), shape, decision, sum(mb)) for (name, shape, decision), mb in rows.items()]
+
+
+def _head_index_bits(head: Linear | None) -> dict[str, int]:
+    return {head.name: HEAD_INDEX_BITS} if head else {}
 
 
 def index_bits_for(bpw: float) -> tuple[int, bool]:
@@ -203,7 +222,7 @@ def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Li
     for pattern in ignore:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             raise QuantizeError(f"--ignore {pattern!r} matches no linear layer of the decoder; names look like {names[0]} "
-                                "(everything outside the decoder layers, such as lm_head, is left alone anyway)")
+                                "(everything outside the decoder layers, such as lm_head, is left alone unless asked for)")
 
     def ignored(linear: Linear) -> bool:
         return any(fnmatch.fnmatchcase(linear.name, pattern) for pattern in ignore)
@@ -229,15 +248,19 @@ def _check_weights(checkpoint: Checkpoint, structure: Structure, linears: Sequen
         if name not in checkpoint.tensors:
             raise QuantizeError(f"{checkpoint.directory}: no tensor {name}, which the architecture of config.json has")
     for linear in linears:
-        info = checkpoint.tensors[f"{linear.name}.weight"]
-        if info.shape != (linear.num_rows, linear.num_inputs):
-            raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
-                                f"config.json says {[linear.num_rows, linear.num_inputs]}")
-        if info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-            raise QuantizeError(f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32")
-        if linear.num_inputs % UNIT_INPUTS:
-            raise QuantizeError(f"{info.file}: {info.name} has {linear.num_inputs} inputs, not a multiple of {UNIT_INPUTS}: "
-                                f"leave it unquantised with --ignore '*.{linear.name.rpartition('.')[2]}'")
+        _check_weight(checkpoint, linear, f"{linear.name}.weight")
+
+
+def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str) -> None:
+    info = checkpoint.tensors[source]
+    if info.shape != (linear.num_rows, linear.num_inputs):
+        raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
+                            f"config.json says {[linear.num_rows, linear.num_inputs]}")
+    if info.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise QuantizeError(f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32")
+    if linear.num_inputs % UNIT_INPUTS:
+        raise QuantizeError(f"{info.file}: {info.name} has {linear.num_inputs} inputs, not a multiple of {UNIT_INPUTS}: "
+                            f"leave it unquantised with --ignore '*.{linear.name.rpartition('.')[2]}'")
 
 
 def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
@@ -259,7 +282,7 @@ def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo
 
 
 def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: Sequence[str] = (),
-              max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+              max_shard_bytes: int = MAX_SHARD_BYTES, quantize_lm_head: bool = False) -> Plan:
     """Decide everything about quantising the checkpoint in ``directory``; reads config.json and shard headers only.
 
     All layers get one rate, the highest that ``bpw`` pays for; :meth:`Plan.with_rates` changes that once sensitivities are known.
@@ -277,19 +300,23 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: S
     structure = find_structure(directory)
     layers = _select(structure, ignore)
     linears = [linear for groups in layers for group in groups for linear in group]
+    head = structure.head if quantize_lm_head else None
     _check_weights(checkpoint, structure, linears)
+    if head:
+        _check_weight(checkpoint, head, structure.head_source)
     possible = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads, tp_max)
-    rotation_block_sizes = choose_rotation_block_sizes(((x.num_inputs, x.row_parallel) for x in linears), possible)
-    quantized = {linear.name for linear in linears}
+    all_linears = [*linears, head] if head else linears
+    rotation_block_sizes = choose_rotation_block_sizes(((x.num_inputs, x.row_parallel) for x in all_linears), possible)
+    quantized = {linear.name for linear in all_linears}
     # Every other matrix is listed, not only nn.Linear: vLLM builds routers and heads as linears of its own.
     kept = sorted(name.removesuffix(".weight") for name, info in checkpoint.tensors.items()
                   if name.endswith(".weight") and len(info.shape) == 2 and name.removesuffix(".weight") not in quantized)
-    if "lm_head" not in kept:
+    if "lm_head" not in kept and not head:
         kept.append("lm_head")  # tied to the embedding
-    fmt = QamwFormat(index_bits, rotation_block_sizes, ignore=tuple(kept))
+    fmt = QamwFormat(index_bits, rotation_block_sizes, _head_index_bits(head), tuple(kept))
 
     served = tuple(t for t in possible if _served(structure, linears, rotation_block_sizes, t))
-    return Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, tp_max, served).with_shards()
+    return Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, tp_max, served, head).with_shards()
 
 
 def existing_parent(path: Path) -> Path:

@@ -20,6 +20,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.output import Output
 from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, existing_parent, index_bits_for, make_plan
 from offline_quantize.sensitivity import Sensitivity, measure_sensitivities
+from offline_quantize.structure import Linear
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import LAYER_TENSORS
 from qamw_kernels.sharding import TP_MAX
@@ -59,7 +60,7 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
 def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: Path | str | None = DEFAULT_TEXT, tp_max: int = TP_MAX,
              ignore: Sequence[str] = (), device: str = "auto", resume: bool = False, progress: Progress | None = None,
              max_shard_bytes: int = MAX_SHARD_BYTES, encoder: str | None = None,
-             rates: str | None = None) -> dict[str, Any]:
+             rates: str | None = None, quantize_lm_head: bool = False) -> dict[str, Any]:
     """Quantise the checkpoint directory ``model`` into the new directory ``out``.
 
     Memory: one decoder layer, one output shard and, with calibration, the hidden states of the calibration tokens and the
@@ -74,6 +75,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
         resume: continue an interrupted run of the same request.
         rates: "mixed" measures sensitivities: bits go to the layers, and calibration tokens count, by what their errors cost;
             "uniform" treats all alike, in about half the time; None for mixed with calibration, uniform without.
+        quantize_lm_head: also the head, at 6 bits per weight; it no longer shares its weight with the embeddings.
         encoder: "feedback" or "nearest"; None for feedback with calibration, nearest without.
     Returns:
         The report, as written to qamw_report.json.
@@ -87,7 +89,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     encoder, rates = chosen_method(bpw, text, encoder, rates)
     Output.check_target(out, resume)
     torch_device = usable_device(device)
-    plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes)
+    plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes, quantize_lm_head)
     tokens = calibration_tokens(model, text) if text else None
     check_disk(plan, out, tokens.numel() if tokens is not None else 0)
     sensitivities: list[list[Sensitivity]] = []
@@ -133,6 +135,10 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
                   device: torch.device, progress: Progress | None) -> None:
     open_shards = [shard for shard in plan.shards if shard.file not in output.files]
     end = max((shard.layers.stop for shard in open_shards), default=0)
+    head_names = {t.name for t in plan.output_tensors(plan.head)} if plan.head else set()
+    if any(t.name in head_names for shard in open_shards for t in shard.tensors):
+        end = len(plan.layers)
+    head: dict[str, torch.Tensor] = {}
     # With calibration, layers of finished shards are still passed through, up to the last layer that is needed.
     done = 0
     for shard in plan.shards:
@@ -156,8 +162,21 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
             if progress:
                 progress("quantising", done, plan.num_quantized_weights)
         if wanted:
-            tensors |= plan.checkpoint.load(t.name for t in shard.tensors if not shard.layers)
+            outside = [t.name for t in shard.tensors if not shard.layers]
+            if plan.head and head_names.intersection(outside):
+                if not head:
+                    head, notes = _quantize_head(plan, plan.head, calibrator, encoder, device)
+                if f"{plan.head.name}.qweight" in outside:
+                    entries += notes
+            tensors |= head | dict(plan.checkpoint.load(name for name in outside if name not in head_names))
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
+
+
+def _quantize_head(plan: Plan, head: Linear, calibrator: Calibrator | None, encoder: str,
+                   device: torch.device) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The head's output tensors, and its entry in the report."""
+    hessian = calibrator.head_hessian() if calibrator else None
+    return _quantize_linears(plan, [head], {head.name: plan.load_head().to(device)}, {head.name: hessian}, encoder)
 
 
 def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor | None], encoder: str,
@@ -165,16 +184,27 @@ def _quantize_layer(plan: Plan, layer: int, weights: dict[str, torch.Tensor], he
     """The output tensors of a decoder layer from its original ones, and the report's entries."""
     entries = []
     for group in plan.layers[layer]:
-        index_bits = plan.format.index_bits_of(group[0].name)
-        block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
         originals = {linear.name: weights.pop(f"{linear.name}.weight").to(device) for linear in group}
-        encoded = encode_group(originals, index_bits, block, {x.name: hessians.get(x.reads) for x in group}, encoder)
-        for linear in group:
-            quantized = encoded.quantized[linear.name]
-            stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in LAYER_TENSORS}
-            weights |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in stored.items()}
-            entries.append(report.layer_entry(linear, quantized, encoded.errors[linear.name], stored.values()))
+        made, notes = _quantize_linears(plan, group, originals, {x.name: hessians.get(x.reads) for x in group}, encoder)
+        weights |= made
+        entries += notes
     return weights, entries
+
+
+def _quantize_linears(plan: Plan, group: Sequence[Linear], originals: dict[str, torch.Tensor], hessians: dict[str, torch.Tensor | None],
+                      encoder: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The output tensors of an input group, and the report's entries."""
+    index_bits = plan.format.index_bits_of(group[0].name)
+    block = plan.format.rotation_block_size_of(group[0].name, group[0].num_inputs)
+    encoded = encode_group(originals, index_bits, block, hessians, encoder)
+    tensors: dict[str, torch.Tensor] = {}
+    entries = []
+    for linear in group:
+        quantized = encoded.quantized[linear.name]
+        stored = {suffix: getattr(quantized, suffix).cpu().clone() for suffix in LAYER_TENSORS}
+        tensors |= {f"{linear.name}.{suffix}": tensor for suffix, tensor in stored.items()}
+        entries.append(report.layer_entry(linear, quantized, encoded.errors[linear.name], stored.values()))
+    return tensors, entries
 
 
 def _decoded(plan: Plan, layer: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,5 +227,10 @@ def _write_rest(plan: Plan, output: Output, calibration: Path | None, encoder: s
     entries = [entry for shard in plan.shards for entry in output.notes[shard.file]]
     result = report.make_report(plan, entries, calibration, encoder)
     report.write_report(output, result, plan)
-    output.finish(weight_map, plan.output_bytes, source.config | {"quantization_config": plan.format.to_dict()})
+    config = source.config | {"quantization_config": plan.format.to_dict()}
+    if plan.head:  # it has a weight of its own now
+        config["tie_word_embeddings"] = False
+        if "tie_word_embeddings" in config.get("text_config", {}):
+            config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
+    output.finish(weight_map, plan.output_bytes, config)
     return result

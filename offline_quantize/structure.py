@@ -59,6 +59,7 @@ class Structure:
         num_heads, num_kv_heads: attention heads, None where config.json does not say; vLLM cuts between heads.
         kv_rows: rows of a key projection, which vLLM replicates rather than cuts when ranks outnumber its heads.
         parameter_names: every tensor that a checkpoint must have.
+        head: the linear that makes logits. head_source: the tensor with its weight, which may be that of the embeddings.
     """
 
     layers_name: str
@@ -67,6 +68,8 @@ class Structure:
     num_kv_heads: int | None
     kv_rows: int | None
     parameter_names: tuple[str, ...]
+    head: Linear
+    head_source: str
 
     def linears(self) -> Iterator[Linear]:
         for groups in self.layers:
@@ -227,7 +230,9 @@ def find_structure(directory: Path) -> Structure:
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else None)
-    head = model.get_output_embeddings()
-    tied = {f"{name}.weight" for name, m in model.named_modules() if m is head and config.tie_word_embeddings}
+    names = {id(module): name for name, module in model.named_modules()}
+    output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
+    head = Linear(names[id(output)], len(output.weight), output.weight.shape[1], False, names[id(output)])
     return Structure(layers_name, tuple(found), num_heads, num_kv_heads, num_kv_heads * head_dim if num_kv_heads and head_dim else None,
-                     tuple(name for name, _ in model.named_parameters() if name not in tied))
+                     tuple(name for name, _ in model.named_parameters() if not (tied and name == f"{head.name}.weight")),
+                     head, f"{names[id(model.get_input_embeddings())] if tied else head.name}.weight")

@@ -154,14 +154,21 @@ class QamwConfig(QuantizationConfig):
         return bits[parts[0]]
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method of a linear layer or of experts, plain for ignored ones; None for a layer of any other kind."""
+        """The method of a linear layer, of experts or of a head, plain for ignored ones; None for a layer of any other kind.
+
+        A head is quantised only where ``layer_index_bits`` names it: models tie and name their heads in many ways.
+        """
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+        from qamw_vllm.head import QamwHeadMethod
         from qamw_vllm.linear import QamwLinearMethod, QamwLoadingLinearMethod
 
         if isinstance(layer, RoutedExperts):
             return self._method_of_experts(layer, prefix)
+        if isinstance(layer, ParallelLMHead) and prefix in self.format.layer_index_bits:
+            return QamwHeadMethod(prefix, self.format.index_bits_of(prefix), self.format, self.summary)
         if not isinstance(layer, LinearBase):
             return None
         if self.while_loading:

@@ -128,6 +128,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
                 layer.register_parameter(f"{stem}_{suffix}", Parameter(tensor, requires_grad=False))
             layer.register_buffer(f"{stem}_quadrant_words", words, persistent=False)
         if self.backend == "decode":
+            self._plain.moe_kernel = None  # else, after a reload, it would go on with the weights that it packed before
             self._plain.process_weights_after_loading(layer)
             self.moe_kernel, self.moe_quant_config = self._plain.moe_kernel, self._plain.moe_quant_config
         elif current_platform.is_cuda():

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.platforms import current_platform
@@ -132,7 +133,7 @@ class QamwLinearMethod(LinearMethodBase):
         self.backend = choose_backend()
         if self.backend == "decode":
             # Delegated to, not inherited from: vLLM takes subclasses for unquantised layers.
-            self._plain = UnquantizedLinearMethod()
+            self._plain: UnquantizedLinearMethod | UnquantizedEmbeddingMethod = UnquantizedLinearMethod()
 
     def create_weights(
         self,

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qamw_kernels.codec import check_input_scales
 from qamw_kernels.format import layer_tensors
@@ -131,6 +132,8 @@ def _rows_on_disk(layer: Any, shards: tuple[int, ...]) -> int | None:
         sizes = [heads[0] * layer.head_size, heads[1] * layer.head_size, heads[1] * getattr(layer, "v_head_size", layer.head_size)]
     elif type(layer) is MergedColumnParallelLinear:
         sizes = layer.output_sizes
+    elif isinstance(layer, ParallelLMHead):
+        sizes = [layer.org_vocab_size]
     elif type(layer) in (ColumnParallelLinear, RowParallelLinear, ReplicatedLinear):
         sizes = [layer.output_size]
     else:

@@ -1,6 +1,7 @@
 """Start vLLM on one model after another and print what it computes: ``engine_script.py JOBS``, a JSON array of
 
     {"model": directory, "options": keywords of LLM, "prompts": lists of token ids, "max_tokens": n,
+     "reload": directory of a checkpoint whose weights take the place of the first ones,
      "regex": what every answer must match, "lora": directory of an adapter, "logprobs": false where the engine cannot give them}
 
 The last line on stdout is a JSON array of {"logprobs": per prompt, of every token after the first, "tokens": per prompt,
@@ -24,6 +25,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 4,
                "disable_log_stats": True, **job.get("options", {})}
     llm = LLM(model=job["model"], **options)
+    if "reload" in job:
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
     structure = StructuredOutputsParams(regex=job["regex"]) if "regex" in job else None
     scored = job.get("logprobs", True)
     parameters = SamplingParams(temperature=0, max_tokens=job.get("max_tokens", 8), prompt_logprobs=0 if scored else None,

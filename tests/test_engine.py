@@ -3,16 +3,13 @@
 The truth is the transformers model with every weight decoded by the reference codec. Engines run in processes of their own.
 """
 
-import importlib.metadata
+import asyncio
 import json
 import math
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,8 @@ from offline_quantize.calibration import DEFAULT_TEXT
 from offline_quantize.dequantize import dequantize
 from offline_quantize.evaluate import load_model
 from offline_quantize.quantize import quantize
+from server import Server, serve
+from soak import Answer, difference, soak
 
 pytestmark = [pytest.mark.engine, pytest.mark.skipif(not current_platform.is_cpu(), reason="starts vLLM's CPU build")]
 
@@ -146,6 +145,22 @@ def test_tensor_parallel_agrees(run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
+@pytest.fixture(scope="session")
+def with_head(tmp_path_factory) -> Path:
+    """A tiny quantised llama whose head is quantised too, with words that two ranks share unequally."""
+    folder = tmp_path_factory.mktemp("head")
+    quantize(tiny_model(folder / "model", "llama", vocab_size=390), folder / "quantized", calibration=None, quantize_lm_head=True)
+    return folder / "quantized"
+
+
+@pytest.mark.parametrize("options", [{}, TWO_RANKS], ids=["alone", "two ranks"])
+@pytest.mark.parametrize("backend", ["decode", "triton"])
+def test_quantised_head(backend, options, run, with_head):
+    job = {"model": str(with_head), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **options}}
+    ((result,), _) = run([job], QAMW_CPU_BACKEND=backend, TRITON_INTERPRET=str(int(backend == "triton")))
+    assert_matches(result, with_head, 1e-3)
+
+
 @pytest.mark.parametrize("options", [{}, TWO_RANKS, {**TWO_RANKS, "enable_expert_parallel": True}], ids=["alone", "cut", "distributed"])
 def test_experts_on_packed_weights(options, run, checkpoint):
     """The real kernels; two ranks hold half of every expert each, or every other expert."""
@@ -163,6 +178,22 @@ def test_latent_attention_and_grouped_experts(run, checkpoint):
     assert ours["tokens"] == theirs["tokens"]
     for one, other in zip(ours["logprobs"], theirs["logprobs"], strict=True):
         torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", ["decode", "triton"])
+def test_weights_are_reloaded(backend, run, checkpoint, with_head, tmp_path):
+    """Layer by layer, other weights take the place of the first: of linears, heads and experts."""
+    jobs, others = [], []
+    for first, architecture in ((with_head, "llama"), (checkpoint("mixtral"), "mixtral")):
+        other = copy_model(first.parent / "model", tmp_path / architecture)
+        (file,) = other.glob("*.safetensors")
+        save_file({name: t.roll(1, 0) if t.ndim == 2 else t for name, t in load_file(file).items()}, file, metadata={"format": "pt"})
+        others.append(tmp_path / f"{architecture}-quantized")
+        quantize(other, others[-1], calibration=None, quantize_lm_head=architecture == "llama", tp_max=4)
+        jobs.append({"model": str(first), "reload": str(others[-1]), "prompts": PROMPTS[:1], "options": {"dtype": "float32"}})
+    results, _ = run(jobs, QAMW_CPU_BACKEND=backend, TRITON_INTERPRET=str(int(backend == "triton")))
+    for result, other in zip(results, others, strict=True):
+        assert_matches(result, other, 1e-3)
 
 
 @pytest.mark.parametrize("tp_size", [1, 2])
@@ -365,49 +396,17 @@ def test_served_perplexity_is_that_of_the_decoded_model(run, real_checkpoint):
 
 
 @pytest.fixture(scope="session")
-def served(environment, real_checkpoint, tmp_path_factory) -> Iterator[tuple[str, Path]]:
-    """``vllm serve`` on a quantised SmolLM2-135M: its address and the checkpoint."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:  # the `vllm` command of the CPU build needs it
-        subprocess.run([sys.executable, "-m", "qamw_vllm.cpu_metadata"], check=True)
-    out, folder = real_checkpoint("smollm2-135m"), tmp_path_factory.mktemp("served")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(out), "--quantization", "qamw",
-               "--served-model-name", "smollm2", "--host", "127.0.0.1", "--port", str(port),
-               "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
-    address = f"http://127.0.0.1:{port}"
-    log = folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-                                   env={**environment, "OMP_NUM_THREADS": "2"})
-        try:
-            deadline = time.monotonic() + 400
-            while not healthy(address):
-                assert process.poll() is None, log.read_text()[-10000:]
-                assert time.monotonic() < deadline, log.read_text()[-10000:]
-                time.sleep(1)
-            yield address, out
-        finally:
-            if process.poll() is None:
-                process.send_signal(signal.SIGINT)
-                try:
-                    process.wait(60)
-                except subprocess.TimeoutExpired:
-                    os.killpg(process.pid, signal.SIGKILL)  # the session that was started above
+def served(environment, real_checkpoint, tmp_path_factory) -> Iterator[tuple[Server, Path]]:
+    """``vllm serve`` on a quantised SmolLM2-135M: the server and the checkpoint."""
+    out, log = real_checkpoint("smollm2-135m"), tmp_path_factory.mktemp("served") / "serve.log"
+    options = ["--quantization", "qamw", "--served-model-name", "smollm2", "--enforce-eager", "--max-model-len", "512",
+               "--max-num-seqs", "4"]
+    with serve(out, log, *options, environment={**environment, "OMP_NUM_THREADS": "2"}) as server:
+        yield server, out
 
 
-def healthy(address: str) -> bool:
-    try:
-        return httpx.get(f"{address}/health", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-def post(address: str, path: str, **request: Any) -> dict[str, Any]:
-    response = httpx.post(f"{address}{path}", json={"model": "smollm2", "temperature": 0, **request}, timeout=200)
+def post(server: Server, path: str, **request: Any) -> dict[str, Any]:
+    response = httpx.post(f"{server.address}{path}", json={"model": "smollm2", "temperature": 0, **request}, timeout=200)
     assert response.status_code == 200, response.text
     return response.json()
 
@@ -416,9 +415,9 @@ QUESTION = [{"role": "user", "content": "What is the capital of France? Answer i
 
 
 def test_serve_completions(served):
-    address, checkpoint = served
+    server, checkpoint = served
     text = "The Eiffel Tower stands in Paris, the capital of France. It was built of iron by the engineer Gustave Eiffel."
-    answer = post(address, "/v1/completions", prompt=text, max_tokens=1, prompt_logprobs=0, return_token_ids=True)["choices"][0]
+    answer = post(server, "/v1/completions", prompt=text, max_tokens=1, prompt_logprobs=0, return_token_ids=True)["choices"][0]
     prompt = answer["prompt_token_ids"]
     logprobs = torch.tensor([entry[str(token)]["logprob"] for token, entry
                              in zip(prompt[1:], answer["prompt_logprobs"][1:], strict=True)])
@@ -428,15 +427,29 @@ def test_serve_completions(served):
 
 
 def test_serve_chat_and_streaming(served):
-    address, _ = served
-    whole = post(address, "/v1/chat/completions", messages=QUESTION, max_tokens=24)["choices"][0]["message"]["content"]
+    server, _ = served
+    whole = post(server, "/v1/chat/completions", messages=QUESTION, max_tokens=24)["choices"][0]["message"]["content"]
     assert "Paris" in whole
     request = {"model": "smollm2", "temperature": 0, "messages": QUESTION, "max_tokens": 24, "stream": True}
     pieces = []
-    with httpx.stream("POST", f"{address}/v1/chat/completions", json=request, timeout=200) as response:
+    with httpx.stream("POST", f"{server.address}/v1/chat/completions", json=request, timeout=200) as response:
         assert response.status_code == 200
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":
                 pieces.append(json.loads(line[6:])["choices"][0]["delta"].get("content") or "")
     assert "".join(pieces) == whole
     assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_load(served):
+    """More clients than sequences, some of whom hang up: what `make soak` does for longer."""
+    server, _ = served
+    assert asyncio.run(soak(server, clients=9, seconds=20, max_tokens=8)) > 5
+
+
+def test_soak_sees_wrong_answers():
+    alone = Answer(["a", "b"], [{"a": -0.5, "c": -0.6}, {"b": -0.1, "d": -3.0}])
+    assert difference(alone, Answer(["a", "b"], [])) is None
+    assert difference(alone, Answer(["c", "x"], [])) == "tie"
+    assert "token 1 is 'd', alone it was 'b', 2.900 nats" in difference(alone, Answer(["a", "d"], []))
+    assert "token 1 is 'e'" in difference(alone, Answer(["a", "e"], []))
