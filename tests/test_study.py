@@ -220,6 +220,11 @@ def test_claims_are_computed_from_rows() -> None:
     assert report.joint_against_polar(rows) == [(4.0, 20, 2.0)]
     assert report.divergence_predicts_perplexity(rows) == pytest.approx(0.5)  # ranks 3 2 1 against 3 1 2
 
+    rows = [{**r, "model": "one", "perplexity": {**r["perplexity"], "change_percent_se": 0.1}} for r in
+            (*rows, row("qamw-5.5", 0.01, 0.5), row("polar-7", 0.4, 50), row("qamw-plain-3.5", 0.5, 60))]
+    text = report.claims(rows)
+    assert "Its order holds in 1 of 2 comparisons, its size in 0" in text and "On 0 of 1 models: one +0.50 ± 0.10 %" in text
+
 
 def test_readme_shows_the_rows() -> None:
     readme = report.README.read_text()
