@@ -164,13 +164,15 @@ def test_quantised_head(backend, options, run, with_head):
     assert_matches(result, with_head, 1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, TWO_RANKS, {**TWO_RANKS, "enable_expert_parallel": True}], ids=["alone", "cut", "distributed"])
-def test_experts_on_packed_weights(options, run, checkpoint):
+@pytest.mark.parametrize("architecture, options", [
+    ("mixtral", TWO_RANKS), ("mixtral", {**TWO_RANKS, "enable_expert_parallel": True}), ("qwen2_moe", {})],
+    ids=["cut", "distributed", "beside a shared one"])
+def test_experts_on_packed_weights(architecture, options, run, checkpoint):
     """The real kernels; two ranks hold half of every expert each, or every other expert."""
-    job = {"model": str(checkpoint("mixtral")), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **options}}
+    job = {"model": str(checkpoint(architecture)), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **options}}
     ((result,), printed) = run([job], QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
     assert "They stay packed" in printed
-    assert_matches(result, checkpoint("mixtral"), 1e-3)
+    assert_matches(result, checkpoint(architecture), 1e-3)
 
 
 def test_latent_attention_and_grouped_experts(run, checkpoint):

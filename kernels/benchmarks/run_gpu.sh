@@ -25,4 +25,5 @@ if [ $# -ge 3 ]; then
         done
         vllm bench throughput --model "$model" --input-len 512 --output-len 128 --num-prompts 512 --output-json "$out/throughput-$name.json"
     done
+    python "$here/tests/bench_serve.py" "$2" "$3" --options '--gpu-memory-utilization 0.4' --json "$out/serve.json" --plot "$out/serve.png"
 fi
