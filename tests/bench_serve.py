@@ -28,12 +28,14 @@ FIGURES = {"output_throughput": "tokens/s", "median_ttft_ms": "time to first tok
 def load(server: Server, name: str, tokenizer: Path, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:
     """Figures of one round of ``clients`` at once."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([
+        process = subprocess.run([
             VLLM, "bench", "serve", "--backend", "openai", "--base-url", server.address, "--model", name, "--tokenizer", tokenizer,
             "--dataset-name", "random", "--random-input-len", str(args.input_len), "--random-output-len", str(args.output_len),
             "--ignore-eos", "--num-prompts", str(args.requests * clients), "--max-concurrency", str(clients), "--seed", str(seed),
             "--disable-tqdm", "--save-result", "--result-dir", folder, "--result-filename", "result.json",
-        ], check=True, stdout=subprocess.DEVNULL, env={**os.environ, **ENVIRONMENT})
+        ], capture_output=True, text=True, env={**os.environ, **ENVIRONMENT})
+        if process.returncode:
+            raise RuntimeError(f"vllm bench serve: {(process.stdout + process.stderr)[-5000:]}")
         result = json.loads((Path(folder) / "result.json").read_text())
     if result["completed"] != args.requests * clients:
         raise RuntimeError(f"{name}: {result['completed']} of {args.requests * clients} requests were answered; see {server.log}")
@@ -84,7 +86,7 @@ def main() -> None:
             for name, measured in rounds.items():
                 medians = {key: statistics.median(one[key] for one in measured[1:]) for key in FIGURES}
                 rows.append({"name": name, "clients": clients, **medians})
-                figures = ", ".join(f"{medians[key]:.2f} {label}" for key, label in FIGURES.items())
+                figures = ", ".join(f"{label} {medians[key]:.2f}" for key, label in FIGURES.items())
                 print(f"{name:6} {clients:3} clients: {figures}", flush=True)
     cuda = torch.cuda.is_available()
     result = {
