@@ -76,7 +76,9 @@ class LayerRunner:
         """Give decoder layer ``index`` its tensors, by full name."""
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
             stored = weights.get(f"{self.layers_name}.{index}.{name}")
-            return old.to(self.device) if stored is None else stored.to(self.device, DTYPE)
+            if stored is None:
+                return old.to(self.device)
+            return stored.to(self.device, DTYPE if isinstance(old, torch.nn.Parameter) else old.dtype)  # routers have biases in float32
 
         set_parameters(self.layers[index], real, buffers=True)
 
@@ -109,9 +111,10 @@ class Calibrator:
 
     def __init__(self, checkpoint: Checkpoint, tokens: torch.Tensor, device: torch.device) -> None:
         self._runner = LayerRunner(checkpoint, tokens, device)
-        # Embeddings and head have done their work; norms are small, and the last one stands before the head.
-        set_parameters(self._runner.model, lambda name, p: p if p.ndim == 1 else torch.empty_like(p, device="meta"),
-                       skip=self._runner.layers_name)
+        # Embeddings and head have done their work. All else is small, and the last norm stands before the head.
+        model = self._runner.model
+        done = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
+        set_parameters(model, lambda name, p: torch.empty_like(p, device="meta") if id(p) in done else p, skip=self._runner.layers_name)
         self._index = 0
 
     @torch.no_grad()

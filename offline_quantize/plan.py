@@ -19,6 +19,7 @@ from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 MAX_SHARD_BYTES = 512 * 2**20
+SERVED_BY_EMBEDDINGS = ("bloom", "cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n", "gemma3n_text", "opt")  # model types in vLLM
 HEAD_INDEX_BITS = 12  # of the head, whose errors reach every logit
 
 
@@ -237,6 +238,10 @@ def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Li
                                     "layers that read the same input are fused when served, ignore all or none of them")
             if not left:
                 kept.append(group)
+        experts = [group for group in groups if group[0].routed]
+        if 0 < sum(group in kept for group in experts) < len(experts):
+            raise QuantizeError(f"--ignore leaves out some matrices of the experts of {experts[0][0].name.rpartition('.experts.')[0]}, but "
+                                "not others: they are served together, ignore all or none of them")
         layers.append(tuple(kept))
     if not any(layers):
         raise QuantizeError("--ignore leaves nothing to quantise")
@@ -301,6 +306,9 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: S
     layers = _select(structure, ignore)
     linears = [linear for groups in layers for group in groups for linear in group]
     head = structure.head if quantize_lm_head else None
+    if head and checkpoint.config.get("model_type") in SERVED_BY_EMBEDDINGS:
+        raise QuantizeError(f"--quantize-lm-head: vLLM's {checkpoint.config['model_type']} has no head that could be quantised, it makes "
+                            "logits with the embeddings")
     _check_weights(checkpoint, structure, linears)
     if head:
         _check_weight(checkpoint, head, structure.head_source)

@@ -65,14 +65,17 @@ def _plot(path: Path, result: dict[str, Any]) -> None:
 
     calibrated = result["calibration"] is not None
     key, label = ("output_nmse", "output error") if calibrated else ("nmse", "weight error")
-    by_role: dict[str, list[float | None]] = {}
+    by_role: dict[str, list[tuple[int, float]]] = {}
     for entry in result["layers"]:
-        role = ".".join(part for part in entry["name"].split(".")[-2:] if not part.isdigit())
-        by_role.setdefault(role, []).append(entry.get(key))
+        parts = entry["name"].split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        role = ".".join(part for part in parts[-2:] if not part.isdigit())
+        by_role.setdefault(role, []).append((layer, entry.get(key) or math.nan))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for role, values in by_role.items():
-        axes.semilogy(range(len(values)), [value or math.nan for value in values], marker=".", label=role)
+    for role, points in by_role.items():
+        alone = len({layer for layer, _ in points}) == len(points)  # and not one of many experts
+        axes.semilogy(*zip(*points, strict=True), marker=".", linestyle="-" if alone else "", label=role)
     axes.set(xlabel="decoder layer", ylabel=f"{label} (squared, relative)",
              title=f"{result['effective_bits_per_weight']:.3f} effective bits per weight")
     axes.grid(True, which="both", alpha=0.3)
@@ -92,7 +95,7 @@ tags: [qamw]
 ---
 # {name}, QAM-W {result["nominal_bits_per_weight"]:g} bpw
 
-{result["quantized_weights"] / 1e6:.1f} million weights at {result["effective_bits_per_weight"]:.3f} effective bits per weight
+{result["quantized_weights"] / 1e6:.1f} million weights of the decoder layers, {result["effective_bits_per_weight"]:.3f} effective bits each
 (every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.
 Calibration: {result["calibration"] or "none"}. Made by qamw-vllm {result["qamw_version"]}.
 

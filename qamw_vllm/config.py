@@ -186,6 +186,10 @@ class QamwConfig(QuantizationConfig):
         if self.while_loading:
             raise ValueError(f"{prefix}: experts cannot be quantised while they are loaded: run qamw quantize first")
         prefix = prefix.removesuffix(".routed_experts")
-        if any(f"{prefix}.0.{name}" in self._ignore for name in ("gate_proj", "w1")):
+        named = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
+        ignored = [name for name in named if f"{prefix}.0.{name}" in self._ignore]
+        if len(ignored) == 3:
             return None
+        if ignored:
+            raise ValueError(f"{prefix}: vLLM serves the matrices of experts together, but config.json ignores only {', '.join(ignored)}")
         return QamwMoEMethod(layer, prefix, self.format, self.summary)

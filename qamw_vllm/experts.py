@@ -156,8 +156,11 @@ class QamwMoEMethod(FusedMoEMethodBase):
         both = self._multiply("w13", layer, x, routing, num_slots)
         inner = torch.empty(num_slots, both.shape[1] // 2, dtype=x.dtype, device=x.device)
         apply_moe_activation(layer.activation, inner, both)
-        y = self._multiply("w2", layer, inner, routing, num_slots)
-        return (y.view(*topk_ids.shape, -1) * topk_weights[..., None]).sum(1).to(x.dtype)
+        y = self._multiply("w2", layer, inner, routing, num_slots).view(*topk_ids.shape, x.shape[1])
+        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for k in range(topk_ids.shape[1]):  # one by one, for y in float32 would be large
+            out += y[:, k] * topk_weights[:, k, None]
+        return out.to(x.dtype)
 
     def _multiply(self, stem: str, layer: Any, x: torch.Tensor, routing: Routing, num_slots: int) -> torch.Tensor:
         qweight, row_norms, input_scales, words = (getattr(layer, f"{stem}_{suffix}") for suffix in (*LAYER_TENSORS, "quadrant_words"))

@@ -73,7 +73,7 @@ def check_split(prefix: str, input_size: int, input_size_per_partition: int, rot
 
 
 def warm_up_once(format: QamwFormat, dtype: torch.dtype, device: torch.device, experts: bool = False) -> None:
-    """Compile the kernels of a whole model, once in this process: before graphs are captured, and not while serving."""
+    """Compile the kernels of a whole model, once in this process and once with experts: before graphs are captured, not while serving."""
     rates = frozenset({format.index_bits, *format.layer_index_bits.values()})
     _warm_up(rates, frozenset(format.rotation_block_sizes.values()), dtype, device, experts)
 

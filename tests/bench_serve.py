@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import tempfile
@@ -22,7 +23,7 @@ from server import ENVIRONMENT, VLLM, Server, serve
 
 RESULTS = Path(__file__).resolve().parent.parent / "kernels" / "benchmarks" / "results"
 FIGURES = {"output_throughput": "tokens/s", "median_ttft_ms": "time to first token, ms", "median_tpot_ms": "time per output token, ms",
-           "memory_gib": "memory, GiB"}
+           "memory_gib": "memory, GiB"}  # on a GPU what vLLM says of the weights, for it takes the rest too; else the server's processes
 
 
 def load(server: Server, name: str, tokenizer: Path, clients: int, args: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -39,7 +40,9 @@ def load(server: Server, name: str, tokenizer: Path, clients: int, args: argpars
         result = json.loads((Path(folder) / "result.json").read_text())
     if result["completed"] != args.requests * clients:
         raise RuntimeError(f"{name}: {result['completed']} of {args.requests * clients} requests were answered; see {server.log}")
-    return {figure: result[figure] for figure in FIGURES if figure in result} | {"memory_gib": server.memory() / 2**30}
+    logged = re.findall(r"Model loading took ([\d.]+) GiB", server.log.read_text()) if torch.cuda.is_available() else []
+    memory = float(logged[-1]) if logged else server.memory() / 2**30
+    return {figure: result[figure] for figure in FIGURES if figure in result} | {"memory_gib": memory}
 
 
 def plot(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -82,7 +85,7 @@ def main() -> None:
             rounds: dict[str, list[dict[str, float]]] = {name: [] for name in servers}
             for seed in range(args.rounds + 1):  # the first warms up
                 for name, server in servers.items():
-                    rounds[name].append(load(server, name, args.model, clients, args, seed))
+                    rounds[name].append(load(server, name, args.model, clients, args, 1000 * clients + seed))  # never the same prompts
             for name, measured in rounds.items():
                 medians = {key: statistics.median(one[key] for one in measured[1:]) for key in FIGURES}
                 rows.append({"name": name, "clients": clients, **medians})

@@ -59,8 +59,9 @@ def rows() -> list[dict[str, Any]]:
         for kind in ("skinny", "wide"):
             constants = triton_launch.gemm_constants(11, torch.bfloat16, kind)
             pairs = constants["ROW_TILES"] * 256 // (32 * constants["num_warps"])
-            found.append(row(f"gemm, b = 11, {kind}", target, triton_kernels.gemm_kernel, constants, pairs,
-                             lambda bodies: max(bodies, key=collections.Counter.total)))
+            for name, kernel in (("gemm", triton_kernels.gemm_kernel), ("routed gemm", triton_kernels.routed_gemm_kernel)):
+                found.append(row(f"{name}, b = 11, {kind}", target, kernel, constants, pairs,
+                                 lambda bodies: max(bodies, key=collections.Counter.total)))
         constants = triton_launch.dequantize_constants(11, 128, torch.bfloat16)
         found.append(row("dequantize, b = 11, B = 128", target, triton_kernels.dequantize_kernel, constants))
         constants = triton_launch.rotate_constants(128, torch.bfloat16)

@@ -24,7 +24,8 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     """
     gluon = type(kernel).__name__ == "GluonJITFunction"
     activation = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[str(constants["DTYPE"])]
-    types = {"p_tiles": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32"}
+    types = {"p_tiles": "*i32", "p_quadrant": "*i32", "p_row_norms": "*fp32", "p_input_scales": "*fp16", "scale": "fp32",
+             "p_slots": "*i32", "p_experts": "*i32", "p_num_sorted": "*i32"}
     types |= {"p_x": "*i32"} if gluon else {}
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):

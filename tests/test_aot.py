@@ -7,7 +7,7 @@ import torch
 
 from qamw_kernels.codebook import INDEX_BITS
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES
-from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel
+from qamw_kernels.triton_kernels import INTERPRETED, dequantize_kernel, gemm_kernel, rotate_kernel, routed_gemm_kernel
 from qamw_kernels.triton_launch import dequantize_constants, gemm_constants, rotate_constants
 from sass import compile_for, disassemble
 
@@ -34,6 +34,13 @@ def opcodes_of(target: int, kernel, constants: dict) -> collections.Counter[str]
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemm(target, dtype, index_bits, kind):
     assert opcodes_of(target, gemm_kernel, gemm_constants(index_bits, dtype, kind))[TARGETS[target]]
+
+
+@pytest.mark.parametrize("kind", ["skinny", "wide"])
+@pytest.mark.parametrize("dtype", NARROW, ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+def test_routed_gemm(target, dtype, kind):
+    assert opcodes_of(target, routed_gemm_kernel, gemm_constants(11, dtype, kind))[TARGETS[target]]
 
 
 @pytest.mark.parametrize("index_bits", [b for b in INDEX_BITS if b not in (8, 11)])

@@ -283,8 +283,8 @@ def test_ngram_speculation(run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
-def test_lora_on_packed_weights(run, checkpoint, adapter):
-    job = {"model": str(checkpoint("llama")), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **LORA}, "lora": adapter}
+def test_lora_on_packed_weights(run, with_head, adapter):
+    job = {"model": str(with_head), "prompts": PROMPTS[:1], "options": {"dtype": "float32", **LORA}, "lora": adapter}
     ((decoded,), _), ((packed,), printed) = run([dict(job)]), run([dict(job)], QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
     assert "They stay packed" in printed and "error" not in packed, packed
     torch.testing.assert_close(torch.tensor(packed["logprobs"]), torch.tensor(decoded["logprobs"]), rtol=0, atol=1e-3)

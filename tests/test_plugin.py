@@ -532,3 +532,13 @@ def test_experts_are_not_quantised_while_loading():
 
     with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts: experts cannot be quantised while they are loaded"):
         QamwConfig().get_quant_method(RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts")
+
+
+def test_experts_are_ignored_together():
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    names = [f"model.layers.0.mlp.experts.0.{name}" for name in EXPERT_NAMES.values()]
+    layer, prefix = RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts"
+    assert make_config(ignore=names).get_quant_method(layer, prefix) is None
+    with pytest.raises(ValueError, match=r"together, but config.json ignores only up_proj, down_proj"):
+        make_config(ignore=names[1:]).get_quant_method(layer, prefix)

@@ -438,6 +438,18 @@ def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+def test_some_matrices_of_experts_alone_are_not_ignored(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "moe", "qwen3_moe")
+    with pytest.raises(QuantizeError, match=r"some matrices of the experts of model.layers.0.mlp, but not others.*all or none"):
+        make_plan(model, ignore=["*.down_proj"])
+    assert not [x for x in make_plan(model, ignore=["*.experts.*"]).linears if "experts" in x.name]
+
+
+def test_head_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QuantizeError, match=r"--quantize-lm-head: vLLM's gemma2 has no head"):
+        make_plan(tiny_model(tmp_path / "model", "gemma2"), quantize_lm_head=True)
+
+
 def test_experts_that_are_fused_on_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"nn\.Linear holds only .* the rest is in .*experts"):
         quantize(tiny_model(tmp_path / "moe", "granitemoe"), tmp_path / "out", calibration=None)

@@ -11,7 +11,7 @@ TRITON_INTERPRET=0 python -m pytest -q "$here/tests/kernel_checks.py" --junitxml
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
         TRITON_INTERPRET=0 compute-sanitizer --tool $tool --error-exitcode 1 \
-            python -m pytest -q "$here/tests/kernel_checks.py" -k 'end_to_end or exact' >"$out/$tool.log"
+            python -m pytest -q "$here/tests/kernel_checks.py" -k 'end_to_end or exact or routed' >"$out/$tool.log"
     done
 fi
 python "$here/kernels/benchmarks/bench_linear.py" "$out/linear.json" --save-crossing
