@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.conversion_mapping import extract_weight_conversions_for_model
 
 
 class Expert(nn.Module):
@@ -74,6 +73,8 @@ def _can_unfuse(module: Any) -> bool:
 
 def _names_on_disk(model: Any) -> tuple[tuple[str, str, str] | None, dict[str, str]]:
     """(gate, up, down) of an expert in checkpoints, None where they are fused there too, and the blocks' name here -> there."""
+    from transformers.conversion_mapping import extract_weight_conversions_for_model  # slow to import
+
     found: dict[str, list[str]] = {}
     renamed = {}
     for conversion in extract_weight_conversions_for_model(model) or ():
