@@ -43,10 +43,13 @@ def decoded_tensors(checkpoint: Checkpoint, dtype: torch.dtype,
                     wanted: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the model that a checkpoint stands for, all or those ``wanted``; weights of a QAM-W checkpoint rounded to ``dtype``."""
     quantized = checkpoint.config.get("quantization_config")
-    fmt = QamwFormat.from_dict(quantized) if quantized else None
+    if not quantized:
+        yield from checkpoint.load(name for name in checkpoint.tensors if wanted is None or name in wanted)
+        return
+    fmt = QamwFormat.from_dict(quantized)
     for name, stored in decoded_names(checkpoint).items():
         if wanted is None or name in wanted:
-            yield name, decoded_tensor(checkpoint, fmt, stored, dtype) if fmt else next(checkpoint.load([name]))[1]
+            yield name, decoded_tensor(checkpoint, fmt, stored, dtype)
 
 
 def dequantize(quantized: Path, out: Path, dtype: torch.dtype = torch.bfloat16, progress: Callable[[int, int], None] | None = None,

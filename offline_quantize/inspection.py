@@ -9,7 +9,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
 from offline_quantize.report import REPORT
 from offline_quantize.structure import find_structure
-from qamw_kernels.codec import check_input_scales
+from qamw_kernels.codec import check_input_scales, check_row_norms
 from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, FormatError, QamwFormat, layer_tensors
 
 
@@ -137,11 +137,10 @@ def _layer_faults(checkpoint: Checkpoint, fmt: QamwFormat, name: str, rows: int,
     if faults:
         return faults
     (_, norms), (_, scales) = checkpoint.load([f"{name}.row_norms", f"{name}.input_scales"])
-    if not (torch.isfinite(norms) & (norms >= 0)).all():
-        faults.append(f"{checkpoint.tensors[f'{name}.row_norms'].file}: {name}.row_norms must be finite and not negative")
-    try:
-        fmt.rotation_block_size_of(name, inputs)
-        check_input_scales(scales)
-    except ValueError as error:
-        faults.append(f"{checkpoint.tensors[f'{name}.input_scales'].file}: {name}: {error}")
+    for suffix, check in (("row_norms", lambda: check_row_norms(norms)), ("input_scales", lambda: check_input_scales(scales)),
+                          ("qweight", lambda: fmt.rotation_block_size_of(name, inputs))):
+        try:
+            check()
+        except ValueError as error:
+            faults.append(f"{checkpoint.tensors[f'{name}.{suffix}'].file}: {name}: {error}")
     return faults

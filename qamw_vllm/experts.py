@@ -12,7 +12,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.platforms import current_platform
 
 from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, check_input_scales
+from qamw_kernels.codec import QuantizedWeight, check_input_scales, check_row_norms
 from qamw_kernels.format import LAYER_TENSORS, QamwFormat, layer_tensors
 from qamw_kernels.routing import Routing, sort_slots
 from qamw_kernels.tiling import tile_planes
@@ -246,19 +246,14 @@ class ExpertsLoader:
         self.arrived.clear()  # for a later reload
         for shard, (stem, position) in MATRICES.items():
             norms, scales = getattr(layer, f"{stem}_row_norms").data, getattr(layer, f"{stem}_input_scales").data
-            half = norms.shape[1] // 2 if stem == "w13" else norms.shape[1]
-            own = norms[:, position * half : (position + 1) * half]
-            wrong = (~(own.isfinite() & (own >= 0))).nonzero()
-            if len(wrong):
-                local, row = wrong[0].tolist()
-                raise ValueError(f"{self.prefix}.{numbers[local]}.{self.names[shard]}.row_norms: expected finite values, not negative, got "
-                                 f"{float(own[local, row])} in row {row} of this rank")
-            first = scales[0, 0]
-            for local, of_expert in enumerate(scales[:, position]):
+            rows = norms.shape[1] // (2 if stem == "w13" else 1)
+            own = norms[:, position * rows : (position + 1) * rows]
+            for local, (of_expert, expert_norms) in enumerate(zip(scales[:, position], own, strict=True)):
                 name = f"{self.prefix}.{numbers[local]}.{self.names[shard]}"
                 try:
+                    check_row_norms(expert_norms)
                     check_input_scales(of_expert)
                 except ValueError as error:
                     raise ValueError(f"{name}.{error}") from None
-                if not torch.equal(of_expert, first):
+                if not torch.equal(of_expert, scales[0, 0]):
                     raise ValueError(f"{name}.input_scales differs from that of other experts of the layer: they must share one vector")

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from qamw_kernels.codec import check_input_scales
+from qamw_kernels.codec import check_input_scales, check_row_norms
 from qamw_kernels.format import layer_tensors
 
 TENSORS = ("qweight", "row_norms", "input_scales")
@@ -96,12 +96,10 @@ class LayerLoader:
             ValueError: names the tensor, what was expected and what was found.
         """
         self.check_complete(TENSORS)
-        row_norms = self.layer.row_norms.data
-        wrong = ~(row_norms.isfinite() & (row_norms >= 0))
-        if wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            raise ValueError(f"{self._where()}.row_norms: expected finite values, not negative, got {float(row_norms[row])} "
-                             f"in row {row} of this rank")
+        try:
+            check_row_norms(self.layer.row_norms.data)
+        except ValueError as error:
+            raise ValueError(f"{self._where()}.{error} of this rank") from None
         input_scales = self.layer.input_scales.data
         for name, scales in zip(self.names, input_scales, strict=True):
             try:

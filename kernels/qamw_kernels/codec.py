@@ -61,6 +61,14 @@ def check_input_scales(input_scales: torch.Tensor) -> None:
         raise ValueError(f"input_scales[{at}] = {float(input_scales[at])}: expected a finite, normal float16 number")
 
 
+def check_row_norms(row_norms: torch.Tensor) -> None:
+    """Raise ValueError unless every value is finite and not negative."""
+    wrong = ~(row_norms.isfinite() & (row_norms >= 0))
+    if wrong.any():
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(f"row_norms: expected finite values, not negative, got {float(row_norms[row])} in row {row}")
+
+
 def make_input_scales(num_inputs: int, channel_scales: torch.Tensor | None = None) -> torch.Tensor:
     """Random rotation signs over activation-aware factors: ``rotation_signs / channel_scales``.
 
