@@ -11,15 +11,24 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, build_empty_model, decoder_layers, on_linear_inputs, record_layer_calls, set_parameters
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
-NUM_WINDOWS = 32
+MIN_TOKENS = 16384
+TOKENS_PER_INPUT = 4  # of the widest layer: with fewer, its Hessian shows more chance than correlation
 WINDOW_TOKENS = 512
 BATCH = 4  # windows per forward call
 DTYPE = torch.bfloat16  # as layers are served
 
 
-def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
-    """Tokens [NUM_WINDOWS, WINDOW_TOKENS] int64, windows spread evenly over the text, each led by BOS if the tokenizer has one.
+def default_num_tokens(num_inputs: int) -> int:
+    """Calibration tokens for a model whose widest layer has ``num_inputs`` inputs, where the text has so many."""
+    return max(MIN_TOKENS, TOKENS_PER_INPUT * num_inputs)
 
+
+def calibration_windows(directory: Path, text_file: Path, num_tokens: int, at_least: int | None = None) -> torch.Tensor:
+    """Tokens [windows, WINDOW_TOKENS] int64, windows spread evenly over the text, each led by BOS if the tokenizer has one.
+
+    Args:
+        num_tokens: in all, rounded up to whole windows.
+        at_least: a text with fewer than ``num_tokens`` is enough if it has so many; None for all of them.
     Raises:
         QuantizeError: the text is missing, not UTF-8, or too short; or the model has no usable tokenizer.
     """
@@ -36,9 +45,10 @@ def calibration_tokens(directory: Path, text_file: Path) -> torch.Tensor:
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     width = WINDOW_TOKENS - len(bos)
-    if len(tokens) < NUM_WINDOWS * width:
-        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {NUM_WINDOWS * width} are needed")
-    starts = torch.linspace(0, len(tokens) - width, NUM_WINDOWS).long().tolist()
+    wanted, needed = (-(-n // WINDOW_TOKENS) for n in (num_tokens, num_tokens if at_least is None else at_least))
+    if len(tokens) < needed * width:
+        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * width} are needed")
+    starts = torch.linspace(0, len(tokens) - width, min(wanted, len(tokens) // width)).long().tolist()
     return torch.stack([torch.cat((torch.tensor(bos, dtype=torch.long), tokens[s : s + width])) for s in starts])
 
 

@@ -22,6 +22,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--calibration", default="default", metavar="FILE|none", help=(
             "UTF-8 text like what the model will read, 16 thousand tokens or more (default: encyclopedia articles that come with qamw); "
             "none: less time, larger errors"))
+        command.add_argument("--calibration-tokens", type=_at_least(1), metavar="N", help=(
+            "how many tokens of the text are read; more take more time (default: 4 for each input of the widest layer, "
+            "at least 16384, at most what the text has)"))
         command.add_argument("--encoder", choices=["feedback", "nearest"], help=(
             "feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not"))
         command.add_argument("--rates", choices=["mixed", "uniform"], help=(
@@ -103,7 +106,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
         report = quantize(resolve_model(args.model), args.out, args.bpw, _calibration(args.calibration), args.tp_max,
                           args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates,
-                          quantize_lm_head=args.quantize_lm_head)
+                          quantize_lm_head=args.quantize_lm_head, calibration_tokens=args.calibration_tokens)
     print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
     if missed := report["not_reached"]:
@@ -114,7 +117,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from offline_quantize.calibration import NUM_WINDOWS, WINDOW_TOKENS
+    from offline_quantize.calibration import default_num_tokens
     from offline_quantize.checkpoint import resolve_model
     from offline_quantize.plan import make_plan
     from offline_quantize.quantize import chosen_method
@@ -126,7 +129,7 @@ def _plan(args: argparse.Namespace) -> None:
     width = max(len(row[0]) for row in rows)
     for name, count, shape, decision, megabytes in rows:
         print(f"{name:{width}} {count:5} x {shape:>13}  {decision:24} {megabytes:10.2f} MB")
-    tokens = NUM_WINDOWS * WINDOW_TOKENS if text else 0
+    tokens = (args.calibration_tokens or default_num_tokens(plan.widest)) if text else 0
     # What mixed rates take beyond the plan's one rate.
     more_bits = plan.index_bits_within(args.bpw) - plan.nominal_bits_per_weight * plan.num_quantized_weights
     effective = plan.effective_bits_per_weight + more_bits / plan.num_quantized_weights

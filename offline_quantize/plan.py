@@ -129,6 +129,11 @@ class Plan:
         return [TensorInfo(f"{linear.name}.{suffix}", "", shape, dtype) for suffix, (shape, dtype) in tensors.items()]
 
     @property
+    def widest(self) -> int:
+        """Inputs of the widest linear."""
+        return max(linear.num_inputs for linear in self.linears)
+
+    @property
     def nominal_bits_per_weight(self) -> float:
         """Index bits per quantised weight."""
         bits = sum(self.format.index_bits_of(linear.name) * linear.num_rows * linear.num_inputs for linear in self.linears)
@@ -160,7 +165,7 @@ class Plan:
             widths = [{linear.reads: linear.num_inputs for group in groups for linear in group}.values() for groups in self.layers]
             peak += max(4 * sum(k * k for k in own) + 5 * 8 * max(own, default=0) ** 2 for own in widths)
             peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
-            peak += 2 * 4 * calibration_tokens * max(linear.num_inputs for linear in self.linears)
+            peak += 2 * 4 * calibration_tokens * self.widest
         return peak
 
     def table(self, mixed: bool = False) -> list[tuple[str, int, str, str, float]]:

@@ -14,7 +14,7 @@ import torch
 
 from offline_quantize import report
 from offline_quantize.allocation import allocate
-from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, calibration_tokens
+from offline_quantize.calibration import DEFAULT_TEXT, MIN_TOKENS, Calibrator, calibration_windows, default_num_tokens
 from offline_quantize.encoder import ENCODERS, encode_group
 from offline_quantize.errors import QuantizeError
 from offline_quantize.output import Output
@@ -60,7 +60,7 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
 def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: Path | str | None = DEFAULT_TEXT, tp_max: int = TP_MAX,
              ignore: Sequence[str] = (), device: str = "auto", resume: bool = False, progress: Progress | None = None,
              max_shard_bytes: int = MAX_SHARD_BYTES, encoder: str | None = None,
-             rates: str | None = None, quantize_lm_head: bool = False) -> dict[str, Any]:
+             rates: str | None = None, quantize_lm_head: bool = False, calibration_tokens: int | None = None) -> dict[str, Any]:
     """Quantise the checkpoint directory ``model`` into the new directory ``out``.
 
     Memory: one decoder layer, one output shard and, with calibration, the hidden states of the calibration tokens and the
@@ -69,6 +69,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     Args:
         bpw: bits per weight, 3 to 6: nominal in halves, effective between them (:meth:`Plan.index_bits_within`).
         calibration: UTF-8 text file, or None for no calibration.
+        calibration_tokens: of that text; None for :func:`default_num_tokens`, or what the text has if that is less.
         tp_max: widest tensor parallelism that rotation blocks are chosen for.
         ignore: glob patterns of linear layers to leave as they are.
         device: "auto", "cpu" or "cuda".
@@ -90,7 +91,7 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     Output.check_target(out, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes, quantize_lm_head)
-    tokens = calibration_tokens(model, text) if text else None
+    tokens = _read_tokens(plan, text, calibration_tokens) if text else None
     check_disk(plan, out, tokens.numel() if tokens is not None else 0)
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and rates == "mixed":
@@ -102,6 +103,12 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None and unfinished else None
     _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
     return _write_rest(plan, output, text, encoder)
+
+
+def _read_tokens(plan: Plan, text: Path, num_tokens: int | None) -> torch.Tensor:
+    if num_tokens is None:
+        return calibration_windows(plan.checkpoint.directory, text, default_num_tokens(plan.widest), MIN_TOKENS)
+    return calibration_windows(plan.checkpoint.directory, text, num_tokens)
 
 
 def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rates: str | None) -> tuple[str, str]:

@@ -21,12 +21,11 @@ def test_head(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     from offline_quantize import calibration as cal
     from offline_quantize.evaluate import Head, load_model
 
-    monkeypatch.setattr(cal, "NUM_WINDOWS", 4)
     monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
     model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
     before = tensors_of(model)
-    reports = [quantize(model, out, quantize_lm_head=True),
-               quantize(model, tmp_path / "nearest", encoder="nearest", rates="uniform", quantize_lm_head=True)]
+    reports = [quantize(model, out, quantize_lm_head=True, calibration_tokens=512),
+               quantize(model, tmp_path / "nearest", encoder="nearest", rates="uniform", quantize_lm_head=True, calibration_tokens=512)]
     head, nearest = (next(entry for entry in report["layers"] if entry["name"] == "lm_head") for report in reports)
     assert head["index_bits"] == 12 and head["nmse"] < 0.001 and head["output_nmse"] < nearest["output_nmse"]
     assert verify(out) and "lm_head" in inspect(out)
@@ -42,7 +41,7 @@ def test_head(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.testing.assert_close(Head(out, torch.device("cpu")).logits(states), logits, rtol=1e-4, atol=1e-4)
 
     # The Hessian is that of the whole model's last states.
-    plan, tokens = make_plan(model), cal.calibration_tokens(model, cal.DEFAULT_TEXT)
+    plan, tokens = make_plan(model), cal.calibration_windows(model, cal.DEFAULT_TEXT, 512)
     monkeypatch.setattr(cal, "DTYPE", torch.float32)
     calibrator = cal.Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
     for layer in range(2):

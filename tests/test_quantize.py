@@ -78,23 +78,36 @@ def test_encoders_and_calibration(tiny_llama: Path, calibrated: Path, tmp_path: 
                                scales[f"model.layers.0.self_attn.{part}.input_scales"])
 
 
+def test_how_much_of_the_calibration_text_is_read(tmp_path: Path, tiny_llama: Path) -> None:
+    from offline_quantize.calibration import DEFAULT_TEXT, calibration_windows, default_num_tokens
+
+    assert (default_num_tokens(576), default_num_tokens(14336)) == (16384, 57344)
+    assert calibration_windows(tiny_llama, DEFAULT_TEXT, 1000).shape == (2, 512)
+    short = tmp_path / "short.txt"
+    short.write_text(DEFAULT_TEXT.read_text()[:10000])
+    whole = calibration_windows(tiny_llama, short, 100_000, at_least=512)
+    assert 1 <= len(whole) < 20 and len(whole) == len(calibration_windows(tiny_llama, short, whole.numel()))
+    with pytest.raises(QuantizeError, match=r"short.txt: \d+ tokens, at least \d{5,} are needed"):
+        quantize(tiny_llama, tmp_path / "out", calibration=short, calibration_tokens=100_000)
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "phi3"])
 def test_calibration_of_other_architectures(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Biases; layers of two kinds with masks of their own, a tied head and a scaled embedding; fused projections."""
     from offline_quantize import calibration as cal
-    from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, LayerRunner, calibration_tokens
+    from offline_quantize.calibration import DEFAULT_TEXT, Calibrator, LayerRunner, calibration_windows
     from offline_quantize.dequantize import decoded_tensors
     from offline_quantize.evaluate import load_model
 
-    monkeypatch.setattr(cal, "NUM_WINDOWS", 6)  # a whole batch and a part of one
     monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
+    num_tokens = 6 * 128  # a whole batch and a part of one
     model = tiny_model(tmp_path / "model", architecture)
-    report = quantize(model, tmp_path / "out")
+    report = quantize(model, tmp_path / "out", calibration_tokens=num_tokens)
     assert all(0 < entry["output_nmse"] < 0.002 for entry in report["layers"] if entry["index_bits"] >= 10)
 
     # Carried layer by layer in float32, the hidden states are those of the whole model.
     monkeypatch.setattr(cal, "DTYPE", torch.float32)
-    plan, tokens = make_plan(model), calibration_tokens(model, DEFAULT_TEXT)
+    plan, tokens = make_plan(model), calibration_windows(model, DEFAULT_TEXT, num_tokens)
     weights = [dict(plan.checkpoint.load(plan.layer_tensor_names(layer))) for layer in range(2)]
     runner = LayerRunner(plan.checkpoint, tokens, torch.device("cpu"))
     for layer in range(2):

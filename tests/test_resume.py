@@ -44,9 +44,8 @@ def test_kill_and_resume_at_every_write(tmp_path: Path, tiny_llama: Path, monkey
                                         after_rename: bool) -> None:
     from offline_quantize import calibration as cal
 
-    monkeypatch.setattr(cal, "NUM_WINDOWS", 4)
     monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
-    options = {"max_shard_bytes": SMALL_SHARDS} | ({} if calibrate else {"calibration": None})
+    options = {"max_shard_bytes": SMALL_SHARDS} | ({"calibration_tokens": 512} if calibrate else {"calibration": None})
     with monkeypatch.context() as patch:
         written = count_commits(patch, None, after_rename)
         quantize(tiny_llama, tmp_path / "whole", **options)

@@ -21,7 +21,7 @@ import torch
 
 from models import real_model
 from offline_quantize import encoder
-from offline_quantize.calibration import DEFAULT_TEXT, calibration_tokens
+from offline_quantize.calibration import DEFAULT_TEXT, MIN_TOKENS, calibration_windows
 from offline_quantize.comparison import Divergence, Perplexity, Scores
 from offline_quantize.conventions import Window
 from offline_quantize.evaluate import Head, compare_window, load_model, open_text, read_text
@@ -66,7 +66,7 @@ def methods(directory: Path) -> Iterator[Method]:
     for name, baseline in BASELINES.items():
         def make_baseline(run: Callable[..., float] = baseline.quantize) -> tuple[Any, float]:
             model = load_model(directory, torch.bfloat16)
-            return model, run(model, find_structure(directory), calibration_tokens(directory, DEFAULT_TEXT))
+            return model, run(model, find_structure(directory), calibration_windows(directory, DEFAULT_TEXT, MIN_TOKENS))
 
         yield Method(name, baseline.family, baseline.rate, baseline.description, make_baseline)
     for rate in RATES:
