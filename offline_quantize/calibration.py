@@ -12,7 +12,7 @@ from offline_quantize.structure import Linear, build_empty_model, decoder_layers
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 MIN_TOKENS = 16384
-TOKENS_PER_INPUT = 4  # of the widest layer: with fewer, its Hessian shows more chance than correlation
+TOKENS_PER_INPUT = 3  # of the widest layer: with fewer, its Hessian shows more chance than correlation
 WINDOW_TOKENS = 512
 BATCH = 4  # windows per forward call
 DTYPE = torch.bfloat16  # as layers are served

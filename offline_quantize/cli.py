@@ -23,7 +23,7 @@ def _parser() -> argparse.ArgumentParser:
             "UTF-8 text like what the model will read, 16 thousand tokens or more (default: encyclopedia articles that come with qamw); "
             "none: less time, larger errors"))
         command.add_argument("--calibration-tokens", type=_at_least(1), metavar="N", help=(
-            "how many tokens of the text are read; more take more time (default: 4 for each input of the widest layer, "
+            "how many tokens of the text are read; more take more time (default: 3 for each input of the widest layer, "
             "at least 16384, at most what the text has)"))
         command.add_argument("--encoder", choices=["feedback", "nearest"], help=(
             "feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not"))

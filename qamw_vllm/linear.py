@@ -41,8 +41,7 @@ def choose_backend() -> str:
     """``triton`` or ``decode``. CUDA has one backend; on the CPU ``QAMW_CPU_BACKEND`` decides, ``decode`` by default.
 
     Raises:
-        ValueError: another platform, an unknown value, or ``triton`` on the CPU without the interpreter or without
-            ``enforce_eager``.
+        ValueError: another platform, an unknown value, or ``triton`` on the CPU without the interpreter.
     """
     if current_platform.is_cuda():
         return "triton"
@@ -51,12 +50,8 @@ def choose_backend() -> str:
     backend = os.environ.get(CPU_BACKEND_VARIABLE, "decode")
     if backend not in ("decode", "triton"):
         raise ValueError(f"{CPU_BACKEND_VARIABLE} must be 'decode' or 'triton', got {backend!r}")
-    if backend == "triton":
-        if not ops.INTERPRETED:
-            raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1 too")
-        config = get_current_vllm_config_or_none()
-        if config is not None and config.model_config is not None and not config.model_config.enforce_eager:
-            raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton cannot be compiled: set enforce_eager=True (--enforce-eager)")
+    if backend == "triton" and not ops.INTERPRETED:
+        raise ValueError(f"{CPU_BACKEND_VARIABLE}=triton runs the kernels in Triton's interpreter: set TRITON_INTERPRET=1 too")
     return backend
 
 

@@ -5,8 +5,8 @@
      "regex": what every answer must match, "lora": directory of an adapter, "logprobs": false where the engine cannot give them}
 
 The last line on stdout is a JSON array of {"logprobs": per prompt, of every token after the first, "tokens": per prompt,
-the greedy continuation, "seconds"} or, where the engine refused to start, {"error": message}. A process of its own, so that no
-state of the engine reaches the tests.
+the greedy continuation, "seconds", "graphs" that torch.compile made in this process, "graph_breaks"} or, where the engine refused
+to start, {"error": message}. A process of its own, so that no state of the engine reaches the tests.
 """
 
 import gc
@@ -17,11 +17,13 @@ from typing import Any
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
+    from torch._dynamo.utils import counters
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
     start = time.monotonic()
+    counters.clear()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 4,
                "disable_log_stats": True, **job.get("options", {})}
     llm = LLM(model=job["model"], **options)
@@ -38,6 +40,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
                      for prompt, output in zip(job["prompts"], outputs, strict=True)] if scored else None,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "seconds": time.monotonic() - start,
+        "graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values()),
     }
     llm.llm_engine.engine_core.shutdown()
     del llm

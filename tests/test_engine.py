@@ -100,7 +100,9 @@ def tiny_results(run, checkpoint) -> dict[str, dict[str, Any]]:
     # The default way once: bfloat16, the method given by name, and vLLM's own tracking of what was loaded.
     jobs.append({"model": str(checkpoint("llama")),
                  "options": {"quantization": "qamw", "model_loader_extra_config": {"enable_weights_track": True}}})
-    jobs.append({"model": str(checkpoint("llama")), "options": {"dtype": "float32", "enforce_eager": False}})  # torch.compile
+    # torch.compile, with more requests than the engine takes at once: batches of many sizes.
+    jobs.append({"model": str(checkpoint("llama")), "prompts": [*PROMPTS, *(PROMPTS[1][:n] for n in (3, 9, 31, 57))],
+                 "options": {"dtype": "float32", "enforce_eager": False}})
     results, printed = run(jobs)
     assert "Decoded to torch.float32 while loading" in printed
     return dict(zip([*ARCHITECTURES, "llama-bfloat16", "llama-compiled"], results, strict=True))
@@ -136,7 +138,10 @@ def test_engine_in_bfloat16(tiny_results, checkpoint):
 
 
 def test_compiled_engine(tiny_results, checkpoint):
-    assert_matches(tiny_results["llama-compiled"], checkpoint("llama"), 1e-3)
+    """Whole, and once for all sizes of a batch."""
+    result = tiny_results["llama-compiled"]
+    assert_matches(result, checkpoint("llama"), 1e-3)
+    assert (result["graphs"], result["graph_breaks"]) == (1, 0)
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])
@@ -291,16 +296,18 @@ def test_lora_on_packed_weights(run, with_head, adapter):
 
 
 def test_triton_kernels_in_the_engine(run, checkpoint):
-    """The real kernels, by Triton's interpreter: fused by vLLM, fused on disk, with biases; and once in bfloat16."""
-    architectures = ["llama", "phi3", "qwen2", "llama"]
-    dtypes = ["float32", "float32", "float32", "bfloat16"]
+    """The real kernels, by Triton's interpreter: fused by vLLM, fused on disk, with biases; once in bfloat16, once compiled."""
+    architectures = ["llama", "phi3", "qwen2", "llama", "llama"]
+    dtypes = ["float32", "float32", "float32", "bfloat16", "float32"]
     jobs = [{"model": str(checkpoint(architecture)), "options": {"dtype": dtype}, "prompts": PROMPTS[:1]}
             for architecture, dtype in zip(architectures, dtypes, strict=True)]
     jobs[0]["prompts"] = PROMPTS  # the interpreter is slow, a long prompt once
+    jobs[-1]["options"] |= {"enforce_eager": False, "max_num_batched_tokens": 64}
     results, printed = run(jobs, QAMW_CPU_BACKEND="triton", TRITON_INTERPRET="1")
     assert "They stay packed; Triton kernels run in the interpreter" in printed
     for architecture, dtype, result in zip(architectures, dtypes, results, strict=True):
         assert_matches(result, checkpoint(architecture), 1e-3 if dtype == "float32" else 0.1)
+    assert (results[-1]["graphs"], results[-1]["graph_breaks"]) == (1, 0)
 
 
 def change_tensor(directory: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
