@@ -8,6 +8,7 @@ import torch
 
 from offline_quantize.checkpoint import Checkpoint
 from offline_quantize.errors import QuantizeError
+from offline_quantize.feedback import shrink
 from offline_quantize.structure import Linear, build_empty_model, decoder_layers, on_linear_inputs, record_layer_calls, set_parameters
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
@@ -130,7 +131,8 @@ class Calibrator:
     @torch.no_grad()
     def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]],
                  importance: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
-        """Mean of importance * x^T x, [K, K] float32, over all calibration tokens that reach it, for every input x of the next layer.
+        """Mean of importance * x^T x, [K, K] float32, over all calibration tokens that reach it, for every input x of the next layer;
+        for an expert's own input shrunk by how few they are.
 
         Args:
             weights: the layer's original tensors by full name.
@@ -165,7 +167,10 @@ class Calibrator:
         for name, total in sums.items():
             if not total.isfinite().all():
                 raise QuantizeError(f"{name}: its input is not finite on the calibration text")
-        return {name: total / counts[name] if counts[name] and total.any() else None for name, total in sums.items()}
+        reached = {name: total.div_(counts[name]) for name, total in sums.items() if counts[name] and total.any()}
+        for name in {linear.reads for linear, _ in counted.values() if linear.routed} & reached.keys():
+            shrink(reached[name], counts[name])
+        return {name: reached.get(name) for name in sums}
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Carry the tokens through the layer with its quantised ``weights``, decoded, by full name; go on to the next layer."""

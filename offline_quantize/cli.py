@@ -123,20 +123,21 @@ def _plan(args: argparse.Namespace) -> None:
     from offline_quantize.quantize import chosen_method
 
     text = _calibration(args.calibration)
-    _, rates = chosen_method(args.bpw, text, args.encoder, args.rates)
+    _, rates = chosen_method(args.bpw, text, args.encoder, args.rates, args.calibration_tokens)
     plan = make_plan(resolve_model(args.model), args.bpw, args.tp_max, args.ignore, quantize_lm_head=args.quantize_lm_head)
     rows = plan.table(mixed=rates == "mixed")
     width = max(len(row[0]) for row in rows)
     for name, count, shape, decision, megabytes in rows:
         print(f"{name:{width}} {count:5} x {shape:>13}  {decision:24} {megabytes:10.2f} MB")
     tokens = (args.calibration_tokens or default_num_tokens(plan.widest)) if text else 0
-    # What mixed rates take beyond the plan's one rate.
-    more_bits = plan.index_bits_within(args.bpw) - plan.nominal_bits_per_weight * plan.num_quantized_weights
-    effective = plan.effective_bits_per_weight + more_bits / plan.num_quantized_weights
+    more_bytes = plan.more_bytes_within(args.bpw)
+    effective = plan.effective_bits_per_weight + 8 * more_bytes / plan.num_quantized_weights
     print(f"{plan.num_quantized_weights / 1e6:.1f} M weights quantised at {effective:.3f} effective bits per weight")
-    megabytes = (plan.output_bytes + more_bits / 8) / 1e6
-    print(f"disk: {megabytes:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB")
-    print(f"peak memory while quantising: about {plan.peak_memory_bytes(tokens) / 2**30:.1f} GiB")
+    scratch = f", and {plan.scratch_bytes(tokens) / 1e6:.1f} MB of scratch while quantising" if rates == "mixed" else ""
+    megabytes = (plan.output_bytes + more_bytes) / 1e6
+    print(f"disk: {megabytes:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB{scratch}")
+    read = f", if the text has {tokens} tokens" if text else ""
+    print(f"peak memory while quantising: about {plan.peak_memory_bytes(tokens) / 2**30:.1f} GiB{read}")
     served = ", ".join(map(str, plan.tensor_parallel_sizes))
     print(f"tensor-parallel sizes up to {args.tp_max} that can serve the result: {served}")
 
@@ -215,7 +216,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qamw: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resume = "; --resume continues after the last finished shard" if args.command == "quantize" else ""
+        from offline_quantize.output import PROGRESS
+
+        begun = args.command == "quantize" and (args.out / PROGRESS).exists()
+        resume = "; --resume continues after the last finished shard" if begun else ""
         print(f"qamw: interrupted{resume}", file=sys.stderr)
         return 130
     return 0

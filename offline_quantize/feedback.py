@@ -18,6 +18,13 @@ DAMPING = 0.1  # of the mean diagonal: inputs that the calibration text does not
 LAZY_INPUTS = 128  # coordinates between two large matrix products
 
 
+def shrink(hessian: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """In place: what few tokens show of correlations between many inputs is believed the less, the fewer they are."""
+    diagonal = hessian.diagonal().clone()
+    hessian.mul_(num_tokens / (num_tokens + len(hessian))).diagonal().copy_(diagonal)
+    return hessian
+
+
 def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """R [K, K] upper triangular with R R^T = ``hessian`` [K, K] plus ``damping`` times its mean diagonal; all float64.
 

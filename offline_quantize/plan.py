@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from offline_quantize.calibration import BATCH, WINDOW_TOKENS
 from offline_quantize.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
@@ -88,6 +89,10 @@ class Plan:
             return bpw * weights
         return (bpw - self.effective_bits_per_weight + self.nominal_bits_per_weight) * weights
 
+    def more_bytes_within(self, bpw: float) -> float:
+        """What mixed rates may take beyond the plan's one rate."""
+        return (self.index_bits_within(bpw) - self.nominal_bits_per_weight * self.num_quantized_weights) / 8
+
     def load_head(self) -> torch.Tensor:
         """The weight [vocabulary, hidden size] of the head, which is to be quantised."""
         ((name, weight),) = self.checkpoint.load([self.structure.head_source])
@@ -155,17 +160,30 @@ class Plan:
     def output_bytes(self) -> int:
         return sum(info.num_bytes for shard in self.shards for info in shard.tensors)
 
+    def state_bytes(self, calibration_tokens: int) -> int:
+        """The hidden states of one layer, in bfloat16."""
+        return 2 * calibration_tokens * max(groups[0][0].num_inputs for groups in self.layers if groups)
+
+    def scratch_bytes(self, calibration_tokens: int) -> int:
+        """Disk for the hidden states of all layers, while sensitivities are measured."""
+        return self.state_bytes(calibration_tokens) * len(self.layers)
+
     def peak_memory_bytes(self, calibration_tokens: int = 0) -> int:
         """Estimate: interpreter and libraries, one decoder layer, one shard twice (safetensors serialises a copy)."""
         layers = [[self.checkpoint.tensors[name] for name in self.layer_tensor_names(i)] for i in range(len(self.layers))]
         outside = [[self.checkpoint.tensors[self.structure.head_source]]] if self.head else []
         peak = 1100 * 2**20 + max(sum(t.num_bytes for t in layer) for layer in layers + outside)
         peak += 2 * max(sum(t.num_bytes for t in shard.tensors) for shard in self.shards)
-        if calibration_tokens:  # the layer in float32, activations, the layer's Hessians, and one of them factored in float64
+        if calibration_tokens:
+            # Embeddings and head; inputs, outputs and gradients of a layer; what it computes for one batch.
             widths = [{linear.reads: linear.num_inputs for group in groups for linear in group}.values() for groups in self.layers]
-            peak += max(4 * sum(k * k for k in own) + 5 * 8 * max(own, default=0) ** 2 for own in widths)
-            peak += 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
-            peak += 2 * 4 * calibration_tokens * self.widest
+            peak += self.source_bytes - sum(t.num_bytes for layer in layers for t in layer) + 3 * self.state_bytes(calibration_tokens)
+            peak += 8 * BATCH * WINDOW_TOKENS * max(max(own, default=0) for own in widths)
+            # The layer in float32, its Hessians, one of them factored in float64; before that, logits and what is made of them.
+            encoding = 4 * max(sum(torch.Size(t.shape).numel() for t in layer) for layer in layers)
+            encoding += max(4 * sum(k * k for k in own) + 5 * 8 * max(own, default=0) ** 2 for own in widths)
+            vocabulary = self.checkpoint.tensors[self.structure.head_source].shape[0]
+            peak += max(encoding, 5 * 4 * WINDOW_TOKENS * vocabulary)
         return peak
 
     def table(self, mixed: bool = False) -> list[tuple[str, int, str, str, float]]:
@@ -338,11 +356,12 @@ def existing_parent(path: Path) -> Path:
     return path if path.exists() else existing_parent(path.parent)
 
 
-def check_disk(plan: Plan, out: Path, calibration_tokens: int = 0) -> None:
-    """Raise QuantizeError when what is still to be written, and the hidden states of all layers, would not fit with a little to spare."""
+def check_disk(plan: Plan, out: Path, bpw: float, scratch_tokens: int) -> None:
+    """Raise QuantizeError when what is still to be written, and the hidden states of all layers for ``scratch_tokens``, would not fit
+    with a little to spare."""
     present = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     copies = sum((plan.checkpoint.directory / file).stat().st_size for file in plan.checkpoint.other_files())
-    hidden = 2 * calibration_tokens * sum(groups[0][0].num_inputs for groups in plan.layers if groups)
-    needed, free = plan.output_bytes - present + copies + hidden + 64 * 2**20, shutil.disk_usage(existing_parent(out)).free
+    output = int(plan.output_bytes + plan.more_bytes_within(bpw)) - present
+    needed, free = output + copies + plan.scratch_bytes(scratch_tokens) + 64 * 2**20, shutil.disk_usage(existing_parent(out)).free
     if free < needed:
         raise QuantizeError(f"{out}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk")

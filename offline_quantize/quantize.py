@@ -39,7 +39,7 @@ def usable_device(device: str) -> torch.device:
         raise QuantizeError(f"--device {device}: {error}") from None
 
 
-def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | None, encoder: str, device: torch.device) -> str:
+def fingerprint(plan: Plan, method: dict[str, Any], tokens: torch.Tensor | None, device: torch.device) -> str:
     """Hash of everything that decides the output's bytes; ``--resume`` needs it unchanged."""
     directory = plan.checkpoint.directory
     sources = {}
@@ -48,10 +48,9 @@ def fingerprint(plan: Plan, calibration: Path | None, tokens: torch.Tensor | Non
         sources[file] = [stat.st_size, stat.st_mtime_ns]
     request = {
         "versions": [version(package) for package in ("qamw-vllm", "torch", "transformers", "matplotlib")],
-        "device": device.type, "encoder": encoder,
+        "device": device.type, "method": method,
         "config": plan.checkpoint.config, "format": plan.format.to_dict(), "sources": sources,
         "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
-        "calibration": calibration.name if calibration else None,
         "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest() if tokens is not None else None,
     }
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -87,22 +86,24 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     text = Path(calibration) if calibration is not None else None
     if model.resolve() in (out.resolve(), *out.resolve().parents):
         raise QuantizeError(f"{out}: the output must not be the model's own directory, nor inside it")
-    encoder, rates = chosen_method(bpw, text, encoder, rates)
+    encoder, rates = chosen_method(bpw, text, encoder, rates, calibration_tokens)
     Output.check_target(out, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes, quantize_lm_head)
     tokens = _read_tokens(plan, text, calibration_tokens) if text else None
-    check_disk(plan, out, tokens.numel() if tokens is not None else 0)
+    method = {"calibration": text.name if text else None, "calibration_tokens": tokens.numel() if tokens is not None else None,
+              "encoder": encoder, "rates": rates}
+    check_disk(plan, out, bpw, tokens.numel() if tokens is not None and rates == "mixed" else 0)
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and rates == "mixed":
         note = functools.partial(progress, "sensitivity") if progress else None
         sensitivities = measure_sensitivities(plan, tokens, torch_device, existing_parent(out.parent), note)
         plan = _allocate(plan, bpw, sensitivities)
-    output = Output(out, fingerprint(plan, text, tokens, encoder, torch_device), resume)
+    output = Output(out, fingerprint(plan, method, tokens, torch_device), resume)
     unfinished = any(shard.file not in output.files for shard in plan.shards)
     calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None and unfinished else None
     _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
-    return _write_rest(plan, output, text, encoder)
+    return _write_rest(plan, output, method)
 
 
 def _read_tokens(plan: Plan, text: Path, num_tokens: int | None) -> torch.Tensor:
@@ -111,7 +112,8 @@ def _read_tokens(plan: Plan, text: Path, num_tokens: int | None) -> torch.Tensor
     return calibration_windows(plan.checkpoint.directory, text, num_tokens)
 
 
-def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rates: str | None) -> tuple[str, str]:
+def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rates: str | None,
+                  calibration_tokens: int | None = None) -> tuple[str, str]:
     """Encoder and rates of a request, None replaced by the default.
 
     Raises:
@@ -124,6 +126,8 @@ def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rat
             raise QuantizeError(f"--{option} {value}: expected one of {', '.join(known)}")
         if value == known[0] and calibration is None:
             raise QuantizeError(f"--{option} {value} needs a calibration text, --calibration is none")
+    if calibration_tokens is not None and calibration is None:
+        raise QuantizeError(f"--calibration-tokens {calibration_tokens} needs a calibration text, --calibration is none")
     if rates == "uniform" and not index_bits_for(bpw)[1]:
         raise QuantizeError(f"--bpw {bpw:g}: uniform rates come in halves, 3, 3.5 ... 6; others need --rates mixed, "
                             "which needs a calibration text")
@@ -159,6 +163,7 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
                 importance = [s.importance for s in sensitivities[layer]] if sensitivities else [None] * len(plan.layers[layer])
                 hessians = calibrator.hessians(weights, plan.layers[layer], importance) if calibrator else {}
                 made, notes = _quantize_layer(plan, layer, weights, hessians, encoder, device)
+                del hessians  # before the next layer makes its own
                 tensors |= made
                 entries += notes
             elif calibrator and layer < end:
@@ -224,7 +229,7 @@ def _decoded(plan: Plan, layer: int, tensors: dict[str, torch.Tensor]) -> dict[s
     return weights
 
 
-def _write_rest(plan: Plan, output: Output, calibration: Path | None, encoder: str) -> dict[str, Any]:
+def _write_rest(plan: Plan, output: Output, method: dict[str, Any]) -> dict[str, Any]:
     """Copies, report, plot, model card, and at last index, manifest and config."""
     source = plan.checkpoint
     for file in source.other_files():
@@ -232,7 +237,7 @@ def _write_rest(plan: Plan, output: Output, calibration: Path | None, encoder: s
         output.write(target, functools.partial(shutil.copyfile, source.directory / file))
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     entries = [entry for shard in plan.shards for entry in output.notes[shard.file]]
-    result = report.make_report(plan, entries, calibration, encoder)
+    result = report.make_report(plan, entries, method)
     report.write_report(output, result, plan)
     config = source.config | {"quantization_config": plan.format.to_dict()}
     if plan.head:  # it has a weight of its own now

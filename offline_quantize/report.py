@@ -34,14 +34,17 @@ def layer_entry(linear: Linear, quantized: QuantizedWeight, errors: dict[str, fl
     }
 
 
-def make_report(plan: Plan, entries: list[dict[str, Any]], calibration: Path | None, encoder: str) -> dict[str, Any]:
-    """The whole report: totals, worst layers, layers (experts, mostly) that no calibration token reached, every layer."""
-    key = "output_nmse" if calibration else "nmse"
+def make_report(plan: Plan, entries: list[dict[str, Any]], method: dict[str, Any]) -> dict[str, Any]:
+    """The whole report: how, totals, worst layers, layers (experts, mostly) that no calibration token reached, every layer.
+
+    Args:
+        method: "calibration", the name of the text or None; "calibration_tokens"; "encoder"; "rates".
+    """
+    key = "output_nmse" if method["calibration"] else "nmse"
     worst = sorted((entry for entry in entries if key in entry), key=lambda entry: -entry[key])[:5]
     return {
         "qamw_version": version("qamw-vllm"),
-        "calibration": calibration.name if calibration else None,
-        "encoder": encoder,
+        **method,
         "nominal_bits_per_weight": plan.nominal_bits_per_weight,
         "effective_bits_per_weight": plan.effective_bits_per_weight,
         "quantized_weights": plan.num_quantized_weights,
@@ -87,6 +90,7 @@ def _card(result: dict[str, Any], plan: Plan) -> str:
     name = plan.checkpoint.name
     worst = "\n".join(f"- {line}" for line in result["worst_layers"])
     sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
+    text = f"{result['calibration']}, {result['calibration_tokens']} tokens" if result["calibration"] else "none"
     kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")
     return f"""---
 base_model: {name}
@@ -97,7 +101,7 @@ tags: [qamw]
 
 {result["quantized_weights"] / 1e6:.1f} million weights of the decoder layers, {result["effective_bits_per_weight"]:.3f} effective bits each
 (every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.
-Calibration: {result["calibration"] or "none"}. Made by qamw-vllm {result["qamw_version"]}.
+Calibration: {text}; encoder {result["encoder"]}, {result["rates"]} rates. Made by qamw-vllm {result["qamw_version"]}.
 
 With the vLLM plugin of qamw-vllm installed:
 

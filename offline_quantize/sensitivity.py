@@ -21,7 +21,7 @@ from torch import nn
 
 from offline_quantize.calibration import LayerRunner
 from offline_quantize.errors import QuantizeError
-from offline_quantize.feedback import DAMPING, factor
+from offline_quantize.feedback import DAMPING, factor, shrink
 from offline_quantize.plan import Plan
 from offline_quantize.structure import Linear
 
@@ -178,12 +178,9 @@ def _sensitivity(readings: list[_Reading], num_tokens: int, routed: bool) -> Sen
 
 
 def _feedback_error(hessian: torch.Tensor, num_tokens: int) -> float:
-    """Trace of D; what few tokens show of correlations between many inputs is believed the less, the fewer they are."""
+    """Trace of D."""
     if not hessian.any():
         return 0.0
-    diagonal = hessian.diagonal().clone()
-    shrunk = hessian * (num_tokens / (num_tokens + len(hessian)))
-    shrunk.diagonal().copy_(diagonal)
-    root = factor(shrunk.double(), DAMPING)
+    root = factor(shrink(hessian, num_tokens).double(), DAMPING)
     pairs = root.view(len(root) // 2, 2, -1, 2).diagonal(dim1=0, dim2=2)  # [2, 2, P]
     return float(pairs.square().sum())

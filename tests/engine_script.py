@@ -5,14 +5,13 @@
      "regex": what every answer must match, "lora": directory of an adapter, "logprobs": false where the engine cannot give them}
 
 The last line on stdout is a JSON array of {"logprobs": per prompt, of every token after the first, "tokens": per prompt,
-the greedy continuation, "seconds", "graphs" that torch.compile made in this process, "graph_breaks"} or, where the engine refused
+the greedy continuation, "graphs" that torch.compile made in this process, "graph_breaks"} or, where the engine refused
 to start, {"error": message}. A process of its own, so that no state of the engine reaches the tests.
 """
 
 import gc
 import json
 import sys
-import time
 from typing import Any
 
 
@@ -22,7 +21,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
 
-    start = time.monotonic()
     counters.clear()
     options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 4,
                "disable_log_stats": True, **job.get("options", {})}
@@ -39,7 +37,6 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": [[entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
                      for prompt, output in zip(job["prompts"], outputs, strict=True)] if scored else None,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "seconds": time.monotonic() - start,
         "graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values()),
     }
     llm.llm_engine.engine_core.shutdown()

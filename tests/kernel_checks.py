@@ -295,19 +295,3 @@ def test_slots_are_sorted() -> None:
     slots, experts, num_sorted, _ = sort_slots(torch.tensor([[2, 0], [2, 3], [2, 0]], device=DEVICE), 4, 5)
     assert num_sorted.tolist() == [12] and experts.tolist()[:3] == [0, 2, 3] and set(experts.tolist()[3:]) == {-1}
     assert slots.tolist()[:12] == [1, 5, 6, 6, 0, 2, 4, 6, 3, 6, 6, 6]
-
-
-@pytest.mark.skipif(ops.INTERPRETED, reason="vLLM's kernel needs CUDA")
-@pytest.mark.parametrize("parallel", [False, True])
-def test_slots_are_sorted_as_vllm_sorts_them(parallel: bool) -> None:
-    align = pytest.importorskip("vllm.model_executor.layers.fused_moe.moe_align_block_size").moe_align_block_size
-    expert_map = torch.tensor([-1, 0, -1, 1, -1, 2], dtype=torch.int32, device=DEVICE) if parallel else None
-    for num_tokens in (1, 5, 300):
-        chosen = torch.randint(0, 6, (num_tokens, 2), dtype=torch.int32, device=DEVICE)
-        ours, theirs = sort_slots(chosen, 16, 6, expert_map), align(chosen, 16, 6, expert_map)
-        used = int(ours.num_sorted)
-        assert int(theirs[2]) == used and torch.equal(ours.experts[: used // 16], theirs[1][: used // 16])
-        blocks = [slots[:used].view(-1, 16).sort(1).values for slots in (ours.slots, theirs[0])]  # order inside an expert is free
-        for expert in set(ours.experts[: used // 16].tolist()) - {-1}:
-            own = ours.experts[: used // 16] == expert
-            assert torch.equal(*(b[own].flatten().sort().values for b in blocks))

@@ -10,7 +10,7 @@ from offline_quantize import calibration, sensitivity
 from offline_quantize.allocation import allocate
 from offline_quantize.encoder import encode_group
 from offline_quantize.evaluate import load_model
-from offline_quantize.feedback import encode_with_feedback, encode_with_feedback_slow, factor, feedback_matrix
+from offline_quantize.feedback import DAMPING, encode_with_feedback, encode_with_feedback_slow, factor, feedback_matrix, shrink
 from offline_quantize.plan import make_plan
 from offline_quantize.sensitivity import measure_sensitivities
 from qamw_kernels.codebook import load_codebook
@@ -47,6 +47,25 @@ def test_feedback_is_regression_on_what_is_left(num_inputs: int, index_bits: int
             errors = [output_error(coordinates[row : row + 1] - codebook[i[row].int()].view(1, -1), hessian) for i in (fast, slow)]
             assert errors[0] == pytest.approx(errors[1], rel=0.25)
     assert (fast == slow).all(1).float().mean() >= 0.75
+
+
+def test_what_few_tokens_show_is_believed_less() -> None:
+    """As an expert that is seldom chosen has it: the error under all tokens' Hessian becomes smaller."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, 320, generator=generator, dtype=torch.float64)
+    inputs = inputs @ (torch.randn(320, 320, generator=generator, dtype=torch.float64) / 320**0.5 + 0.3 * torch.eye(320))
+    coordinates, codebook = torch.randn(48, 320, generator=generator), load_codebook(8)
+
+    def error(hessian: torch.Tensor) -> float:
+        indices = encode_with_feedback(coordinates, feedback_matrix(factor(hessian, DAMPING)), 8)
+        return output_error(coordinates - codebook[indices.int()].view(48, 320), inputs.T @ inputs / len(inputs))
+
+    few = inputs[:80].T @ inputs[:80] / 80
+    shrunk = shrink(few.clone(), 80)
+    assert torch.equal(shrunk.diagonal(), few.diagonal())
+    torch.testing.assert_close(shrunk.triu(1), few.triu(1) / 5)
+    assert error(shrunk) < 0.9 * error(few)
+
 
 
 def test_feedback_without_correlations_is_nearest() -> None:

@@ -171,6 +171,7 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("--bpw 5.3: uniform rates come in halves", bpw=5.3)
     refused("--encoder feedback needs a calibration text", encoder="feedback")
     refused("--rates mixed needs a calibration text", rates="mixed")
+    refused("--calibration-tokens 99 needs a calibration text", calibration_tokens=99)
     refused("--encoder best: expected one of feedback, nearest", encoder="best")
     refused("--bpw 7: ", bpw=7)
     refused("--tp-max 0", tp_max=0)

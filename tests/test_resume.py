@@ -98,6 +98,18 @@ def test_resume_refuses_another_request(tmp_path: Path, tiny_llama: Path, monkey
         quantize(tiny_llama, tmp_path / "nowhere", calibration=None, resume=True)
 
 
+@pytest.mark.parametrize("change", [{"rates": "uniform"}, {"encoder": "nearest"}, {"calibration_tokens": 600}], ids=str)
+def test_resume_refuses_another_calibration(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, change: dict) -> None:
+    """Also at 6 bits, where mixed rates are all the same."""
+    options = {"bpw": 6.0, "calibration_tokens": 512, "max_shard_bytes": SMALL_SHARDS}
+    with monkeypatch.context() as patch:
+        count_commits(patch, 2, True)
+        with pytest.raises(Killed):
+            quantize(tiny_llama, tmp_path / "out", **options)
+    with pytest.raises(QuantizeError, match="another request"):
+        quantize(tiny_llama, tmp_path / "out", resume=True, **options | change)
+
+
 def test_a_damaged_finished_shard_is_written_again(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"calibration": None, "max_shard_bytes": SMALL_SHARDS}
     quantize(tiny_llama, tmp_path / "whole", **options)

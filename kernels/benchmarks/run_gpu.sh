@@ -17,6 +17,7 @@ fi
 python "$here/kernels/benchmarks/bench_linear.py" "$out/linear.json" --save-crossing
 
 if [ $# -ge 3 ]; then
+    python -m pytest -q "$here/tests/test_experts.py" -k slots
     for model in "$2" "$3"; do
         name=$(basename "$model")
         for batch in 1 16 64 256; do
