@@ -132,7 +132,7 @@ class Calibrator:
     def hessians(self, weights: dict[str, torch.Tensor], groups: Sequence[Sequence[Linear]],
                  importance: Sequence[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
         """Mean of importance * x^T x, [K, K] float32, over all calibration tokens that reach it, for every input x of the next layer;
-        for an expert's own input shrunk by how few they are.
+        for what experts read shrunk by how few they are.
 
         Args:
             weights: the layer's original tensors by full name.

@@ -91,9 +91,9 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes, quantize_lm_head)
     tokens = _read_tokens(plan, text, calibration_tokens) if text else None
-    method = {"calibration": text.name if text else None, "calibration_tokens": tokens.numel() if tokens is not None else None,
-              "encoder": encoder, "rates": rates}
-    check_disk(plan, out, bpw, tokens.numel() if tokens is not None and rates == "mixed" else 0)
+    num_tokens = tokens.numel() if tokens is not None else 0
+    method = {"calibration": text.name if text else None, "calibration_tokens": num_tokens, "encoder": encoder, "rates": rates}
+    check_disk(plan, out, bpw, num_tokens if rates == "mixed" else 0)
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and rates == "mixed":
         note = functools.partial(progress, "sensitivity") if progress else None

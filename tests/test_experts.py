@@ -75,6 +75,22 @@ def test_mixtures_of_experts(architecture: str, names: tuple[str, ...], tmp_path
     assert f"model.layers.1.{left_alone}" in config["ignore"]
 
 
+def test_what_experts_read_is_shrunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from offline_quantize import calibration as cal
+
+    plan = make_plan(tiny_model(tmp_path / "model", "mixtral"))
+    tokens, groups = cal.calibration_windows(plan.checkpoint.directory, cal.DEFAULT_TEXT, 512), plan.layers[0]
+
+    def hessians() -> dict[str, torch.Tensor]:
+        return cal.Calibrator(plan.checkpoint, tokens, torch.device("cpu")).hessians(plan.load_layer(0), groups, [None] * len(groups))
+
+    shrunk = hessians()
+    monkeypatch.setattr(cal, "shrink", lambda hessian, num_tokens: hessian)
+    for name, whole in hessians().items():
+        ratio = shrunk[name].triu(1).sum() / whole.triu(1).sum()
+        assert (0 < ratio < 0.9) if ".experts." in name else ratio == 1
+
+
 def test_some_matrices_of_experts_alone_are_not_ignored(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "moe", "qwen3_moe")
     with pytest.raises(QuantizeError, match=r"some matrices of the experts of model.layers.0.mlp, but not others.*all or none"):

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,3 +382,30 @@ def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFi
     assert main(["quantize", "no-such/model", str(tmp_path / "x")]) == 2
     assert "the hub answered" in capsys.readouterr().err
     assert subprocess.run([sys.executable, "-m", "offline_quantize", "--help"], capture_output=True).returncode == 0
+
+
+def test_disk_is_checked_for_what_is_needed(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixed rates between two halves take more than the lower one; scratch is for the tokens that are read."""
+    from offline_quantize import plan as module
+
+    plan = make_plan(tiny_llama, 5.9)
+    copies = sum((tiny_llama / file).stat().st_size for file in plan.checkpoint.other_files())
+    free = int(plan.output_bytes + plan.more_bytes_within(5.9)) + copies + 64 * 2**20
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    module.check_disk(plan, tmp_path / "out", 5.9, 0)
+    for bpw, tokens in ((6.0, 0), (5.9, 512)):
+        with pytest.raises(QuantizeError, match="GB needed"):
+            module.check_disk(plan, tmp_path / "out", bpw, tokens)
+
+
+def test_resume_is_offered_once_something_was_written(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from offline_quantize import quantize as module
+    from offline_quantize.output import PROGRESS
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "quantize", interrupted)
+    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130 and "--resume" not in capsys.readouterr().err
+    (tmp_path / PROGRESS).touch()
+    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130 and "--resume" in capsys.readouterr().err
