@@ -181,11 +181,11 @@ class QamwConfig(QuantizationConfig):
         return QamwLinearMethod(prefix, self.parts_of(prefix), index_bits, self.format, self.summary)
 
     def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        from qamw_vllm.experts import QamwMoEMethod
+        from qamw_vllm.experts import QamwLoadingMoEMethod, QamwMoEMethod
 
-        if self.while_loading:
-            raise ValueError(f"{prefix}: experts cannot be quantised while they are loaded: run qamw quantize first")
         prefix = prefix.removesuffix(".routed_experts")
+        if self.while_loading:
+            return QamwLoadingMoEMethod(layer, prefix, self.while_loading, self.summary)
         named = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
         ignored = [name for name in named if f"{prefix}.0.{name}" in self._ignore]
         if len(ignored) == 3:

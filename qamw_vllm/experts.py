@@ -1,6 +1,5 @@
 """Quantised mixtures of experts: all experts of a layer at once, tensor parallel or expert parallel, on CUDA and on the CPU."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,19 +8,31 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, check_input_scales, check_row_norms
+from qamw_kernels.codec import QuantizedWeight, encode_weight, make_input_scales
 from qamw_kernels.format import LAYER_TENSORS, QamwFormat, layer_tensors
 from qamw_kernels.routing import Routing, sort_slots
+from qamw_kernels.sharding import choose_rotation_block_sizes
 from qamw_kernels.tiling import tile_planes
-from qamw_vllm.config import LoadSummary
-from qamw_vllm.linear import backend_says, check_split, choose_backend, decode_rows, warm_up_once
+from qamw_vllm.config import LoadSummary, WhileLoading
+from qamw_vllm.linear import (
+    backend_says,
+    check_split,
+    choose_backend,
+    decode_rows,
+    norms_of_whole_rows,
+    tp_sizes_of_model,
+    warm_up_once,
+)
+from qamw_vllm.loading import ExpertsLoader, name_some
 
 logger = init_logger(f"vllm.{__name__}")
 
-MATRICES = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}  # vLLM's shard ids -> parameter, and position of the matrix in it
+STEMS = ("w13", "w2")  # vLLM's names of gate and up, stacked, and of down
 
 
 class QamwMoEMethod(FusedMoEMethodBase):
@@ -107,24 +118,32 @@ class QamwMoEMethod(FusedMoEMethodBase):
         if getattr(layer, "w13_input_scales", None) is None or layer.w13_input_scales.ndim == 1:
             return
         self._loader.verify()
-        stored: list[torch.Tensor] = []
-        num_weights = 0
-        for stem in ("w13", "w2"):
+        experts = {}
+        for stem in STEMS:
             qweight, row_norms, input_scales = (getattr(layer, f"{stem}_{suffix}").data for suffix in LAYER_TENSORS)
-            scales = input_scales[0, 0].clone()
-            stored += [qweight, row_norms, input_scales]
-            num_weights += row_norms.numel() * len(scales)
-            weights = [QuantizedWeight(*of_expert, scales, self.rotation_block_sizes[stem])
-                       for of_expert in zip(qweight, row_norms, strict=True)]
             for suffix in LAYER_TENSORS:
                 delattr(layer, f"{stem}_{suffix}")
+            experts[stem] = [QuantizedWeight(*of_expert, input_scales[0, 0].clone(), self.rotation_block_sizes[stem])
+                             for of_expert in zip(qweight, row_norms, strict=True)]
+        self._use(layer, experts)
+
+    def _use(self, layer: Any, experts: dict[str, list[QuantizedWeight]]) -> None:
+        """Give the layer the experts of this rank, w13 and w2, in the form that ``apply`` uses."""
+        stored: list[torch.Tensor] = []
+        num_weights = 0
+        for stem, weights in experts.items():
+            for weight in weights:
+                num_rows, num_inputs = weight.shape
+                stored += [weight.qweight, weight.row_norms, *[weight.input_scales] * (2 if stem == "w13" else 1)]
+                num_weights += num_rows * num_inputs
             if self.backend == "decode":
                 decoded = torch.stack([decode_rows(weight, self.params_dtype) for weight in weights])
                 layer.register_parameter(f"{stem}_weight", Parameter(decoded, requires_grad=False))
                 continue
             tiles = torch.stack([tile_planes(weight.qweight) for weight in weights])
-            words = ops.quadrant_words(self.index_bits[stem], qweight.device)
-            for suffix, tensor in (("qweight", tiles), ("row_norms", row_norms), ("input_scales", scales)):
+            row_norms = torch.stack([weight.row_norms for weight in weights])
+            words = ops.quadrant_words(self.index_bits[stem], tiles.device)
+            for suffix, tensor in (("qweight", tiles), ("row_norms", row_norms), ("input_scales", weights[0].input_scales)):
                 layer.register_parameter(f"{stem}_{suffix}", Parameter(tensor, requires_grad=False))
             layer.register_buffer(f"{stem}_quadrant_words", words, persistent=False)
         if self.backend == "decode":
@@ -134,7 +153,11 @@ class QamwMoEMethod(FusedMoEMethodBase):
         elif current_platform.is_cuda():
             warm_up_once(self.format, self.params_dtype, layer.w2_row_norms.device, experts=True)
         if self.summary.add(stored, num_weights):
-            logger.info("QAM-W: %s. %s", self.summary, backend_says(self.backend, self.params_dtype))
+            logger.info("QAM-W: %s. %s", self.summary, self._says())
+
+    def _says(self) -> str:
+        """What runs, and why."""
+        return backend_says(self.backend, self.params_dtype)
 
     def apply(
         self,
@@ -167,6 +190,87 @@ class QamwMoEMethod(FusedMoEMethodBase):
         return ops.routed_linear(x, qweight, row_norms, input_scales, words, routing, num_slots, self.rotation_block_sizes[stem])
 
 
+class QamwLoadingMoEMethod(QamwMoEMethod):
+    """The experts of one layer of a plain checkpoint, quantised as soon as all have arrived: one layer's are in memory at a time.
+
+    The weights are bit for bit those of ``qamw quantize --calibration none``.
+
+    Args:
+        plan: of the whole model; the others are those of :class:`QamwMoEMethod`.
+    """
+
+    uses_meta_device = True
+
+    def __init__(self, layer: Any, prefix: str, plan: WhileLoading, summary: LoadSummary) -> None:
+        super().__init__(layer, prefix, QamwFormat(plan.index_bits, {}), summary)
+        self.plan = plan
+        self._tp_sizes = tp_sizes_of_model()
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the plain weights, which take no memory before they are loaded."""
+        self.params_dtype = params_dtype
+        local = intermediate_size_per_partition
+        self._num_inputs = {"w13": hidden_size, "w2": local * self.moe.moe_parallel_config.tp_size}
+        self.plan.layers |= {(self._num_inputs["w13"], False), (self._num_inputs["w2"], True)}
+        self.summary.expect()
+        self._arrived: set[tuple[int, str]] = set()  # expert, shard id
+        load = extra_weight_attrs["weight_loader"]
+
+        def noted(param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
+                  return_success: bool = False) -> bool | None:
+            self._arrived.add((expert_id, shard_id))
+            return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+
+        for stem, shape in (("w13", (2 * local, hidden_size)), ("w2", (hidden_size, local))):
+            parameter = Parameter(torch.empty(num_experts, *shape, dtype=params_dtype, device="meta"), requires_grad=False)
+            set_weight_attrs(parameter, {**extra_weight_attrs, "weight_loader": noted})
+            layer.register_parameter(f"{stem}_weight", parameter)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Quantise the experts of this rank. Does nothing when called again.
+
+        Raises:
+            ValueError: the checkpoint lacks one, a value is not finite, or the inputs cannot be split over this many ranks.
+        """
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        layer._already_called_process_weights_after_loading = True
+        missing = [f"{self.prefix}.{expert}.{name}.weight" for expert in range(layer.global_num_experts)
+                   for shard, name in self.names.items() if (expert, shard) not in self._arrived]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {name_some(missing)}")
+        self._arrived.clear()
+        sizes = choose_rotation_block_sizes(self.plan.layers, self._tp_sizes)
+        self.format = QamwFormat(self.plan.index_bits, sizes)
+        self.rotation_block_sizes = {stem: sizes[num_inputs] for stem, num_inputs in self._num_inputs.items()}
+        self._use(layer, {stem: self._quantize(layer, stem) for stem in STEMS})
+
+    def _quantize(self, layer: Any, stem: str) -> list[QuantizedWeight]:
+        weights = getattr(layer, f"{stem}_weight").data
+        delattr(layer, f"{stem}_weight")
+        num_inputs, own, block = self._num_inputs[stem], weights.shape[2], self.rotation_block_sizes[stem]
+        check_split(f"{self.prefix}.*.{self.names['w2']}", num_inputs, own, block)
+        input_scales = make_input_scales(num_inputs)
+        row_norms: list[torch.Tensor | None] = [None] * len(weights)
+        if own != num_inputs:
+            input_scales = input_scales[self.moe.tp_rank * own :][:own].clone()
+            row_norms = list(norms_of_whole_rows(weights.flatten(0, 1), num_inputs).view(len(weights), -1))
+        return [encode_weight(weight, self.index_bits[stem], block, input_scales, f"{self.prefix}: {stem} of this rank's expert {i}",
+                              row_norms=norms) for i, (weight, norms) in enumerate(zip(weights, row_norms, strict=True))]
+
+    def _says(self) -> str:
+        return f"Quantised while loading. {super()._says()}"
+
+
 def _route(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None, dtype: torch.dtype) -> Routing:
     """The slots in blocks; on CUDA by vLLM's kernel, of which :func:`sort_slots` is the slow truth."""
     from qamw_kernels import triton_launch
@@ -177,83 +281,3 @@ def _route(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | 
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
     return Routing(*moe_align_block_size(topk_ids, block_size, num_experts, expert_map), block_size)
-
-
-class ExpertsLoader:
-    """Takes in the tensors of the experts of one layer on one rank: checked on arrival, counted, complaining about what is missing.
-
-    Args:
-        layer: vLLM's RoutedExperts. prefix: the experts' name in the checkpoint. names: shard id -> the matrix' name there.
-        shapes: shard id -> (N, K, index bits) in the checkpoint.
-    """
-
-    def __init__(self, layer: Any, prefix: str, names: dict[str, str], shapes: dict[str, tuple[int, int, int]]) -> None:
-        self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, shapes
-        self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
-
-    def wrap(self, load_weights: Any) -> Any:
-        """vLLM's loader of the whole layer, which takes a tensor of three dimensions for one of all experts: planes get a fourth."""
-
-        def load(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
-            return load_weights((name, tensor[None] if name.endswith(".qweight") else tensor) for name, tensor in weights)
-
-        return load
-
-    def load(self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
-             return_success: bool = False) -> bool | None:
-        """vLLM's interface: copy this rank's part of one tensor of expert ``expert_id`` into ``param``, if the expert is here.
-
-        Raises:
-            ValueError: the tensor's shape or dtype is not that of the format.
-        """
-        local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
-        if local == -1:
-            return False if return_success else None
-        loaded = loaded_weight[0] if loaded_weight.ndim == 4 else loaded_weight
-        tensor = next(suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
-        shape, dtype = layer_tensors(*self.shapes[shard_id])[tensor]
-        if tuple(loaded.shape) != shape or loaded.dtype != dtype:
-            raise ValueError(f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}: expected shape {shape} {dtype} for "
-                             f"{self.shapes[shard_id][2]} index bits, the checkpoint has {tuple(loaded.shape)} {loaded.dtype}")
-        stem, position = MATRICES[shard_id]
-        cut = {"qweight": 1, "row_norms": 0}.get(tensor) if stem == "w13" else {"qweight": 2, "input_scales": 0}.get(tensor)
-        if cut is not None:
-            size = loaded.shape[cut] // self.layer.moe_config.moe_parallel_config.tp_size
-            loaded = loaded.narrow(cut, self.layer.moe_config.tp_rank * size, size)
-        target = param.data[local]
-        if tensor == "input_scales":
-            target = target[position]
-        elif stem == "w13":
-            dim = 1 if tensor == "qweight" else 0
-            target = target.narrow(dim, position * loaded.shape[dim], loaded.shape[dim])
-        target.copy_(loaded)
-        self.arrived.add((local, shard_id, tensor))
-        return True if return_success else None
-
-    def verify(self) -> None:
-        """Refuse experts that are incomplete or hold impossible values.
-
-        Raises:
-            ValueError: names the tensor, what was expected and what was found.
-        """
-        layer = self.layer
-        numbers = {layer._map_global_expert_id_to_local_expert_id(e): e for e in range(layer.global_num_experts)}
-        missing = [f"{self.prefix}.{numbers[local]}.{self.names[shard]}.{tensor}" for local in range(layer.local_num_experts)
-                   for shard in MATRICES for tensor in LAYER_TENSORS if (local, shard, tensor) not in self.arrived]
-        if missing:
-            more = f" and {len(missing) - 8} more" if len(missing) > 8 else ""
-            raise ValueError(f"the checkpoint lacks {', '.join(missing[:8])}{more}")
-        self.arrived.clear()  # for a later reload
-        for shard, (stem, position) in MATRICES.items():
-            norms, scales = getattr(layer, f"{stem}_row_norms").data, getattr(layer, f"{stem}_input_scales").data
-            rows = norms.shape[1] // (2 if stem == "w13" else 1)
-            own = norms[:, position * rows : (position + 1) * rows]
-            for local, (of_expert, expert_norms) in enumerate(zip(scales[:, position], own, strict=True)):
-                name = f"{self.prefix}.{numbers[local]}.{self.names[shard]}"
-                try:
-                    check_row_norms(expert_norms)
-                    check_input_scales(of_expert)
-                except ValueError as error:
-                    raise ValueError(f"{name}.{error}") from None
-                if not torch.equal(of_expert, scales[0, 0]):
-                    raise ValueError(f"{name}.input_scales differs from that of other experts of the layer: they must share one vector")

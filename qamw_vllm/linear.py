@@ -211,6 +211,22 @@ class QamwLinearMethod(LinearMethodBase):
             x, layer.qweight, layer.row_norms, layer.input_scales, layer.quadrant_words, bias, self.rotation_block_size)
 
 
+def tp_sizes_of_model() -> list[int]:
+    """Tensor-parallel sizes that the attention heads of the model that is being made allow."""
+    config = get_current_vllm_config_or_none()
+    text = config.model_config.hf_text_config if config is not None and config.model_config is not None else None
+    heads = getattr(text, "num_attention_heads", None)
+    return possible_tensor_parallel_sizes(heads, getattr(text, "num_key_value_heads", None) or heads)
+
+
+def norms_of_whole_rows(shard: torch.Tensor, num_inputs: int) -> torch.Tensor:
+    """Root mean square [N] float32 over the inputs of all ranks, of which ``shard`` [N, k] has some; the scales are +1 and -1
+    and change nothing."""
+    squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in shard.split(_ROWS_AT_ONCE)])
+    torch.distributed.all_reduce(squares, group=get_tp_group().device_group)
+    return (squares / num_inputs).sqrt().float()
+
+
 class QamwLoadingLinearMethod(QamwLinearMethod):
     """One linear layer of a plain checkpoint, quantised as soon as its weight has arrived: one is in memory at a time.
 
@@ -226,10 +242,7 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
     def __init__(self, prefix: str, parts: tuple[str, ...], plan: WhileLoading, summary: LoadSummary) -> None:
         super().__init__(prefix, parts, plan.index_bits, QamwFormat(plan.index_bits, {}), summary)
         self.plan = plan
-        config = get_current_vllm_config_or_none()
-        text = config.model_config.hf_text_config if config is not None and config.model_config is not None else None
-        heads = getattr(text, "num_attention_heads", None)
-        self._tp_sizes = possible_tensor_parallel_sizes(heads, getattr(text, "num_key_value_heads", None) or heads)
+        self._tp_sizes = tp_sizes_of_model()
 
     def create_weights(
         self,
@@ -270,7 +283,7 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
         input_scales, row_norms = make_input_scales(self._input_size), None
         if weight.shape[1] != self._input_size:
             input_scales = input_scales[layer.tp_rank * weight.shape[1] :][: weight.shape[1]].clone()
-            row_norms = self._norms_of_whole_rows(weight)
+            row_norms = norms_of_whole_rows(weight, self._input_size)
         quantized = encode_weight(weight, self.index_bits, self.rotation_block_size, input_scales, f"{self.prefix}.weight",
                                   row_norms=row_norms)
         self.format = QamwFormat(self.index_bits, sizes)
@@ -278,9 +291,3 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
 
     def _says(self) -> str:
         return f"Quantised while loading. {super()._says()}"
-
-    def _norms_of_whole_rows(self, shard: torch.Tensor) -> torch.Tensor:
-        """Root mean square [N] float32 over the inputs of all ranks; the scales are +1 and -1 and change nothing."""
-        squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in shard.split(_ROWS_AT_ONCE)])
-        torch.distributed.all_reduce(squares, group=get_tp_group().device_group)
-        return (squares / self._input_size).sqrt().float()

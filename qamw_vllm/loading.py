@@ -1,13 +1,14 @@
-"""What the checkpoint delivers for one linear layer: checked on arrival, counted, and complaining about what is missing.
+"""What the checkpoint delivers for one layer, linear or of experts: checked on arrival, counted, and complaining about what is missing.
 
 vLLM leaves uninitialised memory where a quantised checkpoint lacks a tensor, and its own shape checks are assertions
 without names; both are caught here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.nn import Parameter
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -18,10 +19,10 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qamw_kernels.codec import check_input_scales, check_row_norms
-from qamw_kernels.format import layer_tensors
+from qamw_kernels.format import LAYER_TENSORS, layer_tensors
 
-TENSORS = ("qweight", "row_norms", "input_scales")
 _QKV = {"q": 0, "k": 1, "v": 2}
+_MATRICES = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}  # vLLM's shard ids of experts -> parameter, and position in it
 
 ShardId = int | str | tuple[int, ...] | None
 Loader = Callable[..., None]
@@ -56,9 +57,9 @@ class LayerLoader:
     def wrap(self, tensor: str, load: Loader) -> Loader:
         """``load``, one of vLLM's loaders, with the checks before and the arrival noted after it."""
 
-        def loader(param: torch.nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
+        def loader(param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
             shards = self.shards_of(loaded_shard_id)
-            if tensor in TENSORS:
+            if tensor in LAYER_TENSORS:
                 self._check(tensor, loaded_weight, shards)
             # Not every loader of vLLM takes a shard id.
             load(param, loaded_weight) if loaded_shard_id is None else load(param, loaded_weight, loaded_shard_id)
@@ -66,7 +67,7 @@ class LayerLoader:
 
         return loader
 
-    def load_input_scales(self, param: torch.nn.Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
+    def load_input_scales(self, param: Parameter, loaded: torch.Tensor, shard_id: Any = None) -> None:
         """Copy one vector [K] into its rows of ``param`` [num_shards, K of this rank].
 
         vLLM has no parameter for a vector over the inputs that every stacked matrix brings along.
@@ -95,7 +96,7 @@ class LayerLoader:
         Raises:
             ValueError: names the tensor, what was expected and what was found.
         """
-        self.check_complete(TENSORS)
+        self.check_complete(LAYER_TENSORS)
         try:
             check_row_norms(self.layer.row_norms.data)
         except ValueError as error:
@@ -137,3 +138,87 @@ def _rows_on_disk(layer: Any, shards: tuple[int, ...]) -> int | None:
     else:
         return None
     return sum(sizes[shard] for shard in shards)
+
+
+def name_some(names: list[str]) -> str:
+    """The first few, and how many more."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
+class ExpertsLoader:
+    """Takes in the tensors of the experts of one layer on one rank: checked on arrival, counted, complaining about what is missing.
+
+    Args:
+        layer: vLLM's RoutedExperts. prefix: the experts' name in the checkpoint. names: shard id -> the matrix' name there.
+        shapes: shard id -> (N, K, index bits) in the checkpoint.
+    """
+
+    def __init__(self, layer: Any, prefix: str, names: dict[str, str], shapes: dict[str, tuple[int, int, int]]) -> None:
+        self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, shapes
+        self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
+
+    def wrap(self, load_weights: Any) -> Any:
+        """vLLM's loader of the whole layer, which takes a tensor of three dimensions for one of all experts: planes get a fourth."""
+
+        def load(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+            return load_weights((name, tensor[None] if name.endswith(".qweight") else tensor) for name, tensor in weights)
+
+        return load
+
+    def load(self, param: Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int,
+             return_success: bool = False) -> bool | None:
+        """vLLM's interface: copy this rank's part of one tensor of expert ``expert_id`` into ``param``, if the expert is here.
+
+        Raises:
+            ValueError: the tensor's shape or dtype is not that of the format.
+        """
+        local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local == -1:
+            return False if return_success else None
+        loaded = loaded_weight[0] if loaded_weight.ndim == 4 else loaded_weight
+        tensor = next(suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
+        shape, dtype = layer_tensors(*self.shapes[shard_id])[tensor]
+        if tuple(loaded.shape) != shape or loaded.dtype != dtype:
+            raise ValueError(f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}: expected shape {shape} {dtype} for "
+                             f"{self.shapes[shard_id][2]} index bits, the checkpoint has {tuple(loaded.shape)} {loaded.dtype}")
+        stem, position = _MATRICES[shard_id]
+        cut = {"qweight": 1, "row_norms": 0}.get(tensor) if stem == "w13" else {"qweight": 2, "input_scales": 0}.get(tensor)
+        if cut is not None:
+            size = loaded.shape[cut] // self.layer.moe_config.moe_parallel_config.tp_size
+            loaded = loaded.narrow(cut, self.layer.moe_config.tp_rank * size, size)
+        target = param.data[local]
+        if tensor == "input_scales":
+            target = target[position]
+        elif stem == "w13":
+            dim = 1 if tensor == "qweight" else 0
+            target = target.narrow(dim, position * loaded.shape[dim], loaded.shape[dim])
+        target.copy_(loaded)
+        self.arrived.add((local, shard_id, tensor))
+        return True if return_success else None
+
+    def verify(self) -> None:
+        """Refuse experts that are incomplete or hold impossible values.
+
+        Raises:
+            ValueError: names the tensor, what was expected and what was found.
+        """
+        layer = self.layer
+        numbers = {layer._map_global_expert_id_to_local_expert_id(e): e for e in range(layer.global_num_experts)}
+        missing = [f"{self.prefix}.{numbers[local]}.{self.names[shard]}.{tensor}" for local in range(layer.local_num_experts)
+                   for shard in _MATRICES for tensor in LAYER_TENSORS if (local, shard, tensor) not in self.arrived]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {name_some(missing)}")
+        self.arrived.clear()  # for a later reload
+        for shard, (stem, position) in _MATRICES.items():
+            norms, scales = getattr(layer, f"{stem}_row_norms").data, getattr(layer, f"{stem}_input_scales").data
+            rows = norms.shape[1] // (2 if stem == "w13" else 1)
+            own = norms[:, position * rows : (position + 1) * rows]
+            for local, (of_expert, expert_norms) in enumerate(zip(scales[:, position], own, strict=True)):
+                name = f"{self.prefix}.{numbers[local]}.{self.names[shard]}"
+                try:
+                    check_row_norms(expert_norms)
+                    check_input_scales(of_expert)
+                except ValueError as error:
+                    raise ValueError(f"{name}.{error}") from None
+                if not torch.equal(of_expert, scales[0, 0]):
+                    raise ValueError(f"{name}.input_scales differs from that of other experts of the layer: they must share one vector")

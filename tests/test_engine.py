@@ -153,6 +153,15 @@ def test_tensor_parallel_agrees(tp_size, run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
+def test_eight_ranks(run, tmp_path):
+    """One packing unit of every row-parallel layer each."""
+    tiny_model(tmp_path / "model", "llama", hidden_size=512, num_attention_heads=8)
+    quantize(tmp_path / "model", tmp_path / "quantized", calibration=None)
+    options = {"dtype": "float32", **TWO_RANKS, "tensor_parallel_size": 8}
+    ((result,), _) = run([{"model": str(tmp_path / "quantized"), "options": options}])
+    assert_matches(result, tmp_path / "quantized", 1e-3)
+
+
 @pytest.fixture(scope="session")
 def with_head(tmp_path_factory) -> Path:
     """A tiny quantised llama whose head is quantised too, with words that two ranks share unequally."""
@@ -210,7 +219,7 @@ def test_weights_are_reloaded(backend, run, checkpoint, with_head, tmp_path):
 def test_quantised_while_loading(tp_size, run, checkpoint, tmp_path):
     """A plain checkpoint comes out as ``qamw quantize --calibration none`` makes it; at 5.5 bits per weight and another rate."""
     jobs, expected = [], []
-    for architecture, bpw in (("llama", 5.5), ("qwen2", 4.0), ("phi3", 5.5)):
+    for architecture, bpw in (("llama", 5.5), ("mixtral", 5.5), ("qwen2", 4.0), ("phi3", 5.5), ("qwen2_moe", 3.0)):
         plain = checkpoint(architecture).parent / "model"
         options = {"dtype": "float32", "quantization": "qamw", **(TWO_RANKS if tp_size == 2 else {})}
         if bpw != 5.5:
@@ -219,7 +228,7 @@ def test_quantised_while_loading(tp_size, run, checkpoint, tmp_path):
         expected.append(tmp_path / architecture)
         quantize(plain, expected[-1], bpw=bpw, calibration=None)
     # Two ranks in one process of its own each.
-    results = run(jobs)[0] if tp_size == 1 else [run([job])[0][0] for job in jobs[:2]]
+    results = run(jobs)[0] if tp_size == 1 else [run([job])[0][0] for job in jobs[:3]]
     for result, directory in zip(results, expected, strict=False):
         assert_matches(result, directory, 1e-3)
 
@@ -338,16 +347,19 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
     change_config(mixed, ignore=["lm_head", "model.layers.0.mlp.gate_proj"])
     expert = copy_model(checkpoint("mixtral"), tmp_path / "expert")
     change_tensor(expert, "model.layers.1.block_sparse_moe.experts.2.w3.input_scales", lambda tensor: None)
+    plain = copy_model(checkpoint("mixtral").parent / "model", tmp_path / "plain")
+    change_tensor(plain, "model.layers.1.block_sparse_moe.experts.2.w3.weight", lambda tensor: None)
     other = copy_model(good, tmp_path / "other")
     change_config(other, codebooks={"circular-gaussian-2048-v1": "0" * 64})
     cases = {  # experts first: vLLM does not start with them behind an engine that failed
         expert: "the checkpoint lacks model.layers.1.block_sparse_moe.experts.2.w3.input_scales",
+        plain: "the checkpoint lacks model.layers.1.block_sparse_moe.experts.2.w3.weight",
         dropped: "the checkpoint lacks model.layers.1.mlp.up_proj.row_norms",
         poisoned: "model.layers.0.self_attn.o_proj.row_norms: expected finite values, not negative, got nan in row 5",
         mixed: "model.layers.0.mlp.gate_up_proj: vLLM fuses these modules",
         other: "codebooks: this version of qamw ships",
     }
-    results, _ = run([{"model": str(directory)} for directory in cases])
+    results, _ = run([{"model": str(directory), "options": {"quantization": "qamw"}} for directory in cases])
     for result, message in zip(results, cases.values(), strict=True):
         assert message in result["error"]
 

@@ -24,7 +24,7 @@ pytest.importorskip("vllm")
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from qamw_vllm.config import QamwConfig
-from qamw_vllm.experts import ExpertsLoader
+from qamw_vllm.loading import ExpertsLoader
 
 BITS = 11
 
@@ -171,11 +171,6 @@ def test_damaged_experts_are_refused(name, change, message):
     with pytest.raises(ValueError, match=message):
         load_experts(layer, loader, lambda n, tensor: change(tensor) if n == name else tensor)
         loader.verify()
-
-
-def test_experts_are_not_quantised_while_loading():
-    with pytest.raises(ValueError, match=r"model.layers.0.mlp.experts: experts cannot be quantised while they are loaded"):
-        QamwConfig().get_quant_method(RoutedExperts.__new__(RoutedExperts), "model.layers.0.mlp.experts")
 
 
 def test_experts_are_ignored_together():

@@ -1,4 +1,4 @@
-"""Speed of the quantised linear layer against cuBLAS in bfloat16, and Marlin where vLLM is installed.
+"""Speed of the quantised linear layer against cuBLAS in bfloat16, and where vLLM and humming-kernels are installed, Marlin and Humming.
 
     python kernels/benchmarks/bench_linear.py OUT.json [--models ...] [--index-bits 11] [--save-crossing]
 
@@ -124,6 +124,20 @@ def marlin(num_rows: int, num_inputs: int, bits: int) -> Callable[[torch.Tensor]
     return lambda x: marlin_utils.apply_gptq_marlin_linear(x, packed, scales, zeros, workspace, kind, num_rows, num_inputs)
 
 
+def humming(num_rows: int, num_inputs: int, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A linear layer with Humming's integers in groups of 128: the peers nearest in size, for it has 5 and 6 bits."""
+    from humming.layer import HummingLayer
+
+    with torch.device("cuda"):
+        layer = HummingLayer(num_rows, num_inputs, {"dtype": f"int{bits}", "group_size": 128}, torch_dtype=DTYPE)
+        layer.load_from_unquantized(torch.randn(num_rows, num_inputs, dtype=DTYPE) / num_inputs**0.5)
+        layer.transform()
+    return layer
+
+
+REFERENCES = {"marlin-int4": (marlin, 4), "marlin-int8": (marlin, 8), "humming-int5": (humming, 5), "humming-int6": (humming, 6)}
+
+
 def measure(num_rows: int, num_inputs: int, index_bits: int, bandwidth: float, skipped: dict[str, str]) -> list[dict[str, Any]]:
     """One row per number of tokens."""
     copies = max(2, -(-(2 * torch.cuda.get_device_properties().L2_cache_size) // (num_rows * num_inputs * index_bits // 16)))
@@ -133,11 +147,13 @@ def measure(num_rows: int, num_inputs: int, index_bits: int, bandwidth: float, s
         "bf16": [lambda x, w=w: torch.nn.functional.linear(x, w) for w in plain],
         **{name: [lambda x, w=w, multiply=multiply: multiply(x, w, None) for w in weights] for name, multiply in WAYS.items()},
     }
-    for bits in (4, 8):
+    for name, (make, bits) in REFERENCES.items():
         try:
-            layers[f"marlin-int{bits}"] = [marlin(num_rows, num_inputs, bits) for _ in range(copies)]
-        except (ImportError, AttributeError, RuntimeError) as error:
-            skipped[f"marlin-int{bits}"] = str(error)
+            made = [make(num_rows, num_inputs, bits) for _ in range(copies)]
+            made[0](torch.randn(1, num_inputs, dtype=DTYPE, device="cuda"))
+            layers[name] = made
+        except Exception as error:  # a reference that is not there, or fails in its own way, leaves the others to be measured
+            skipped[name] = f"{type(error).__name__}: {error}"
     rows = []
     for num_tokens in TOKENS:
         x = torch.randn(num_tokens, num_inputs, dtype=DTYPE, device="cuda")
