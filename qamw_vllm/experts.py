@@ -13,18 +13,18 @@ from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
 from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, encode_weight, make_input_scales
+from qamw_kernels.codec import InputShard, QuantizedWeight, encode_weight, make_input_scales
 from qamw_kernels.format import LAYER_TENSORS, QamwFormat, layer_tensors
 from qamw_kernels.routing import Routing, sort_slots
 from qamw_kernels.sharding import choose_rotation_block_sizes
 from qamw_kernels.tiling import tile_planes
 from qamw_vllm.config import LoadSummary, WhileLoading
 from qamw_vllm.linear import (
+    add_up_over_ranks,
     backend_says,
     check_split,
     choose_backend,
     decode_rows,
-    norms_of_whole_rows,
     tp_sizes_of_model,
     warm_up_once,
 )
@@ -259,13 +259,12 @@ class QamwLoadingMoEMethod(QamwMoEMethod):
         delattr(layer, f"{stem}_weight")
         num_inputs, own, block = self._num_inputs[stem], weights.shape[2], self.rotation_block_sizes[stem]
         check_split(f"{self.prefix}.*.{self.names['w2']}", num_inputs, own, block)
-        input_scales = make_input_scales(num_inputs)
-        row_norms: list[torch.Tensor | None] = [None] * len(weights)
+        input_scales, shard = make_input_scales(num_inputs), None
         if own != num_inputs:
             input_scales = input_scales[self.moe.tp_rank * own :][:own].clone()
-            row_norms = list(norms_of_whole_rows(weights.flatten(0, 1), num_inputs).view(len(weights), -1))
+            shard = InputShard(num_inputs, add_up_over_ranks)
         return [encode_weight(weight, self.index_bits[stem], block, input_scales, f"{self.prefix}: {stem} of this rank's expert {i}",
-                              row_norms=norms) for i, (weight, norms) in enumerate(zip(weights, row_norms, strict=True))]
+                              shard=shard) for i, weight in enumerate(weights)]
 
     def _says(self) -> str:
         return f"Quantised while loading. {super()._says()}"

@@ -22,7 +22,7 @@ from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScalePa
 from vllm.platforms import current_platform
 
 from qamw_kernels import ops
-from qamw_kernels.codec import QuantizedWeight, decode_weight, encode_weight, make_input_scales
+from qamw_kernels.codec import InputShard, QuantizedWeight, decode_weight, encode_weight, make_input_scales
 from qamw_kernels.format import QamwFormat, layer_tensors
 from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
@@ -219,12 +219,10 @@ def tp_sizes_of_model() -> list[int]:
     return possible_tensor_parallel_sizes(heads, getattr(text, "num_key_value_heads", None) or heads)
 
 
-def norms_of_whole_rows(shard: torch.Tensor, num_inputs: int) -> torch.Tensor:
-    """Root mean square [N] float32 over the inputs of all ranks, of which ``shard`` [N, k] has some; the scales are +1 and -1
-    and change nothing."""
-    squares = torch.cat([torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square() for rows in shard.split(_ROWS_AT_ONCE)])
-    torch.distributed.all_reduce(squares, group=get_tp_group().device_group)
-    return (squares / num_inputs).sqrt().float()
+def add_up_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over the tensor-parallel ranks, in place."""
+    torch.distributed.all_reduce(tensor, group=get_tp_group().device_group)
+    return tensor
 
 
 class QamwLoadingLinearMethod(QamwLinearMethod):
@@ -280,12 +278,12 @@ class QamwLoadingLinearMethod(QamwLinearMethod):
         weight, self.rotation_block_size = layer.weight.data, sizes[self._input_size]
         del layer.weight
         check_split(self.prefix, self._input_size, weight.shape[1], self.rotation_block_size)
-        input_scales, row_norms = make_input_scales(self._input_size), None
+        input_scales, shard = make_input_scales(self._input_size), None
         if weight.shape[1] != self._input_size:
             input_scales = input_scales[layer.tp_rank * weight.shape[1] :][: weight.shape[1]].clone()
-            row_norms = norms_of_whole_rows(weight, self._input_size)
+            shard = InputShard(self._input_size, add_up_over_ranks)
         quantized = encode_weight(weight, self.index_bits, self.rotation_block_size, input_scales, f"{self.prefix}.weight",
-                                  row_norms=row_norms)
+                                  shard=shard)
         self.format = QamwFormat(self.index_bits, sizes)
         self._use(layer, quantized)
 

@@ -1,12 +1,15 @@
 """The codec in plain torch: bits are exact, the nearest codeword is the nearest, and bad input is refused."""
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from qamw_kernels import codec
 from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
-from qamw_kernels.codec import decode_weight, encode_weight, linear_reference, make_input_scales
+from qamw_kernels.codec import InputShard, QuantizedWeight, decode_weight, encode_weight, linear_reference, make_input_scales
 from qamw_kernels.nearest import nearest, nearest_brute_force
 from qamw_kernels.packing import field_widths, pack_planes, unpack_planes
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES, hadamard, rotate, unrotate
@@ -135,6 +138,48 @@ def test_encoding_rows_alone_gives_the_same_bits() -> None:
     weight, scales = torch.randn(40, 256), make_input_scales(256)
     whole, one = encode_weight(weight, 9, 128, scales), encode_weight(weight[17:18], 9, 128, scales)
     assert torch.equal(whole.qweight[:, 17:18], one.qweight) and torch.equal(whole.row_norms[17:18], one.row_norms)
+
+
+def weight_with_outliers() -> torch.Tensor:
+    """[64, 896]; two rows have large weights that their rotation block cannot hide."""
+    weight = torch.randn(64, 896, generator=torch.Generator().manual_seed(0))
+    weight[3, 100:104], weight[40, 700:703] = 40, -90
+    return weight
+
+
+@pytest.mark.parametrize("index_bits", [6, 11])
+def test_large_weights_do_not_leave_the_codebook(index_bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, scales = weight_with_outliers(), make_input_scales(896)
+    quantized = encode_weight(weight, index_bits, 128, scales)
+    monkeypatch.setattr(codec, "row_factors", lambda coordinates, code, shard: torch.ones(len(coordinates)))
+    plain = encode_weight(weight, index_bits, 128, scales)
+    error, plain_error = ((decode_weight(q) - weight).square().sum(1) for q in (quantized, plain))
+    raised = quantized.row_norms / plain.row_norms
+    assert raised[3] > 1.2 and raised[40] > 1.2 and (raised > 1).sum() == 2
+    assert (error[[3, 40]] < 0.7 * plain_error[[3, 40]]).all()
+    assert torch.equal(quantized.qweight[:, raised == 1], plain.qweight[:, raised == 1])
+
+
+def test_shards_that_add_up_their_sums_are_those_of_the_whole() -> None:
+    weight, scales = weight_with_outliers(), make_input_scales(896)
+    boxes, barrier = [torch.empty(0)] * 2, threading.Barrier(2)
+
+    def encode(rank: int) -> QuantizedWeight:
+        def add_up(sums: torch.Tensor) -> torch.Tensor:
+            boxes[rank] = sums
+            barrier.wait()
+            total = boxes[0] + boxes[1]
+            barrier.wait()
+            return total
+
+        part = slice(0, 384) if rank == 0 else slice(384, 896)
+        return encode_weight(weight[:, part], 11, 128, scales[part], weights_at_once=1 << 30, shard=InputShard(896, add_up))
+
+    with ThreadPoolExecutor(2) as pool:
+        shards = list(pool.map(encode, range(2)))
+    whole = encode_weight(weight, 11, 128, scales)
+    assert all(torch.equal(shard.row_norms, whole.row_norms) for shard in shards)
+    assert torch.equal(torch.cat([shard.qweight for shard in shards], 2), whole.qweight)
 
 
 def test_one_rotation_block_per_row_and_inputs_left_alone() -> None:

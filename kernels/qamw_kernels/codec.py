@@ -1,6 +1,6 @@
 """The codec in plain torch, on any device: one weight matrix to three tensors and back.
 
-    U = rotate(W / input_scales / row_norms)      coordinates of unit variance, nearly Gaussian
+    U = rotate(W / input_scales / row_norms)      coordinates of unit variance or less, nearly Gaussian
     indices = nearest codeword of each pair (U[n, 2p], U[n, 2p + 1])
     W^ = row_norms * unrotate(codebook[indices]) * input_scales
 
@@ -20,6 +20,8 @@ from qamw_kernels.packing import pack_planes, packed_shape, unpack_planes
 from qamw_kernels.rotation import rotate, unrotate
 
 ENCODE_CHUNK = 1 << 18  # weights encoded at once: bounds the temporaries and keeps them in cache
+HEAVY_TAIL = 4.0  # kurtosis of a row's coordinates; of a Gaussian, for which the codebooks are made, it is 3
+ROW_FACTORS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)
 
 
 @dataclass
@@ -28,7 +30,7 @@ class QuantizedWeight:
 
     Attributes:
         qweight: [index_bits, N, K / 64] int32, see :mod:`qamw_kernels.packing`.
-        row_norms: [N] float32, not negative; 0 for a zero row.
+        row_norms: [N] float32, not negative; 0 for a zero row. Root mean squares of the scaled rows, times :func:`row_factors`.
         input_scales: [K] float16, finite and not zero.
         rotation_block_size: Hadamard width, divides K.
     """
@@ -86,25 +88,69 @@ def make_input_scales(num_inputs: int, channel_scales: torch.Tensor | None = Non
     return input_scales
 
 
-def row_norms_of(scaled: torch.Tensor) -> torch.Tensor:
-    """Root mean square [N] float32 of every row of [N, K]; summed in float64, so that squares do not overflow."""
-    norms = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64) / math.sqrt(scaled.shape[1])
-    return norms.float()
+@dataclass(frozen=True)
+class InputShard:
+    """What encoding some of the inputs of whole rows needs to know of the others.
+
+    Attributes:
+        num_inputs: of the whole rows.
+        add_up: sums a float64 tensor over all shards.
+    """
+
+    num_inputs: int
+    add_up: Callable[[torch.Tensor], torch.Tensor]
+
+
+def row_norms_of(scaled: torch.Tensor, shard: InputShard | None = None) -> torch.Tensor:
+    """Root mean square [N] float32 of every whole row of [N, K]; summed in float64, so that squares do not overflow."""
+    norms = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
+    if shard:
+        return (shard.add_up(norms.square()) / shard.num_inputs).sqrt().float()
+    return (norms / math.sqrt(scaled.shape[1])).float()
 
 
 def to_coordinates(weight: torch.Tensor, rotation_block_size: int, input_scales: torch.Tensor,
-                   row_norms: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled, normalised and rotated weight: what the codebook codes.
+                   shard: InputShard | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled, normalised and rotated weight.
 
     Args:
         weight: [N, K] floating point. input_scales: [K] float16.
-        row_norms: [N] float32, of the whole rows, where ``weight`` is a shard of its inputs; None for its own.
+        shard: where these are not all inputs of the rows.
     Returns:
         coordinates [N, K] float32 of unit variance (zeros for a zero row), and row_norms [N] float32.
     """
     scaled = weight.float() / input_scales.to(weight.device).float()
-    row_norms = row_norms_of(scaled) if row_norms is None else row_norms
+    row_norms = row_norms_of(scaled, shard)
     return rotate(scaled / torch.where(row_norms > 0, row_norms, 1)[:, None], rotation_block_size), row_norms
+
+
+def nearest_codewords(coordinates: torch.Tensor, index_bits: int) -> torch.Tensor:
+    """What is left of coordinates [..., K] float32 when every pair is coded as the codeword nearest to it."""
+    codebook = load_codebook(index_bits).to(coordinates.device)
+    return codebook[nearest(coordinates.view(-1, 2), index_bits).int()].view(coordinates.shape)
+
+
+def row_factors(coordinates: torch.Tensor, code: Callable[[torch.Tensor], torch.Tensor], shard: InputShard | None = None) -> torch.Tensor:
+    """By how much to raise the norms of rows: [N] float32, 1 for most.
+
+    Large weights make the coordinates of their rotation block large, and there codewords are few or none. Smaller coordinates
+    give the whole row a little more error and that block much less.
+
+    Args:
+        coordinates: [N, K] float32, of unit variance.
+        code: what coding makes of coordinates [n, K].
+    """
+    def add_up(sums: torch.Tensor) -> torch.Tensor:
+        return shard.add_up(sums) if shard else sums
+
+    fourth_powers = add_up(coordinates.square().square().sum(1, dtype=torch.float64))
+    heavy = (fourth_powers > HEAVY_TAIL * (shard.num_inputs if shard else coordinates.shape[1])).nonzero()[:, 0]
+    factors = torch.ones(len(coordinates), device=coordinates.device)
+    if len(heavy):
+        rows = coordinates[heavy]
+        errors = [(factor * code(rows / factor) - rows).double().square().sum(1) for factor in ROW_FACTORS]
+        factors[heavy] = torch.tensor(ROW_FACTORS, device=factors.device)[add_up(torch.stack(errors)).argmin(0)]
+    return factors
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
@@ -116,7 +162,7 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 
 def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight",
                   coder: Callable[[torch.Tensor], torch.Tensor] | None = None, weights_at_once: int = ENCODE_CHUNK,
-                  row_norms: torch.Tensor | None = None) -> QuantizedWeight:
+                  shard: InputShard | None = None) -> QuantizedWeight:
     """Quantise a weight matrix.
 
     Args:
@@ -125,7 +171,7 @@ def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: in
         name: the tensor's name, for errors.
         coder: chooses indices [n, P] int16 for the coordinates [n, K] float32 of some rows; None for the nearest codewords.
         weights_at_once: how many weights the coder is given at once, in whole rows.
-        row_norms: as in :func:`to_coordinates`.
+        shard: as in :func:`to_coordinates`.
     Raises:
         ValueError: a value of the weight is NaN or infinite, or a shape does not fit.
     """
@@ -134,18 +180,19 @@ def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: in
     check_finite(weight, name)
     input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
-    found_norms = torch.empty(len(weight), device=weight.device)
+    row_norms = torch.empty(len(weight), device=weight.device)
     step = max(1, weights_at_once // weight.shape[1])
     for i in range(0, len(weight), step):
-        given = None if row_norms is None else row_norms[i : i + step]
-        coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales, given)
+        coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales, shard)
+        factors = row_factors(coordinates, lambda c: nearest_codewords(c, index_bits), shard)
+        coordinates, norms = coordinates.div_(factors[:, None]), norms * factors
         if not norms.isfinite().all():
             row = i + int((~norms.isfinite()).nonzero()[0, 0])
             raise ValueError(f"{name}: row {row} divided by its channels' input scales overflows float32")
-        found_norms[i : i + step] = norms
+        row_norms[i : i + step] = norms
         indices = coder(coordinates) if coder else nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
         qweight[:, i : i + step] = pack_planes(indices, index_bits)
-    return QuantizedWeight(qweight, found_norms, input_scales, rotation_block_size)
+    return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
 
 
 def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:

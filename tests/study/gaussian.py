@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from qamw_kernels.codec import make_input_scales, to_coordinates
+from qamw_kernels.codec import make_input_scales, row_factors, to_coordinates
 from qamw_kernels.rotation import unrotate
 
 FAR = 40.0  # no mass beyond it in float64
@@ -100,4 +100,5 @@ def code_rotated(weight: torch.Tensor, rotation_block_size: int, code: Callable[
     """QAM-W without calibration, with ``code`` in place of its codebook: [N, K] to [N, K] float32."""
     input_scales = make_input_scales(weight.shape[1])
     coordinates, row_norms = to_coordinates(weight, rotation_block_size, input_scales)
-    return unrotate(code(coordinates), rotation_block_size) * row_norms[:, None] * input_scales.float()
+    factors = row_factors(coordinates, code)[:, None]
+    return unrotate(code(coordinates / factors), rotation_block_size) * factors * row_norms[:, None] * input_scales.float()
