@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
+from vllm.distributed.parallel_state import get_tp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -215,7 +216,14 @@ class QamwLoadingMoEMethod(QamwMoEMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the plain weights, which take no memory before they are loaded."""
+        """Register the plain weights, which take no memory before they are loaded.
+
+        Raises:
+            ValueError: ranks that are not of one tensor-parallel group hold parts of the same rows.
+        """
+        if self.moe.moe_parallel_config.tp_size not in (1, get_tp_group().world_size):
+            raise ValueError(f"{self.prefix}: data parallelism cuts experts over more ranks than tensor parallelism does: "
+                             "run qamw quantize first, or serve with --enable-expert-parallel")
         self.params_dtype = params_dtype
         local = intermediate_size_per_partition
         self._num_inputs = {"w13": hidden_size, "w2": local * self.moe.moe_parallel_config.tp_size}
