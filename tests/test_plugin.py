@@ -5,13 +5,14 @@ import math
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from qamw_kernels.codec import decode_weight, encode_weight, make_input_scales
+from qamw_kernels.codec import InputShard, decode_weight, encode_weight, make_input_scales
 from qamw_kernels.format import FormatError, QamwFormat
 from qamw_kernels.tiling import tiled_shape
 
@@ -253,14 +254,24 @@ def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(rows, K, generator=generator).bfloat16() for rows in ROWS[kind]]
     block = 64 if kind == "o_proj" else 128  # o_proj may be cut into shards of 64
+    weights[0][5, :3] = 40  # a row whose norm is raised
     quantized = [encode_weight(w, BITS, block, make_input_scales(K)) for w in weights]
     matrices = [{name: getattr(q, name) for name in ("qweight", "row_norms", "input_scales")} for q in quantized]
     monkeypatch.setattr(qamw_vllm.linear, "get_tp_group", lambda: SimpleNamespace(device_group=None))
+    totals: list[torch.Tensor] = []  # of whole rows: what ranks have when they have added up
+    shard = InputShard(K, lambda sums: totals.append(sums.clone()) or sums)
+    encode_weight(weights[0], BITS, block, make_input_scales(K), shard=shard)
+    assert len(totals) == 3
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        others = [shard.double() for i, shard in enumerate(weights[0].chunk(tp_size, 1)) if i != tp_rank]
-        monkeypatch.setattr(torch.distributed, "all_reduce", lambda squares, group, others=others: squares.add_(
-            sum(other.square().sum(1) for other in others)))
+        expected = iter(totals)
+
+        def all_reduce(sums: torch.Tensor, group: None, expected: Iterator[torch.Tensor] = expected) -> None:
+            total = next(expected)
+            assert sums.shape == total.shape and (sums <= total).all()
+            sums.copy_(total)
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
         packed, plain = (make_layer(kind, config, dtype=torch.bfloat16) for config in (
             make_config(rotation_block_sizes={K: block}), QamwConfig.from_config({"quant_method": "qamw", "bits_per_weight": BITS / 2})))
         load(packed, kind, matrices)
