@@ -54,9 +54,12 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(row["name"] for row in rows):
             own = [row for row in rows if row["name"] == name]
             axes.plot([row["clients"] for row in own], [row[key] for row in own], marker="o", label=name)
-        axes.set(xlabel="clients at once", ylabel=label, xscale="log", ylim=(0, None))
+        clients = sorted({row["clients"] for row in rows})
+        axes.set(xlabel="clients at once", ylabel=label, xscale="log", ylim=(0, 1.2 * max(row[key] for row in rows)))
+        axes.set_xticks(clients, [str(n) for n in clients])
+        axes.minorticks_off()
         axes.grid(True, alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 
 

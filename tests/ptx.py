@@ -130,6 +130,8 @@ class Machine:
             self._move(target, sources[0], bits)
         elif kind == "pred":
             self._write(target, BINARY[name](self.registers[sources[0]], self.registers[sources[1]]))
+        elif name == "selp":
+            self._write(target, np.where(self.registers[sources[2]], self._read(sources[0], bits), self._read(sources[1], bits)))
         elif name == "setp":
             dtype = SIGNED[bits] if kind[0] == "s" else UNSIGNED[bits]
             a, b = (self._read(source, bits).view(dtype) for source in sources)
@@ -152,6 +154,8 @@ class Machine:
         if name == "shfl":
             assert opcode[2] == "bfly"
             return a[np.arange(self.threads) ^ int(sources[1])]
+        if name == "neg":
+            return ~a + a.dtype.type(1)
         b = self._read(sources[1], bits)
         if name == "mad":
             return a * b + self._read(sources[2], bits)

@@ -9,7 +9,7 @@ import torch
 from ptx import Machine
 from qamw_kernels import gluon_launch
 from qamw_kernels.codebook import INDEX_BITS, load_codebook
-from qamw_kernels.gluon_launch import constants, parts_of, shared_bytes
+from qamw_kernels.gluon_launch import WARPS, constants, log_row_tiles, parts_of, shared_bytes
 from qamw_kernels.ops import INTERPRETED, quadrant_words
 from qamw_kernels.packing import pack_planes
 from qamw_kernels.tiling import tile_planes, untile
@@ -34,7 +34,7 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
     return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).copy()
 
 
-def run_on_cpu(compiled, x, indices, row_norms, bias, parts: int, programs: int = 3) -> tuple[torch.Tensor, Machine]:
+def run_on_cpu(compiled, x, indices, row_norms, bias, parts: int, log: int, programs: int = 3) -> tuple[torch.Tensor, Machine]:
     """y [M, N], and the machine it was computed on."""
     index_bits = int(np.log2(len(indices.unique()) - 1)) + 1
     tiles = tile_planes(pack_planes(indices, index_bits))
@@ -42,24 +42,26 @@ def run_on_cpu(compiled, x, indices, row_norms, bias, parts: int, programs: int 
     buffers = [as_bytes(t) for t in (x, tiles, row_norms, quadrant_words(index_bits), y if bias is None else bias, y)]
     machine = Machine(compiled.asm["ptx"])
     addresses = [(i + 1) << 32 for i in range(len(buffers))]
-    machine.run(list(zip(addresses, buffers, strict=True)), [*addresses, len(x), len(row_norms), x.shape[1], int(bias is not None), 0, 0],
+    sizes = [len(x), len(row_norms), x.shape[1], int(bias is not None), log]
+    machine.run(list(zip(addresses, buffers, strict=True)), [*addresses, *sizes, 0, 0],
                 (programs, -(-len(x) // (8 * parts))), compiled.metadata.shared, 128 << (index_bits - 2))
     return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
 
 
 @needs_gluon
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tokens, num_rows, num_inputs", [(1, 70, 4608), (8, 16, 576), (13, 33, 4096), (70, 100, 8704)])
+@pytest.mark.parametrize("num_tokens, num_rows, num_inputs, log", [
+    (1, 70, 4608, 0), (8, 16, 576, 3), (13, 33, 4096, 1), (70, 100, 8704, 2)])
 @pytest.mark.parametrize("index_bits, dtype", [*((b, torch.bfloat16) for b in INDEX_BITS), (11, torch.float16)], ids=str)
-def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_rows: int, num_inputs: int) -> None:
-    """Whole tiles, tiles that some warps lack, tiles cut off; several programs, row tiles and parts."""
+def test_ptx_is_right(index_bits: int, dtype: torch.dtype, num_tokens: int, num_rows: int, num_inputs: int, log: int) -> None:
+    """Whole tiles, tiles that some warps lack, tiles cut off; several programs, row tiles at once or one by one, and parts."""
     generator = torch.Generator().manual_seed(0)
     indices = (torch.randperm(num_rows * num_inputs // 2, generator=generator) % 2**index_bits).view(num_rows, -1)
     x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
     row_norms = torch.rand(num_rows, generator=generator) + 0.5
     bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
     parts = parts_of(num_tokens)
-    y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts), x, indices, row_norms, bias, parts)
+    y, machine = run_on_cpu(compile_gemm(90, index_bits, dtype, parts), x, indices, row_norms, bias, parts, log)
     truth = x.double() @ load_codebook(index_bits)[indices].flatten(1).double().T * row_norms.double()
     truth = truth if bias is None else truth + bias.double()
     torch.testing.assert_close(y.double(), truth, rtol=2**-8 if dtype == torch.bfloat16 else 2**-11, atol=1e-3)
@@ -86,3 +88,17 @@ def test_main_loop(target: int, index_bits: int) -> None:
     assert sum(n for opcode, n in main.items() if opcode.startswith("LDG")) == main["LDG.E.128"] == index_bits + 16, main
     assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 32, main
     assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
+
+
+def test_warps_are_shared_out() -> None:
+    """Llama-3-8B's and Llama-2-13B's layers on 264 programs: more row tiles at once where the inputs are no multiple of 4096."""
+    def busy(num_rows: int, num_inputs: int) -> tuple[int, float]:
+        """Row tiles at once, and the share of the busiest program's rounds that it would have if all were equally busy."""
+        rows, inputs = num_rows // 16, num_inputs // 512
+        log = log_row_tiles(rows, inputs, 264)
+        rounds = -(-rows // (264 << log)) * -(-(inputs << log) // WARPS)
+        return 1 << log, rows * inputs / (WARPS * 264 * rounds)
+
+    assert busy(28672, 4096) == (1, pytest.approx(0.97, abs=0.01))
+    assert busy(27648, 5120) == (4, pytest.approx(0.82, abs=0.01))  # one at a time: 0.58
+    assert busy(15360, 5120) == (4, pytest.approx(0.91, abs=0.01))  # 0.57

@@ -4,7 +4,8 @@
 
 The quadrant is replicated over the 32 banks of shared memory, so that every lane looks up in a bank of its own. The layouts
 are chosen so that a decoded word is a register of the matrix instruction's first operand: nothing moves between lanes.
-The warps of a program take turns with the tiles along the inputs, as a batched product, and their sums are added at the end.
+The warps of a program are shared out among some row tiles. Those of one take turns with the tiles along the inputs, as a batched
+product, and their sums are added at the end.
 """
 
 from triton.experimental import gluon
@@ -65,15 +66,16 @@ def multiply_tile(
     return acc
 
 
-@gluon.jit(do_not_specialize=["M", "N", "has_bias"])
+@gluon.jit(do_not_specialize=["M", "N", "has_bias", "log_row_tiles"])
 def decode_gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias,
+    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias, log_row_tiles,
     INDEX_BITS: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr,
     WARPS: gl.constexpr, WARP_BASES: gl.constexpr,
 ):
-    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, for 8 * PARTS tokens and every num_programs-th row tile.
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, for 8 * PARTS tokens and every num_programs-th run of row tiles.
 
-    p_x: [M, K / 2] int32, two activations per word. WARP_BASES: [[128], [256] ...], one for every bit of the warp.
+    p_x: [M, K / 2] int32, two activations per word. log_row_tiles: a program takes 1 << log_row_tiles row tiles at once, WARPS at most.
+    WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     WORDS: gl.constexpr = gl.DistributedLinearLayout([[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128])
@@ -90,38 +92,47 @@ def decode_gemm_kernel(
 
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
+    log_share = len(WARP_BASES) - log_row_tiles
+    row_tiles, share = 1 << log_row_tiles, 1 << log_share  # share: of the warps, for one row tile
+    first_tile = warp & (share - 1)
     input_tiles = (K + 511) // 512
-    whole = K // 512 // WARPS * WARPS
+    whole = K // 512 - (K // 512 & (share - 1))
     first_token = gl.program_id(1) * (8 * PARTS)
-    for row_tile in range(gl.program_id(0), (N + 15) // 16, gl.num_programs(0)):
-        p_words = p_tiles + row_tile.to(gl.int64) * input_tiles * (INDEX_BITS * 128) + warp * (INDEX_BITS * 128) + lane * 4 + slot
+    last_row_tile = (N + 15) // 16 - 1
+    for first_row_tile in range(gl.program_id(0) * row_tiles, last_row_tile + 1, gl.num_programs(0) * row_tiles):
+        # Rows and tokens past the end are read again, and not written.
+        row_tile = gl.minimum(first_row_tile + (warp >> log_share), last_row_tile).to(gl.int64)
+        p_words = p_tiles + (row_tile * input_tiles + first_tile) * (INDEX_BITS * 128) + lane * 4 + slot
         p_part, acc = (), ()
         for part in gl.static_range(PARTS):
-            token = gl.minimum(first_token + 8 * part + lane // 4, M - 1).to(gl.int64)  # past the end: read, and not written
-            p_part = p_part + (p_x + token * (K // 2) + warp * 256 + lane % 4 * 4 + slot,)
+            token = gl.minimum(first_token + 8 * part + lane // 4, M - 1).to(gl.int64)
+            p_part = p_part + (p_x + token * (K // 2) + first_tile * 256 + lane % 4 * 4 + slot,)
             acc = acc + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
-        for _ in range(0, whole, WARPS):
+        for _ in range(0, whole, share):
             words = ()
             for j in gl.static_range(INDEX_BITS):
                 words = words + (gl.load(p_words + j * 128),)
             acc = multiply_tile(acc, table, words, p_part, 0, lane * 4, ENTRY_BITS, True, DTYPE, WARPS)
-            p_words += WARPS * INDEX_BITS * 128
+            p_words += share * INDEX_BITS * 128
             advanced = ()
             for part in gl.static_range(PARTS):
-                advanced = advanced + (p_part[part] + WARPS * 256,)
+                advanced = advanced + (p_part[part] + share * 256,)
             p_part = advanced
-        for tile in range(whole, input_tiles, WARPS):  # tiles that not every warp has, or that are not whole
+        for tile in range(whole, input_tiles, share):  # tiles that not every warp has, or that are not whole
             words = ()
             for j in gl.static_range(INDEX_BITS):
-                words = words + (gl.load(p_words + j * 128, mask=tile + warp < input_tiles, other=0),)
-            acc = multiply_tile(acc, table, words, p_part, K // 32 - (tile + warp) * 16, lane * 4, ENTRY_BITS, False, DTYPE, WARPS)
-            p_words += WARPS * INDEX_BITS * 128
+                words = words + (gl.load(p_words + j * 128, mask=tile + first_tile < input_tiles, other=0),)
+            acc = multiply_tile(acc, table, words, p_part, K // 32 - (tile + first_tile) * 16, lane * 4, ENTRY_BITS, False, DTYPE, WARPS)
+            p_words += share * INDEX_BITS * 128
             advanced = ()
             for part in gl.static_range(PARTS):
-                advanced = advanced + (p_part[part] + WARPS * 256,)
+                advanced = advanced + (p_part[part] + share * 256,)
             p_part = advanced
-        for part in gl.static_range(PARTS):
-            write(gl.sum(acc[part], 0), p_row_norms, p_bias, p_y, row_tile, first_token + 8 * part, M, N, has_bias, DTYPE)
+        position = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA))).expand_dims(1).expand_dims(2) >> log_share
+        for i in range(row_tiles):
+            for part in gl.static_range(PARTS):
+                sums = gl.sum(gl.where(position == i, acc[part], 0.0), 0)
+                write(sums, p_row_norms, p_bias, p_y, first_row_tile + i, first_token + 8 * part, M, N, has_bias, DTYPE)
 
 
 @gluon.jit

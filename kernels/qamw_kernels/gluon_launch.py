@@ -44,6 +44,19 @@ def parts_of(num_tokens: int) -> int:
 
 
 @functools.cache
+def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> int:
+    """Log2 of the row tiles among which a program shares out its warps: so that the busiest program has the fewest rounds of its loop.
+
+    With one row tile, some warps idle in the last round where they do not divide the tiles along the inputs.
+    """
+    def rounds(log: int) -> int:
+        runs = triton.cdiv(triton.cdiv(num_row_tiles, 1 << log), programs)
+        return runs * triton.cdiv(num_input_tiles, WARPS >> log)
+
+    return min(range(len(WARP_BASES) + 1), key=rounds)
+
+
+@functools.cache
 def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
     return {"INDEX_BITS": index_bits, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts, "WARPS": WARPS,
@@ -68,10 +81,11 @@ def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, qu
     assert kernels is not None
     num_tokens, num_inputs = rotated.shape
     parts = parts_of(num_tokens)
-    processors = _device_properties(rotated.device.index)["multiprocessor_count"]
-    grid = (min(tiles.shape[0], PROGRAMS_PER_PROCESSOR * processors), triton.cdiv(num_tokens, 8 * parts))
+    programs = PROGRAMS_PER_PROCESSOR * _device_properties(rotated.device.index)["multiprocessor_count"]
+    log = log_row_tiles(tiles.shape[0], tiles.shape[1], programs)
+    grid = (min(triton.cdiv(tiles.shape[0], 1 << log), programs), triton.cdiv(num_tokens, 8 * parts))
     kernels.decode_gemm_kernel[grid](
         rotated.view(torch.int32), tiles, row_norms, quadrant_words, y if bias is None else bias, y,
-        num_tokens, len(row_norms), num_inputs, int(bias is not None),
+        num_tokens, len(row_norms), num_inputs, int(bias is not None), log,
         **constants(tiles.shape[2], rotated.dtype, parts),
     )
