@@ -93,13 +93,14 @@ def decode_gemm_kernel(
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
     log_share = len(WARP_BASES) - log_row_tiles
-    row_tiles, share = 1 << log_row_tiles, 1 << log_share  # share: of the warps, for one row tile
+    share = 1 << log_share  # of the warps, for one row tile
     first_tile = warp & (share - 1)
     input_tiles = (K + 511) // 512
     whole = K // 512 - (K // 512 & (share - 1))
     first_token = gl.program_id(1) * (8 * PARTS)
     last_row_tile = (N + 15) // 16 - 1
-    for first_row_tile in range(gl.program_id(0) * row_tiles, last_row_tile + 1, gl.num_programs(0) * row_tiles):
+    for run in range(gl.program_id(0), (last_row_tile >> log_row_tiles) + 1, gl.num_programs(0)):
+        first_row_tile = run << log_row_tiles
         # Rows and tokens past the end are read again, and not written.
         row_tile = gl.minimum(first_row_tile + (warp >> log_share), last_row_tile).to(gl.int64)
         p_words = p_tiles + (row_tile * input_tiles + first_tile) * (INDEX_BITS * 128) + lane * 4 + slot
@@ -129,7 +130,7 @@ def decode_gemm_kernel(
                 advanced = advanced + (p_part[part] + share * 256,)
             p_part = advanced
         position = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA))).expand_dims(1).expand_dims(2) >> log_share
-        for i in range(row_tiles):
+        for i in range(1 << log_row_tiles):
             for part in gl.static_range(PARTS):
                 sums = gl.sum(gl.where(position == i, acc[part], 0.0), 0)
                 write(sums, p_row_norms, p_bias, p_y, first_row_tile + i, first_token + 8 * part, M, N, has_bias, DTYPE)

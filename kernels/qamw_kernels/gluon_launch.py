@@ -11,8 +11,8 @@ import triton.language as tl
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
-PROGRAMS_PER_PROCESSOR = 2
 PARTS = (1, 2, 4, 8)  # of 8 tokens, by one program
+REGISTERS = {1: 255, 2: 128}  # that a thread may have, by programs on a multiprocessor; the compiler would save some by spilling others
 
 
 def _load_kernels() -> ModuleType | None:
@@ -43,6 +43,11 @@ def parts_of(num_tokens: int) -> int:
     return next((parts for parts in PARTS if num_tokens <= 8 * parts), PARTS[-1])
 
 
+def programs_per_processor(index_bits: int, parts: int) -> int:
+    """Programs that a multiprocessor runs at once: it has registers for 64 tokens, and shared memory for the table of 12 bits, but once."""
+    return 1 if parts == PARTS[-1] or index_bits == 12 else 2
+
+
 @functools.cache
 def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> int:
     """Log2 of the row tiles among which a program shares out its warps: so that the busiest program has the fewest rounds of its loop.
@@ -60,7 +65,7 @@ def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> in
 def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
     return {"INDEX_BITS": index_bits, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts, "WARPS": WARPS,
-            "WARP_BASES": WARP_BASES, "num_warps": WARPS}
+            "WARP_BASES": WARP_BASES, "num_warps": WARPS, "maxnreg": REGISTERS[programs_per_processor(index_bits, parts)]}
 
 
 @functools.cache
@@ -81,7 +86,7 @@ def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, qu
     assert kernels is not None
     num_tokens, num_inputs = rotated.shape
     parts = parts_of(num_tokens)
-    programs = PROGRAMS_PER_PROCESSOR * _device_properties(rotated.device.index)["multiprocessor_count"]
+    programs = programs_per_processor(tiles.shape[2], parts) * _device_properties(rotated.device.index)["multiprocessor_count"]
     log = log_row_tiles(tiles.shape[0], tiles.shape[1], programs)
     grid = (min(triton.cdiv(tiles.shape[0], 1 << log), programs), triton.cdiv(num_tokens, 8 * parts))
     kernels.decode_gemm_kernel[grid](
