@@ -48,7 +48,7 @@ def calibration_windows(directory: Path, text_file: Path, num_tokens: int, at_le
     width = WINDOW_TOKENS - len(bos)
     wanted, needed = (-(-n // WINDOW_TOKENS) for n in (num_tokens, num_tokens if at_least is None else at_least))
     if len(tokens) < needed * width:
-        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * width} are needed")
+        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * WINDOW_TOKENS} are needed")
     starts = torch.linspace(0, len(tokens) - width, min(wanted, len(tokens) // width)).long().tolist()
     return torch.stack([torch.cat((torch.tensor(bos, dtype=torch.long), tokens[s : s + width])) for s in starts])
 

@@ -107,7 +107,8 @@ def _quantize(args: argparse.Namespace) -> None:
         report = quantize(resolve_model(args.model), args.out, args.bpw, _calibration(args.calibration), args.tp_max,
                           args.ignore, args.device, args.resume, progress, encoder=args.encoder, rates=args.rates,
                           quantize_lm_head=args.quantize_lm_head, calibration_tokens=args.calibration_tokens)
-    print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight, "
+    print(f"{args.out}: {report['output_bytes'] / 1e6:.1f} MB, {report['effective_bits_per_weight']:.3f} effective bits per weight"
+          f"{' without the head' if args.quantize_lm_head else ''}, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
     if missed := report["not_reached"]:
         print(f"{len(missed)} layers were coded without calibration, because none of its tokens reached them: {', '.join(missed[:4])}"
@@ -119,7 +120,7 @@ def _quantize(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from offline_quantize.calibration import default_num_tokens
     from offline_quantize.checkpoint import resolve_model
-    from offline_quantize.plan import make_plan
+    from offline_quantize.plan import HEAD_INDEX_BITS, make_plan
     from offline_quantize.quantize import chosen_method
 
     text = _calibration(args.calibration)
@@ -132,7 +133,8 @@ def _plan(args: argparse.Namespace) -> None:
     tokens = (args.calibration_tokens or default_num_tokens(plan.widest)) if text else 0
     more_bytes = plan.more_bytes_within(args.bpw)
     effective = plan.effective_bits_per_weight + 8 * more_bytes / plan.num_quantized_weights
-    print(f"{plan.num_quantized_weights / 1e6:.1f} M weights quantised at {effective:.3f} effective bits per weight")
+    print(f"{plan.num_quantized_weights / 1e6:.1f} M weights quantised at {effective:.3f} effective bits per weight"
+          + (f", and the head at {HEAD_INDEX_BITS / 2:g}" if plan.head else ""))
     scratch = f", and {plan.scratch_bytes(tokens) / 1e6:.1f} MB of scratch while quantising" if rates == "mixed" else ""
     megabytes = (plan.output_bytes + more_bytes) / 1e6
     print(f"disk: {megabytes:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB{scratch}")

@@ -51,7 +51,7 @@ class Head:
     """
 
     def __init__(self, directory: Path, device: torch.device) -> None:
-        from transformers.modeling_outputs import BaseModelOutputWithPast
+        from transformers.modeling_outputs import MoeModelOutputWithPast  # heads of models with experts ask for more than others
 
         checkpoint = Checkpoint(directory)
         self._model = model = build_empty_model(directory)
@@ -64,7 +64,7 @@ class Head:
         model.tie_weights()
         if model.get_output_embeddings().weight.is_meta:
             raise QuantizeError(f"{directory}: none of {sorted(wanted)} found, which the logits need")
-        model.base_model.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=self._hidden)
+        model.base_model.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=self._hidden)
         self._hidden: Any = None
         self.device = device
         self.rows = max(1, LOGIT_ELEMENTS // len(model.get_output_embeddings().weight))

@@ -87,6 +87,8 @@ def verify(directory: Path) -> str:
         QuantizeError: with every fault found, one per line.
     """
     _check_finished(directory)
+    if not (directory / MANIFEST).is_file():
+        raise QuantizeError(f"{directory}: no {MANIFEST}, this is not a QAM-W checkpoint")
     manifest = read_json(directory / MANIFEST).get("files")
     if not isinstance(manifest, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= set(e) for e in manifest.values()):
         raise QuantizeError(f"{directory / MANIFEST}: files must map every name to its bytes and sha256")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from offline_quantize.output import Output, json_bytes
-from offline_quantize.plan import Plan
+from offline_quantize.plan import HEAD_INDEX_BITS, Plan
 from offline_quantize.structure import Linear
 from qamw_kernels.codec import QuantizedWeight
 
@@ -91,6 +91,9 @@ def _card(result: dict[str, Any], plan: Plan) -> str:
     worst = "\n".join(f"- {line}" for line in result["worst_layers"])
     sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
     text = f"{result['calibration']}, {result['calibration_tokens']} tokens" if result["calibration"] else "none"
+    head = f" The head has {HEAD_INDEX_BITS / 2:g} bits per weight, beside that." if plan.head else ""
+    missed = len(result["not_reached"])
+    uncalibrated = f"\nNo calibration token reached {missed} of the layers: they were coded without.\n" if missed else ""
     kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")
     return f"""---
 base_model: {name}
@@ -100,7 +103,7 @@ tags: [qamw]
 # {name}, QAM-W {result["nominal_bits_per_weight"]:g} bpw
 
 {result["quantized_weights"] / 1e6:.1f} million weights of the decoder layers, {result["effective_bits_per_weight"]:.3f} effective bits each
-(every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.
+(every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.{head}
 Calibration: {text}; encoder {result["encoder"]}, {result["rates"]} rates. Made by qamw-vllm {result["qamw_version"]}.
 
 With the vLLM plugin of qamw-vllm installed:
@@ -108,7 +111,7 @@ With the vLLM plugin of qamw-vllm installed:
     vllm serve . --quantization qamw
 
 Tensor-parallel sizes: {sizes}. Not quantised: {kept}.
-
+{uncalibrated}
 Largest errors (all layers in {REPORT} and {PLOT}):
 
 {worst}

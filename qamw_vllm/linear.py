@@ -64,7 +64,8 @@ def check_split(prefix: str, input_size: int, input_size_per_partition: int, rot
         raise ValueError(
             f"{prefix}: tensor_parallel_size={tp} leaves {input_size_per_partition} of the {input_size} inputs to a rank, "
             f"expected a multiple of {unit} (rotation blocks of {rotation_block_size}, packed units of {UNIT_INPUTS}). "
-            f"Possible for this layer: {', '.join(map(str, possible))}. Quantise with smaller rotation blocks for more.")
+            f"Possible for this layer: {', '.join(map(str, possible))}."
+            + (" Quantise with a larger --tp-max for more." if rotation_block_size > UNIT_INPUTS else ""))
 
 
 def warm_up_once(format: QamwFormat, dtype: torch.dtype, device: torch.device, experts: bool = False) -> None:

@@ -1,12 +1,30 @@
 """Shared fixtures: everything offline, tiny models made once per session."""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def while_vllm_loads() -> Callable[[], AbstractContextManager[None]]:
+    """Makes bfloat16 torch's default dtype for a while, as vLLM does when it loads a model."""
+    import torch
+
+    @contextmanager
+    def default_dtype() -> Iterator[None]:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    return default_dtype
 
 
 @pytest.fixture(scope="session")

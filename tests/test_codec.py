@@ -10,7 +10,7 @@ import torch
 from qamw_kernels import codec
 from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
 from qamw_kernels.codec import InputShard, QuantizedWeight, decode_weight, encode_weight, linear_reference, make_input_scales
-from qamw_kernels.nearest import nearest, nearest_brute_force
+from qamw_kernels.nearest import _grid, nearest, nearest_brute_force
 from qamw_kernels.packing import field_widths, pack_planes, unpack_planes
 from qamw_kernels.rotation import ROTATION_BLOCK_SIZES, hadamard, rotate, unrotate
 
@@ -233,3 +233,19 @@ def test_input_scales_outside_float16_are_refused() -> None:
 def test_one_row_layer() -> None:
     weight = torch.randn(1, 64)
     assert decode_weight(encode_weight(weight, 12, 64, make_input_scales(64))).shape == (1, 64)
+
+
+def test_default_dtype_does_not_matter(while_vllm_loads) -> None:
+    weight = torch.randn(40, 256)
+    weight[5, :3] = 40  # a row whose norm is raised
+    expected = encode_weight(weight, 11, 128, make_input_scales(256))
+    decoded = decode_weight(expected)
+    for cached in (_grid, load_codebook):
+        cached.cache_clear()
+    with while_vllm_loads():
+        found = encode_weight(weight, 11, 128, make_input_scales(256))
+        assert torch.equal(decode_weight(found), decoded)
+    for name in ("qweight", "row_norms", "input_scales"):
+        assert getattr(found, name).dtype == getattr(expected, name).dtype
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert hadamard(16).dtype == torch.float32

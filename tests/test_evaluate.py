@@ -17,7 +17,7 @@ from offline_quantize.cli import main
 from offline_quantize.comparison import clustered_mean
 from offline_quantize.conventions import CONVENTIONS, Bos, Text, detokenized
 from offline_quantize.errors import QuantizeError
-from offline_quantize.evaluate import evaluate, load_model, read_text
+from offline_quantize.evaluate import Head, evaluate, load_model, read_text
 from offline_quantize.quantize import quantize
 
 RAW = (Path(__file__).parent / "data" / "evaluation.txt").read_text(encoding="utf-8")[:7000]
@@ -113,6 +113,15 @@ def test_a_model_does_not_differ_from_itself(tiny_llama):
     assert result.kl.mean == result.kl.max == result.perplexity["llama.cpp-512"].change_percent == 0
     assert result.kl.top1_agreement == 1 and result.effective_bits_per_weight is None
     assert 0 < float(torch.cat(evaluation.noise.kl).mean()) < 1e-2  # bfloat16 against float32
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3"])
+def test_head_of_a_model_with_experts(architecture, tmp_path):
+    directory = tiny_model(tmp_path / "model", architecture)
+    model, ids = load_model(directory), torch.arange(3, 40)[None]
+    with torch.no_grad():
+        hidden, logits = model.base_model(ids, use_cache=False).last_hidden_state[0], model(ids).logits[0]
+    torch.testing.assert_close(Head(directory, torch.device("cpu")).logits(hidden), logits)
 
 
 def test_detokenised_as_in_the_harness():

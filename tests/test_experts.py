@@ -67,6 +67,7 @@ def test_mixtures_of_experts(architecture: str, names: tuple[str, ...], tmp_path
         assert all(torch.equal(stored[f"{x.name}.input_scales"], stored[f"{group[0].name}.input_scales"]) for x in group)
     not_reached = [x.name for x in second if "output_nmse" not in entries[x.name]]
     assert len(not_reached) == (2 if architecture == "mixtral" else 0) and report["not_reached"] == not_reached
+    assert ("No calibration token reached 2 of the layers" in (out / "README.md").read_text()) == bool(not_reached)
     assert all(0 < entries[x.name]["output_nmse"] < 0.02 for x in second if x.name not in not_reached)
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     own = [name for name in config["layer_index_bits"] if ".experts." in name]

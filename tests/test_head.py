@@ -28,6 +28,7 @@ def test_head(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                quantize(model, tmp_path / "nearest", encoder="nearest", rates="uniform", quantize_lm_head=True, calibration_tokens=512)]
     head, nearest = (next(entry for entry in report["layers"] if entry["name"] == "lm_head") for report in reports)
     assert head["index_bits"] == 12 and head["nmse"] < 0.001 and head["output_nmse"] < nearest["output_nmse"]
+    assert "The head has 6 bits per weight" in (out / "README.md").read_text()
     assert [reports[1][key] for key in ("calibration_tokens", "encoder", "rates")] == [512, "nearest", "uniform"]
     assert verify(out) and "lm_head" in inspect(out)
     config = json.loads((out / "config.json").read_text())

@@ -248,7 +248,7 @@ def test_layers_compute_the_decoded_weight(kind, tp_size, backend, rank, monkeyp
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["qkv_proj", "gate_up_proj", "o_proj"])
-def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
+def test_quantised_while_loading(kind, tp_size, rank, monkeypatch, while_vllm_loads):
     """Each rank ends with the very tensors that it would load from the quantised checkpoint."""
     monkeypatch.setattr(qamw_vllm.linear, "choose_backend", lambda: "triton")
     generator = torch.Generator().manual_seed(3)
@@ -275,8 +275,9 @@ def test_quantised_while_loading(kind, tp_size, rank, monkeypatch):
         packed, plain = (make_layer(kind, config, dtype=torch.bfloat16) for config in (
             make_config(rotation_block_sizes={K: block}), QamwConfig.from_config({"quant_method": "qamw", "bits_per_weight": BITS / 2})))
         load(packed, kind, matrices)
-        for position, weight in enumerate(weights):
-            plain.weight.weight_loader(plain.weight, weight, *([SHARD_IDS[kind][position]] if kind in SHARD_IDS else []))
+        with while_vllm_loads():
+            for position, weight in enumerate(weights):
+                plain.weight.weight_loader(plain.weight, weight, *([SHARD_IDS[kind][position]] if kind in SHARD_IDS else []))
         assert dict(plain.named_parameters()).keys() == dict(packed.named_parameters()).keys() == {"qweight", "row_norms", "input_scales"}
         for name, tensor in packed.named_parameters():
             assert torch.equal(tensor, plain.get_parameter(name)), name

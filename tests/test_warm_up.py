@@ -64,8 +64,9 @@ def launch_routed(index_bits: int, size: int, dtype: torch.dtype, num_tokens: in
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_warm_up_compiles_everything(seen: set[str], dtype: torch.dtype) -> None:
-    triton_launch.warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True)
+def test_warm_up_compiles_everything(seen: set[str], dtype: torch.dtype, while_vllm_loads) -> None:
+    with while_vllm_loads():
+        triton_launch.warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True)
     ready = set(seen)
     for index_bits in RATES:
         for num_rows, num_inputs, size in ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128)):

@@ -49,5 +49,5 @@ def load_codebook(index_bits: int) -> torch.Tensor:
     """The whole codebook [C, 2] float32 on the CPU: row ``m + (x < 0) << (b - 2) + (y < 0) << (b - 1)``, where ``m``
     is the row of (|x|, |y|) in the quadrant and b = ``index_bits``. Treat it as read-only."""
     quadrant = load_quadrant(index_bits)
-    signs = torch.tensor([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+    signs = torch.tensor([[1, 1], [-1, 1], [1, -1], [-1, -1]], dtype=torch.float32)
     return (signs[:, None] * quadrant).reshape(-1, 2)

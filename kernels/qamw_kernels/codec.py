@@ -145,11 +145,11 @@ def row_factors(coordinates: torch.Tensor, code: Callable[[torch.Tensor], torch.
 
     fourth_powers = add_up(coordinates.square().square().sum(1, dtype=torch.float64))
     heavy = (fourth_powers > HEAVY_TAIL * (shard.num_inputs if shard else coordinates.shape[1])).nonzero()[:, 0]
-    factors = torch.ones(len(coordinates), device=coordinates.device)
+    factors = torch.ones_like(coordinates[:, 0])
     if len(heavy):
         rows = coordinates[heavy]
         errors = [(factor * code(rows / factor) - rows).double().square().sum(1) for factor in ROW_FACTORS]
-        factors[heavy] = torch.tensor(ROW_FACTORS, device=factors.device)[add_up(torch.stack(errors)).argmin(0)]
+        factors[heavy] = factors.new_tensor(ROW_FACTORS)[add_up(torch.stack(errors)).argmin(0)]
     return factors
 
 
@@ -180,7 +180,7 @@ def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: in
     check_finite(weight, name)
     input_scales = input_scales.to(weight.device)
     qweight = torch.empty(packed_shape(len(weight), weight.shape[1], index_bits), dtype=torch.int32, device=weight.device)
-    row_norms = torch.empty(len(weight), device=weight.device)
+    row_norms = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     step = max(1, weights_at_once // weight.shape[1])
     for i in range(0, len(weight), step):
         coordinates, norms = to_coordinates(weight[i : i + step], rotation_block_size, input_scales, shard)

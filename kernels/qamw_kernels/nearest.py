@@ -60,8 +60,8 @@ def _strike_off(table: torch.Tensor, codewords: torch.Tensor, cells: int) -> tor
     """Drop the candidates [cells**2, L] that cannot win anywhere in their cell; L shrinks to the longest list left."""
     side = _REACH / cells
     at = torch.arange(cells * cells)
-    low = torch.stack((at // cells, at % cells), 1) * side  # [cells**2, 2]
-    corners = low[:, None] + torch.tensor([[0, 0], [0, side], [side, 0], [side, side]])  # [cells**2, 4, 2]
+    low = torch.stack((at // cells, at % cells), 1).float() * side  # [cells**2, 2]
+    corners = low[:, None] + low.new_tensor([[0, 0], [0, side], [side, 0], [side, side]])  # [cells**2, 4, 2]
     distance = (corners[:, :, None].double() - codewords[table][:, None]).square().sum(3)  # [cells**2, 4, L]
     champion = distance.amax(1).argmin(1)[:, None, None].expand(-1, 4, 1)
     struck = (distance.gather(2, champion) + _MARGIN < distance).all(1)

@@ -16,7 +16,7 @@ def check_rotation_block_size(rotation_block_size: int) -> None:
 def hadamard(size: int) -> torch.Tensor:
     """The +1/-1 Sylvester Hadamard matrix [size, size] float32: entry (i, j) is -1 to the number of bits set in i & j."""
     check_rotation_block_size(size)
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
     return matrix

@@ -188,7 +188,7 @@ def warm_up(rates: Collection[int], rotation_block_sizes: Collection[int], dtype
         x = torch.zeros(num_tokens, max(size, 64), dtype=dtype, device=device)
         tiles = torch.zeros(tiled_shape(1, x.shape[1], index_bits), dtype=torch.int32, device=device)
         words, scales = quadrant_words(index_bits, device), torch.ones(x.shape[1], dtype=torch.float16, device=device)
-        norms = torch.ones(1, device=device)
+        norms = torch.ones(1, dtype=torch.float32, device=device)
         if routed:
             block_size = routed_block_size(num_tokens, 1, dtype)
             slots, experts, num_sorted, _ = sort_slots(torch.zeros(num_tokens, 1, dtype=torch.int32, device=device), block_size, 1)
