@@ -49,12 +49,12 @@ def plot(path: Path, rows: list[dict[str, Any]]) -> None:
     """One panel for every figure, against the number of clients."""
     from matplotlib.figure import Figure
 
+    clients = sorted({row["clients"] for row in rows})
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (key, label) in zip(figure.subplots(2, 2).flat, FIGURES.items(), strict=True):
         for name in dict.fromkeys(row["name"] for row in rows):
             own = [row for row in rows if row["name"] == name]
             axes.plot([row["clients"] for row in own], [row[key] for row in own], marker="o", label=name)
-        clients = sorted({row["clients"] for row in rows})
         axes.set(xlabel="clients at once", ylabel=label, xscale="log", ylim=(0, 1.2 * max(row[key] for row in rows)))
         axes.set_xticks(clients, [str(n) for n in clients])
         axes.minorticks_off()

@@ -390,7 +390,8 @@ def test_impossible_tensor_parallel_size_is_refused(run, checkpoint, tmp_path):
     change_config(damaged, rotation_block_sizes={"256": 256, "512": 256})
     ((result,), printed) = run([{"model": str(damaged), "options": TWO_RANKS}])
     assert "error" in result
-    assert re.search(r"o_proj: tensor_parallel_size=2 leaves 128 of the 256 inputs .* Possible for this layer: 1\. ", printed)
+    assert re.search(r"o_proj: tensor_parallel_size=2 leaves 128 of the 256 inputs .* "
+                     r"Possible for this layer: 1\. Quantise with a larger --tp-max", printed)
 
 
 # --- real models

@@ -368,6 +368,10 @@ def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFi
     assert main(["plan", str(tiny_llama), "--bpw", "4.7"]) == 0
     text = capsys.readouterr().out
     assert "mixed rates, rotation" in text and "at 4.700 effective" in text
+    assert main(["plan", str(tiny_llama), "--bpw", "4", "--calibration", "none", "--quantize-lm-head"]) == 0
+    assert ", and the head at 6" in capsys.readouterr().out
+    assert main(["verify", str(tiny_llama)]) == 2
+    assert "no qamw_manifest.json, this is not a QAM-W checkpoint" in capsys.readouterr().err
     assert main(["plan", str(tiny_llama), "--bpw", "4.7", "--rates", "uniform"]) == 2
     assert "uniform rates come in halves" in capsys.readouterr().err
     assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
