@@ -54,7 +54,7 @@ def rows() -> list[dict[str, Any]]:
                 if gluon_launch.shared_bytes(bits) > SHARED_BYTES[target]:
                     continue
                 found.append(row(f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens", target, gluon_launch.kernels.decode_gemm_kernel,
-                                 gluon_launch.constants(bits, torch.bfloat16, parts), 128,
+                                 gluon_launch.constants(bits, torch.bfloat16, parts, SHARED_BYTES[target]), 128,
                                  lambda bodies: min((b for b in bodies if b["LDS"] == 128), key=collections.Counter.total)))
         for kind in ("skinny", "wide"):
             constants = triton_launch.gemm_constants(11, torch.bfloat16, kind)

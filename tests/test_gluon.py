@@ -9,7 +9,7 @@ import torch
 from ptx import Machine
 from qamw_kernels import gluon_launch
 from qamw_kernels.codebook import INDEX_BITS, load_codebook
-from qamw_kernels.gluon_launch import WARPS, constants, log_row_tiles, parts_of, shared_bytes
+from qamw_kernels.gluon_launch import PARTS, WARPS, constants, log_row_tiles, parts_of, programs_per_processor, shared_bytes
 from qamw_kernels.ops import INTERPRETED, quadrant_words
 from qamw_kernels.packing import pack_planes
 from qamw_kernels.tiling import tile_planes, untile
@@ -27,7 +27,7 @@ def test_tiles_hold_the_indices(index_bits: int, num_rows: int, num_inputs: int)
 
 
 def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int):
-    return compile_for(target, gluon_launch.kernels.decode_gemm_kernel, constants(index_bits, dtype, parts))
+    return compile_for(target, gluon_launch.kernels.decode_gemm_kernel, constants(index_bits, dtype, parts, SHARED_BYTES[target]))
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
@@ -87,6 +87,13 @@ def test_main_loop(target: int, index_bits: int) -> None:
     assert sum(n for opcode, n in main.items() if opcode.startswith("LDG")) == main["LDG.E.128"] == index_bits + 16, main
     assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 32, main
     assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
+
+
+def test_programs_fit_the_processor() -> None:
+    """Two programs share a multiprocessor where their tables fit: 11 bits not on sm_89, 12 bits nowhere; nor do 64 tokens' sums."""
+    two = {target: [bits for bits in INDEX_BITS if programs_per_processor(bits, 1, size) == 2] for target, size in SHARED_BYTES.items()}
+    assert two == {80: [6, 7, 8, 9, 10, 11], 89: [6, 7, 8, 9, 10], 90: [6, 7, 8, 9, 10, 11], 100: [6, 7, 8, 9, 10, 11]}
+    assert [programs_per_processor(8, parts, SHARED_BYTES[90]) for parts in PARTS] == [2, 2, 2, 1]
 
 
 def test_warps_are_shared_out() -> None:

@@ -43,9 +43,9 @@ def parts_of(num_tokens: int) -> int:
     return next((parts for parts in PARTS if num_tokens <= 8 * parts), PARTS[-1])
 
 
-def programs_per_processor(index_bits: int, parts: int) -> int:
-    """Programs that a multiprocessor runs at once: it has registers for 64 tokens, and shared memory for the table of 12 bits, but once."""
-    return 1 if parts == PARTS[-1] or index_bits == 12 else 2
+def programs_per_processor(index_bits: int, parts: int, shared_memory: int) -> int:
+    """Programs that a multiprocessor with so many bytes of shared memory runs at once: it has registers for 64 tokens but once."""
+    return 1 if parts == PARTS[-1] else max(1, min(2, shared_memory // shared_bytes(index_bits)))
 
 
 @functools.cache
@@ -62,10 +62,11 @@ def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> in
 
 
 @functools.cache
-def constants(index_bits: int, dtype: torch.dtype, parts: int) -> dict[str, Any]:
-    """Compile-time arguments of the kernel, and options of its compiler."""
+def constants(index_bits: int, dtype: torch.dtype, parts: int, shared_memory: int) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and options of its compiler, for a multiprocessor with so many bytes of shared memory."""
+    programs = programs_per_processor(index_bits, parts, shared_memory)
     return {"INDEX_BITS": index_bits, "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16, "PARTS": parts, "WARPS": WARPS,
-            "WARP_BASES": WARP_BASES, "num_warps": WARPS, "maxnreg": REGISTERS[programs_per_processor(index_bits, parts)]}
+            "WARP_BASES": WARP_BASES, "num_warps": WARPS, "maxnreg": REGISTERS[programs]}
 
 
 @functools.cache
@@ -85,12 +86,12 @@ def gemm(rotated: torch.Tensor, tiles: torch.Tensor, row_norms: torch.Tensor, qu
     """Launch :func:`qamw_kernels.gluon_kernels.decode_gemm_kernel`; arguments as in :func:`qamw_kernels.triton_launch.gemm`, y [M, N]."""
     assert kernels is not None
     num_tokens, num_inputs = rotated.shape
-    parts = parts_of(num_tokens)
-    programs = programs_per_processor(tiles.shape[2], parts) * _device_properties(rotated.device.index)["multiprocessor_count"]
+    index_bits, parts, device = tiles.shape[2], parts_of(num_tokens), _device_properties(rotated.device.index)
+    programs = programs_per_processor(index_bits, parts, device["max_shared_mem"]) * device["multiprocessor_count"]
     log = log_row_tiles(tiles.shape[0], tiles.shape[1], programs)
     grid = (min(triton.cdiv(tiles.shape[0], 1 << log), programs), triton.cdiv(num_tokens, 8 * parts))
     kernels.decode_gemm_kernel[grid](
         rotated.view(torch.int32), tiles, row_norms, quadrant_words, y if bias is None else bias, y,
         num_tokens, len(row_norms), num_inputs, int(bias is not None), log,
-        **constants(tiles.shape[2], rotated.dtype, parts),
+        **constants(index_bits, rotated.dtype, parts, device["max_shared_mem"]),
     )
