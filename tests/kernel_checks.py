@@ -7,6 +7,7 @@ Triton reads TRITON_INTERPRET when it is imported. Without that variable it need
 import itertools
 import math
 import runpy
+import weakref
 from pathlib import Path
 
 import pytest
@@ -69,11 +70,13 @@ def coordinates(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: torch.Tensor) -> None:
-    """The error of ``got`` against the float64 truth is at most twice that of torch in the same dtype (norms)."""
+    """The error of ``got`` against the float64 truth is at most twice that of torch in the same dtype (norms), or in float32, where a
+    library may add in any order, ten roundings."""
     assert got.dtype == of_torch.dtype and got.shape == of_torch.shape == truth.shape and truth.dtype == torch.float64
     size = truth.norm()
     error, error_of_torch = ((y.double() - truth).norm() / size for y in (got, of_torch))
-    assert error <= 2 * error_of_torch + 1e-7, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
+    free = 10 * 2**-24 if got.dtype == torch.float32 else 1e-7
+    assert error <= 2 * error_of_torch + free, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
 
 
 def tiled(weight: QuantizedWeight) -> triton_launch.TiledWeight:
@@ -218,6 +221,21 @@ def test_linear_end_to_end(dtype, rotation_block_size, num_tokens, monkeypatch):
     truth = x.double() @ decode_weight(weight).double().T
     assert_as_good_as_torch(linear(x, weight), linear_reference(x, weight), truth)
     assert_as_good_as_torch(linear(x, weight, bias), linear_reference(x, weight, bias), truth + bias.double())
+
+
+def test_one_workspace_at_a_time(monkeypatch):
+    dequantize, made = triton_launch.dequantize, []
+
+    def counted(*args):
+        assert all(earlier() is None for earlier in made)
+        out = dequantize(*args)
+        made.append(weakref.ref(out))
+        return out
+
+    monkeypatch.setattr(triton_launch, "dequantize", counted)
+    monkeypatch.setattr(triton_launch, "DEQUANTIZED_WEIGHTS", 48 * 128)
+    linear(random(129, 128), random_weight(NUM_ROWS, 128, 8))
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("num_rows, num_inputs", [(24, 64), (100, 576)])  # the second is SmolLM2-135M's, cut for a rank

@@ -12,6 +12,7 @@ from qamw_kernels.codebook import INDEX_BITS, load_codebook, load_quadrant
 from qamw_kernels.codec import QuantizedWeight, linear_reference
 from qamw_kernels.packing import pack_planes, unpack_planes
 from qamw_kernels.rotation import rotate
+from qamw_kernels.routing import Routing, sort_slots
 from qamw_kernels.tiling import tile_planes
 
 pytestmark = pytest.mark.skipif(ops.INTERPRETED, reason="CPU tensors run the Triton kernels: see kernel_checks.py")
@@ -146,6 +147,26 @@ def test_compile_fullgraph_without_recompiling_for_other_numbers_of_tokens():
     assert len(graphs) == 1
     called = [str(node.target) for node in graphs[0].graph.nodes if "qamw" in str(node.target)]
     assert called == ["qamw.linear"]  # opaque to the compiler
+
+
+def test_compile_routed_without_recompiling_for_other_numbers_of_tokens():
+    weight, graphs = random_weight(8), []
+    tiles, words = tile_planes(weight.qweight)[None], ops.quadrant_words(8)
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def layer(x, slots, experts, num_sorted):
+        routing = Routing(slots, experts, num_sorted, 16)
+        return ops.routed_linear(x, tiles, weight.row_norms[None], weight.input_scales, words, routing, x.shape[0], B)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    for num_tokens in (140, 70, 33):  # the first makes no size that a weight has too: the compiler would take them for the same
+        x, routing = torch.randn(num_tokens, K), sort_slots(torch.zeros(num_tokens, 1, dtype=torch.int32), 16, 1)
+        assert torch.equal(compiled(x, *routing[:3]), layer(x, *routing[:3]))
+    assert len(graphs) == 1
 
 
 def test_compile_aot():

@@ -44,7 +44,7 @@ def seen(request, monkeypatch) -> set[str]:
             pytest.skip("this Triton has no shared-memory gather")
         monkeypatch.setattr(gluon_launch.kernels, "decode_gemm_kernel", Recorder(gluon_launch.kernels.decode_gemm_kernel, seen))
         monkeypatch.setattr(gluon_launch, "fits", lambda rotated, index_bits: rotated.dtype in gluon_launch.GLUON_DTYPES)
-        monkeypatch.setattr(gluon_launch, "_device_properties", lambda index: {"multiprocessor_count": 132})
+        monkeypatch.setattr(gluon_launch, "_device_properties", lambda index: {"multiprocessor_count": 132, "max_shared_mem": 227 << 10})
     return seen
 
 

@@ -9,6 +9,7 @@ shows it. Without a GPU and with TRITON_INTERPRET=1, only the comparison runs.
 
 import argparse
 import functools
+import inspect
 import json
 import platform
 import statistics
@@ -118,10 +119,16 @@ def marlin(num_rows: int, num_inputs: int, bits: int) -> Callable[[torch.Tensor]
 
     kind = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}[bits]
     weight = torch.randn(num_inputs, num_rows, dtype=DTYPE, device="cuda") / num_inputs**0.5
-    _, packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128)
-    workspace = marlin_utils.marlin_make_workspace_new(weight.device)
-    zeros = marlin_utils.marlin_make_empty_g_idx(weight.device)
-    return lambda x: marlin_utils.apply_gptq_marlin_linear(x, packed, scales, zeros, workspace, kind, num_rows, num_inputs)
+    workspace, empty = marlin_utils.marlin_make_workspace_new(weight.device), torch.empty(0, dtype=torch.int32, device="cuda")
+    order: dict[str, Any] = {}
+    if "act_order" in inspect.signature(marlin_utils_test.marlin_quantize).parameters:  # vLLM 0.29 and older
+        packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128, act_order=False)[1:3]
+        order = {"g_idx": empty, "g_idx_sort_indices": empty, "is_k_full": True}
+    else:
+        packed, scales = marlin_utils_test.marlin_quantize(weight, kind, 128)[1:3]
+    return lambda x: marlin_utils.apply_gptq_marlin_linear(
+        input=x, weight=packed, weight_scale=scales, weight_zp=empty, workspace=workspace, wtype=kind, output_size_per_partition=num_rows,
+        input_size_per_partition=num_inputs, **order)
 
 
 def humming(num_rows: int, num_inputs: int, bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -227,9 +234,11 @@ def main() -> None:
     rows = [row for model in args.models for row in result["models"][model]]
     result |= {"not_measured": skipped, "crossing": crossing(rows)}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for name, why in skipped.items():
+        print(f"{name} was not measured: {why}")
     plot(result, args.out.with_suffix(".png"))
     if args.save_crossing:
-        known = json.loads(triton_launch.CROSSINGS.read_text()) | {result["environment"]["gpu"]: result["crossing"]}
+        known = json.loads(triton_launch.CROSSINGS.read_text()) | {triton_launch.crossing_key(torch.device("cuda")): result["crossing"]}
         triton_launch.CROSSINGS.write_text(json.dumps(known, indent=1) + "\n")
 
 

@@ -165,11 +165,12 @@ def _check_routed_linear(
         raise ValueError(f"tiles and row_norms: expected shapes [experts, ...] and [experts, N], got {tuple(tiles.shape)} and "
                          f"{tuple(row_norms.shape)}")
     _check_linear(x, tiles[0], row_norms[0], input_scales, quadrant_words, None, rotation_block_size)
-    if num_slots != 0 and (len(x) == 0 or num_slots % len(x)):
-        raise ValueError(f"num_slots: expected a multiple of {len(x)} tokens, got {num_slots}")
-    if len(slots) > len(experts) * block_size:
-        raise ValueError(f"experts: expected one for every {block_size} of {len(slots)} slots, got {len(experts)}")
-    for name, tensor, length in (("slots", slots, len(slots)), ("experts", experts, len(experts)), ("num_sorted", num_sorted, 1)):
+    num_tokens, num_padded, num_blocks = x.shape[0], slots.shape[0], experts.shape[0]  # len() would make constants of them when compiled
+    if num_slots != 0 and (num_tokens == 0 or num_slots % num_tokens):
+        raise ValueError(f"num_slots: expected a multiple of {num_tokens} tokens, got {num_slots}")
+    if num_padded > num_blocks * block_size:
+        raise ValueError(f"experts: expected one for every {block_size} of {num_padded} slots, got {num_blocks}")
+    for name, tensor, length in (("slots", slots, num_padded), ("experts", experts, num_blocks), ("num_sorted", num_sorted, 1)):
         _check(name, tensor, tiles, (length,), torch.int32)
 
 

@@ -46,7 +46,8 @@ def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
         torch.add(a, b, out=out[:, 0])
         torch.sub(a, b, out=out[:, 1])
         y, z, half = z, y, 2 * half
-    return (y / math.sqrt(rotation_block_size)).T.reshape(x.shape).to(x.dtype).contiguous()
+    scale = y.new_full((), math.sqrt(rotation_block_size))  # not a number: CUDA would multiply with its rounded inverse
+    return (y / scale).T.reshape(x.shape).to(x.dtype).contiguous()
 
 
 def unrotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:

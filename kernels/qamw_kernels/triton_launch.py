@@ -34,7 +34,7 @@ class Tile(NamedTuple):
 
 
 SKINNY_MAX_TOKENS = 16
-CROSSINGS = Path(__file__).with_name("crossings.json")  # GPU name -> gemm_max_tokens; kernels/benchmarks/bench_linear.py measures it
+CROSSINGS = Path(__file__).with_name("crossings.json")  # crossing_key -> gemm_max_tokens; kernels/benchmarks/bench_linear.py measures it
 GEMM_MAX_TOKENS = 128  # of a GPU that was not measured: twice what one program of the Gluon kernel holds
 DEQUANTIZED_WEIGHTS = 1 << 26  # at once, so that the workspace is bounded: 128 MiB
 # (kind, bytes per activation element) -> tile. Every tile fits the 99 KB of shared memory of sm_89.
@@ -82,11 +82,16 @@ def _on_device_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[obj
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def crossing_key(device: torch.device) -> str:
+    """What a measured crossing is good for: the GPU's name, and the kernel that the installed Triton has."""
+    return f"{torch.cuda.get_device_name(device)}, {'gluon' if gluon_launch.kernels else 'plain'}"
+
+
 @functools.cache
 def gemm_max_tokens(device: torch.device) -> int:
     """Tokens up to which :func:`multiply_packed` is the faster way on that device."""
     measured = json.loads(CROSSINGS.read_text()) if device.type == "cuda" else {}
-    return measured.get(torch.cuda.get_device_name(device), GEMM_MAX_TOKENS) if measured else GEMM_MAX_TOKENS
+    return measured.get(crossing_key(device), GEMM_MAX_TOKENS) if measured else GEMM_MAX_TOKENS
 
 
 class TiledWeight(NamedTuple):
@@ -139,6 +144,7 @@ def multiply_dequantized(x: torch.Tensor, weight: TiledWeight, bias: torch.Tenso
             torch.mm(x, decoded.T, out=y[:, rows])
         else:
             torch.addmm(bias[rows], x, decoded.T, out=y[:, rows])
+        del decoded  # or the next one would be a second workspace
     return y
 
 
@@ -184,26 +190,29 @@ def warm_up(rates: Collection[int], rotation_block_sizes: Collection[int], dtype
 
     To be called before a CUDA graph is captured. Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
     """
-    def run(index_bits: int, size: int, num_tokens: int, routed: bool = False) -> None:
+    def run(index_bits: int, size: int, num_tokens: int, kind: str = "packed") -> None:
         x = torch.zeros(num_tokens, max(size, 64), dtype=dtype, device=device)
         tiles = torch.zeros(tiled_shape(1, x.shape[1], index_bits), dtype=torch.int32, device=device)
         words, scales = quadrant_words(index_bits, device), torch.ones(x.shape[1], dtype=torch.float16, device=device)
         norms = torch.ones(1, dtype=torch.float32, device=device)
-        if routed:
+        if kind == "routed":
             block_size = routed_block_size(num_tokens, 1, dtype)
             slots, experts, num_sorted, _ = sort_slots(torch.zeros(num_tokens, 1, dtype=torch.int32, device=device), block_size, 1)
             routed_linear(x, tiles[None], norms[None], scales, words, slots, experts, num_sorted, block_size, num_tokens, size)
-        else:
-            linear(x, tiles, norms, scales, words, None, size)
+            return
+        weight = TiledWeight(tiles, norms, scales, words, size)
+        if kind == "packed":
+            multiply_packed(x, weight, None)
+        else:  # without the vendor's GEMM, which would keep a workspace for each of the threads
+            dequantize(weight, dtype)
 
-    limit = gemm_max_tokens(device)
-    few = sorted({m for m in (*(8 * parts for parts in gluon_launch.PARTS), SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1) if m <= limit})
+    few = sorted({8 * parts for parts in gluon_launch.PARTS} | {SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1})
     for size in rotation_block_sizes:
         run(min(rates), size, few[0])
-    jobs = [(bits, min(rotation_block_sizes), m, False) for bits in rates for m in few]
-    jobs += [(bits, size, limit + 1, False) for bits in rates for size in rotation_block_sizes]
+    jobs = [(bits, min(rotation_block_sizes), m, "packed") for bits in rates for m in few]
+    jobs += [(bits, size, 1, "dequantized") for bits in rates for size in rotation_block_sizes]
     if experts:
-        jobs += [(bits, min(rotation_block_sizes), m, True) for bits in rates for m in (SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1)]
+        jobs += [(bits, min(rotation_block_sizes), m, "routed") for bits in rates for m in (SKINNY_MAX_TOKENS, SKINNY_MAX_TOKENS + 1)]
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda job: run(*job), jobs))
 
