@@ -49,7 +49,7 @@ def calibration_windows(directory: Path, text_file: Path, num_tokens: int, at_le
     wanted, needed = (-(-n // WINDOW_TOKENS) for n in (num_tokens, num_tokens if at_least is None else at_least))
     if len(tokens) < needed * width:
         raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * WINDOW_TOKENS} are needed")
-    starts = torch.linspace(0, len(tokens) - width, min(wanted, len(tokens) // width)).long().tolist()
+    starts = torch.linspace(0, len(tokens) - width, min(wanted, len(tokens) // width), dtype=torch.float64).long().tolist()
     return torch.stack([torch.cat((torch.tensor(bos, dtype=torch.long), tokens[s : s + width])) for s in starts])
 
 
@@ -77,7 +77,7 @@ class LayerRunner:
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
         def real(name: str, old: torch.Tensor) -> torch.Tensor:
             if name in checkpoint.tensors:  # not the head, where it is tied to the embeddings
-                return next(checkpoint.load([name]))[1].to(self.device, DTYPE)
+                return next(checkpoint.load_finite([name]))[1].to(self.device, DTYPE)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, real, skip=self.layers_name, buffers=True)

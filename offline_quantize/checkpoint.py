@@ -11,11 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
+from qamw_kernels.codec import check_finite
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # Weights in other formats, and indices of any: what a quantised checkpoint must not carry along.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".tflite")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data",
+                   ".tflite", ".npz", ".pkl", ".nemo")
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -95,8 +97,10 @@ class Checkpoint:
             self.weight_map = None
             return [SINGLE]
         others = sorted(p.name for p in self.directory.glob("*") if p.suffix in WEIGHT_SUFFIXES)
+        shards = [name for name in others if name.endswith(".safetensors")]
+        hint = "which are read with the index only" if shards else "which are not read: convert them to safetensors first"
         raise QuantizeError(f"{self.directory}: neither {INDEX} nor {SINGLE} found"
-                            + (f"; found {others}, which are not read: convert them to safetensors first" if others else ""))
+                            + (f"; found {shards or others}, {hint}" if others else ""))
 
     def _check_against_index(self) -> None:
         for name, file in (self.weight_map or {}).items():
@@ -112,6 +116,17 @@ class Checkpoint:
             if info.file != open_file:
                 open_file, shard = info.file, safe_open(self.directory / info.file, framework="pt")
             yield name, shard.get_tensor(name).clone()  # a copy, so that the mapping can go
+
+    def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same.
+
+        Raises:
+            ValueError: a tensor is not finite; it names the first such value.
+        """
+        for name, tensor in self.load(names):
+            if tensor.dtype.itemsize > 1:  # 8 bits know no infinity
+                check_finite(tensor, name)
+            yield name, tensor
 
     def other_files(self) -> list[str]:
         """Relative paths of every file that holds no weights: tokenizer, chat template, generation config, licence."""

@@ -1,6 +1,7 @@
 """The command line: ``qamw``, the same as ``python -m offline_quantize``."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -111,7 +112,8 @@ def _quantize(args: argparse.Namespace) -> None:
           f"{' without the head' if args.quantize_lm_head else ''}, "
           f"tensor-parallel sizes {', '.join(map(str, report['tensor_parallel_sizes']))}")
     if missed := report["not_reached"]:
-        print(f"{len(missed)} layers were coded without calibration, because none of its tokens reached them: {', '.join(missed[:4])}"
+        print(f"{len(missed)} layers were coded without calibration, because none of its tokens reached them, or none mattered: "
+              + ", ".join(missed[:4])
               + (f" ... (all in {args.out / REPORT})" if len(missed) > 4 else ""))
     print("largest errors:", *report["worst_layers"], sep="\n  ")
     print(f"serve it with: vllm serve {args.out} --quantization qamw")
@@ -182,8 +184,8 @@ def _eval(args: argparse.Namespace) -> None:
     from offline_quantize.quantize import usable_device
 
     for path in (args.json, args.plot):
-        if path and not path.parent.is_dir():  # known before the work, not after it
-            raise QuantizeError(f"{path}: {path.parent} is not a directory")
+        if path and (path.is_dir() or not path.parent.is_dir()):  # known before the work, not after it
+            raise QuantizeError(f"{path}: is a directory" if path.is_dir() else f"{path}: {path.parent} is not a directory")
     raw = read_text(args.text)
     conventions = list(dict.fromkeys(args.convention or CONVENTIONS))
     with tqdm(unit="window", desc="evaluating", dynamic_ncols=True, delay=1) as bar:
@@ -195,11 +197,11 @@ def _eval(args: argparse.Namespace) -> None:
             resolve_model(args.reference), [resolve_model(c) for c in args.checkpoints], raw, conventions, args.windows, args.bos,
             getattr(torch, args.dtype), args.engine, usable_device(args.device), args.noise_windows, progress)
     settings = {"engine": args.engine, "dtype": args.dtype}
-    print(table(evaluation, settings))
     if args.json:
         write_atomically(args.json, to_json(evaluation, args.command_line, args.text, raw, settings))
     if args.plot:
         write_atomically(args.plot, plot(evaluation))
+    print(table(evaluation, settings))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -207,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.command_line = ["qamw", *argv]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows no plus-minus must not end a run
     run = {"quantize": _quantize, "plan": _plan, "dequantize": _dequantize, "inspect": _inspect, "verify": _verify,
            "eval": _eval}[args.command]
     try:

@@ -64,7 +64,7 @@ def dequantize(quantized: Path, out: Path, dtype: torch.dtype = torch.bfloat16, 
         QuantizeError: not a finished QAM-W checkpoint, ``out`` is not new or empty, or the disk is too small.
     """
     checkpoint, fmt, modules = open_quantized(quantized)
-    Output.check_target(out, resume=False)
+    Output.check_target(out, quantized, resume=False)
     infos, stored_as = [], decoded_names(checkpoint)
     for name, stored in stored_as.items():
         shape = modules.get(name.removesuffix(".weight"))

@@ -1,4 +1,4 @@
-"""The one exception that the command line prints without a traceback."""
+"""The exception for a request that cannot be carried out; the command line prints it, like ValueError and OSError, without a traceback."""
 
 
 class QuantizeError(Exception):

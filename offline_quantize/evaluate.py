@@ -5,6 +5,7 @@ which are small; :class:`Head` makes logits of a few tokens of them at a time. O
 """
 
 import gc
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from offline_quantize.conventions import Bos, Text, Window
 from offline_quantize.dequantize import decoded_tensors
 from offline_quantize.errors import QuantizeError
 from offline_quantize.inspection import effective_bits_per_weight
-from offline_quantize.structure import build_empty_model, set_parameters
+from offline_quantize.structure import build_empty_model, decoder_layers, set_parameters
 from qamw_kernels.format import QUANT_METHOD
 
 LOGIT_ELEMENTS = 2**25  # tokens x vocabulary that are in memory at once, in each of a few float32 arrays
@@ -38,10 +39,21 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     set_parameters(model, lambda name, old: tensors[name].to(dtype) if name in tensors else old, buffers=True)
     model.tie_weights()
     missing = [name for name, p in model.named_parameters() if p.is_meta]
-    unknown = sorted(set(tensors) - set(model.state_dict()))
-    if missing or unknown:
-        raise ValueError(f"{directory}: no tensor for {missing[:3]}, no parameter for {unknown[:3]}")
+    unknown = sorted(name for name in set(tensors) - set(model.state_dict()) if not _left_out(model, name))
+    faults = [f"no tensor for {missing[:3]}"] * bool(missing) + [f"no parameter for {unknown[:3]}"] * bool(unknown)
+    if faults:
+        raise ValueError(f"{directory}: {', '.join(faults)}")
     return model  # buffers, such as rotary frequencies, stay float32
+
+
+def _left_out(model: Any, name: str) -> bool:
+    """Whether transformers too leaves a tensor of a checkpoint out: old rotary tables, and layers behind the last that predict further
+    tokens."""
+    layers_name, layers = decoder_layers(model)
+    layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.", name)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return (name.endswith("rotary_emb.inv_freq") or (layer is not None and int(layer[1]) >= len(layers))
+            or any(re.search(pattern, name) for pattern in ignored))
 
 
 class Head:
@@ -183,6 +195,9 @@ def evaluate(reference: Path, checkpoints: Sequence[Path], raw: str, conventions
     device = device or torch.device("cpu")
     text, vocab_size = open_text(raw, reference, bos)
     by_convention = {name: text.windows(name, limit) for name in conventions}
+    largest = max(max(window.token_ids) for windows in by_convention.values() for window in windows)
+    if largest >= vocab_size:
+        raise QuantizeError(f"{reference}: its tokenizer makes token {largest} of the text, but vocab_size in config.json is {vocab_size}")
     for directory in (reference, *(checkpoints if engine == "transformers" else ())):
         _check_decodable(directory)
     for checkpoint in checkpoints:

@@ -15,7 +15,7 @@ from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, FormatError, QamwFo
 
 def _check_finished(directory: Path) -> None:
     if (directory / PROGRESS).is_file():
-        raise QuantizeError(f"{directory}: unfinished; continue with qamw quantize --resume")
+        raise QuantizeError(f"{directory}: unfinished: qamw quantize continues with --resume, qamw dequantize only in a new directory")
 
 
 def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, tuple[int, int]]]:
@@ -120,6 +120,11 @@ def verify(directory: Path) -> str:
             faults.append(f"{info.file}: {name} is stored beside {module}.qweight")
         if suffix == "weight" and len(info.shape) == 2 and module not in modules and module not in fmt.ignore:
             faults.append(f"{info.file}: {name} is neither quantised nor in config.json's ignore list")
+        if suffix not in LAYER_TENSORS:
+            try:
+                next(checkpoint.load_finite([name]))
+            except ValueError as error:
+                faults.append(f"{info.file}: {error}")
     for groups in find_structure(directory).layers if not faults else ():
         faults += [f"{directory}: {linear.name}.input_scales differs from that of {group[0].name}, which reads the same input"
                    for group in groups for linear in group[1:] if {linear.name, group[0].name} <= set(modules)

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoint import INDEX, read_json
 from offline_quantize.errors import QuantizeError
 
 PROGRESS = ".qamw-progress.json"
+STATE = ".qamw-state"  # what a run that is resumed would else have to measure again
 MANIFEST = "qamw_manifest.json"
 CONFIG = "config.json"
 _TEMPORARY = ".partial"
@@ -67,11 +68,15 @@ class Output:
         self._save_progress()
 
     @staticmethod
-    def check_target(directory: Path, resume: bool) -> None:
-        """Refuse a directory that is there already, unless it is to be resumed and is unfinished."""
+    def check_target(directory: Path, source: Path, resume: bool) -> None:
+        """Refuse a directory that is there already, unless it is to be resumed and is unfinished; or lies in the one that is read."""
+        if source.resolve() in (directory.resolve(), *directory.resolve().parents):
+            raise QuantizeError(f"{directory}: the output must not be the model's own directory, nor inside it")
         if not resume:
             if directory.exists() and not _is_blank(directory):
-                hint = "; --resume continues it" if (directory / PROGRESS).is_file() else ", a new or empty directory was expected"
+                hint = ", a new or empty directory was expected"
+                if (directory / PROGRESS).is_file():
+                    hint = "; it is unfinished: qamw quantize continues with --resume, qamw dequantize only in a new directory"
                 raise QuantizeError(f"{directory}: already exists{hint}")
         elif not (directory / PROGRESS).is_file():
             state = "is finished" if (directory / CONFIG).is_file() else "holds no unfinished run"
@@ -110,9 +115,25 @@ class Output:
 
     def write_shard(self, file: str, tensors: dict[str, torch.Tensor], note: Any) -> None:
         """Write one safetensors shard and remember it (and its ``note`` for the report) as finished."""
-        self.write(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        self.write(file, lambda path: self._save(tensors, path))
         self.notes[file] = note
         self._save_progress()
+
+    @staticmethod
+    def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        try:
+            save_file(tensors, path, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk too, which is no OSError here
+            raise QuantizeError(f"{path}: {error}") from None
+
+    def keep_state(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep tensors beside the progress until the run is finished."""
+        self._commit(STATE, lambda path: self._save(tensors, path))
+
+    @staticmethod
+    def kept_state(directory: Path) -> dict[str, torch.Tensor]:
+        """What :meth:`keep_state` kept of an unfinished run; nothing, if it was not reached."""
+        return load_file(directory / STATE) if (directory / STATE).is_file() else {}
 
     def read_shard(self, file: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Some tensors of a finished shard."""
@@ -128,5 +149,6 @@ class Output:
         manifest = {"manifest_version": 1, "files": dict(sorted(self.files.items()))}
         self._commit(MANIFEST, lambda path: path.write_bytes(json_bytes(manifest)))
         self._commit(CONFIG, lambda path: path.write_bytes(content))
+        (self.directory / STATE).unlink(missing_ok=True)
         (self.directory / PROGRESS).unlink()
         _sync(self.directory)

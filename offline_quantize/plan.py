@@ -14,13 +14,12 @@ from offline_quantize.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
 from qamw_kernels.codebook import INDEX_BITS, load_quadrant
-from qamw_kernels.codec import check_finite
 from qamw_kernels.format import QamwFormat, layer_tensors, role_of
 from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 MAX_SHARD_BYTES = 512 * 2**20
-SERVED_BY_EMBEDDINGS = ("bloom", "cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n", "gemma3n_text", "opt")  # model types in vLLM
+SERVED_BY_EMBEDDINGS = ("cohere", "cohere2", "cohere2_moe", "gemma2", "gemma3n", "gemma3n_text", "opt")  # model types in vLLM
 HEAD_INDEX_BITS = 12  # of the head, whose errors reach every logit
 
 
@@ -51,7 +50,6 @@ class Plan:
     format: QamwFormat
     shards: tuple[Shard, ...]
     max_shard_bytes: int
-    tp_max: int
     tensor_parallel_sizes: tuple[int, ...]
     head: Linear | None
 
@@ -95,9 +93,7 @@ class Plan:
 
     def load_head(self) -> torch.Tensor:
         """The weight [vocabulary, hidden size] of the head, which is to be quantised."""
-        ((name, weight),) = self.checkpoint.load([self.structure.head_source])
-        check_finite(weight, name)
-        return weight
+        return next(self.checkpoint.load_finite([self.structure.head_source]))[1]
 
     @property
     def linears(self) -> list[Linear]:
@@ -113,15 +109,8 @@ class Plan:
         return [name for name in self.checkpoint.tensors if name.startswith(prefix)]
 
     def load_layer(self, layer: int) -> dict[str, torch.Tensor]:
-        """The source tensors of one decoder layer.
-
-        Raises:
-            ValueError: a weight that is to be quantised is not finite; it names the first such value.
-        """
-        tensors = dict(self.checkpoint.load(self.layer_tensor_names(layer)))
-        for linear in (linear for group in self.layers[layer] for linear in group):
-            check_finite(tensors[f"{linear.name}.weight"], f"{linear.name}.weight")
-        return tensors
+        """The source tensors of one decoder layer; ValueError for one that is not finite."""
+        return dict(self.checkpoint.load_finite(self.layer_tensor_names(layer)))
 
     def layer_output_names(self, layer: int) -> list[str]:
         """Names of the tensors that are written for one decoder layer."""
@@ -274,12 +263,14 @@ def _select(structure: Structure, ignore: Sequence[str]) -> tuple[tuple[tuple[Li
 def _check_weights(checkpoint: Checkpoint, structure: Structure, linears: Sequence[Linear]) -> None:
     for name in structure.parameter_names:
         if name not in checkpoint.tensors:
-            raise QuantizeError(f"{checkpoint.directory}: no tensor {name}, which the architecture of config.json has")
+            others = sorted(set(checkpoint.tensors) - set(structure.parameter_names))[:3]
+            raise QuantizeError(f"{checkpoint.directory}: no tensor {name}, which the architecture of config.json has"
+                                + (f"; there are others that it has not: {', '.join(others)}" if others else ""))
     for linear in linears:
-        _check_weight(checkpoint, linear, f"{linear.name}.weight")
+        _check_weight(checkpoint, linear, f"{linear.name}.weight", [x for x in linears if x.reads == linear.reads])
 
 
-def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str) -> None:
+def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str, group: Sequence[Linear]) -> None:
     info = checkpoint.tensors[source]
     if info.shape != (linear.num_rows, linear.num_inputs):
         raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
@@ -288,7 +279,8 @@ def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str) -> None:
         raise QuantizeError(f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32")
     if linear.num_inputs % UNIT_INPUTS:
         raise QuantizeError(f"{info.file}: {info.name} has {linear.num_inputs} inputs, not a multiple of {UNIT_INPUTS}: "
-                            f"leave it unquantised with --ignore '*.{linear.name.rpartition('.')[2]}'")
+                            "leave what reads them unquantised with "
+                            + " ".join(f"--ignore '*.{x.name.rpartition('.')[2]}'" for x in group))
 
 
 def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
@@ -334,7 +326,7 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: S
                             "logits with the embeddings")
     _check_weights(checkpoint, structure, linears)
     if head:
-        _check_weight(checkpoint, head, structure.head_source)
+        _check_weight(checkpoint, head, structure.head_source, [head])
     possible = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads, tp_max)
     all_linears = [*linears, head] if head else linears
     rotation_block_sizes = choose_rotation_block_sizes(((x.num_inputs, x.row_parallel) for x in all_linears), possible)
@@ -347,7 +339,13 @@ def make_plan(directory: Path, bpw: float = 5.5, tp_max: int = TP_MAX, ignore: S
     fmt = QamwFormat(index_bits, rotation_block_sizes, _head_index_bits(head), tuple(kept))
 
     served = tuple(t for t in possible if _served(structure, linears, rotation_block_sizes, t))
-    return Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, tp_max, served, head).with_shards()
+    plan = Plan(checkpoint, structure, layers, fmt, (), max_shard_bytes, served, head).with_shards()
+    least = INDEX_BITS.start / 2
+    if plan.index_bits_within(bpw) < least * plan.num_quantized_weights:
+        taken = least + plan.effective_bits_per_weight - plan.nominal_bits_per_weight
+        raise QuantizeError(f"--bpw {bpw:g}: the least is {taken:.3f}, {least:g} for indices and the rest for norms, scales and codebooks; "
+                            f"--bpw {least:g} is nominal, and takes just that")
+    return plan
 
 
 def existing_parent(path: Path) -> Path:

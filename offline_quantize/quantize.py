@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -17,9 +18,9 @@ from offline_quantize.allocation import allocate
 from offline_quantize.calibration import DEFAULT_TEXT, MIN_TOKENS, Calibrator, calibration_windows, default_num_tokens
 from offline_quantize.encoder import ENCODERS, encode_group
 from offline_quantize.errors import QuantizeError
-from offline_quantize.output import Output
+from offline_quantize.output import MANIFEST, Output
 from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, existing_parent, index_bits_for, make_plan
-from offline_quantize.sensitivity import Sensitivity, measure_sensitivities
+from offline_quantize.sensitivity import Sensitivity, from_state, measure_sensitivities, to_state
 from offline_quantize.structure import Linear
 from qamw_kernels.codec import QuantizedWeight, decode_weight
 from qamw_kernels.format import LAYER_TENSORS
@@ -80,26 +81,30 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     Returns:
         The report, as written to qamw_report.json.
     Raises:
-        QuantizeError: before any work, if the request cannot be carried out; later, if a weight is not finite.
+        QuantizeError: before any work, if the request cannot be carried out.
+        ValueError: a tensor is not finite; known when it is read.
     """
     model, out = Path(model), Path(out)
     text = Path(calibration) if calibration is not None else None
-    if model.resolve() in (out.resolve(), *out.resolve().parents):
-        raise QuantizeError(f"{out}: the output must not be the model's own directory, nor inside it")
     encoder, rates = chosen_method(bpw, text, encoder, rates, calibration_tokens)
-    Output.check_target(out, resume)
+    Output.check_target(out, model, resume)
     torch_device = usable_device(device)
     plan = make_plan(model, bpw, tp_max, ignore, max_shard_bytes, quantize_lm_head)
     tokens = _read_tokens(plan, text, calibration_tokens) if text else None
     num_tokens = tokens.numel() if tokens is not None else 0
-    method = {"calibration": text.name if text else None, "calibration_tokens": num_tokens, "encoder": encoder, "rates": rates}
+    # A name that is no UTF-8 can be neither in JSON nor in the model card.
+    name = os.fsencode(text.name).decode(errors="replace") if text else None
+    method = {"calibration": name, "calibration_tokens": num_tokens, "encoder": encoder, "rates": rates}
     check_disk(plan, out, bpw, num_tokens if rates == "mixed" else 0)
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and rates == "mixed":
+        kept = Output.kept_state(out) if resume else {}
         note = functools.partial(progress, "sensitivity") if progress else None
-        sensitivities = measure_sensitivities(plan, tokens, torch_device, existing_parent(out.parent), note)
+        sensitivities = from_state(kept) or measure_sensitivities(plan, tokens, torch_device, existing_parent(out), note)
         plan = _allocate(plan, bpw, sensitivities)
     output = Output(out, fingerprint(plan, method, tokens, torch_device), resume)
+    if sensitivities:
+        output.keep_state(to_state(sensitivities))
     unfinished = any(shard.file not in output.files for shard in plan.shards)
     calibrator = Calibrator(plan.checkpoint, tokens, torch_device) if tokens is not None and unfinished else None
     _write_shards(plan, output, calibrator, sensitivities, encoder, torch_device, progress)
@@ -107,9 +112,14 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
 
 
 def _read_tokens(plan: Plan, text: Path, num_tokens: int | None) -> torch.Tensor:
-    if num_tokens is None:
-        return calibration_windows(plan.checkpoint.directory, text, default_num_tokens(plan.widest), MIN_TOKENS)
-    return calibration_windows(plan.checkpoint.directory, text, num_tokens)
+    directory = plan.checkpoint.directory
+    wanted, at_least = (default_num_tokens(plan.widest), MIN_TOKENS) if num_tokens is None else (num_tokens, None)
+    tokens = calibration_windows(directory, text, wanted, at_least)
+    vocabulary = plan.checkpoint.tensors[plan.structure.head_source].shape[0]
+    if tokens.max() >= vocabulary:
+        raise QuantizeError(f"{directory}: its tokenizer makes token {tokens.max()} of the text, but {plan.structure.head_source} has "
+                            f"{vocabulary} rows; use --calibration none")
+    return tokens
 
 
 def chosen_method(bpw: float, calibration: Path | None, encoder: str | None, rates: str | None,
@@ -180,7 +190,7 @@ def _write_shards(plan: Plan, output: Output, calibrator: Calibrator | None, sen
                     head, notes = _quantize_head(plan, plan.head, calibrator, encoder, device)
                 if f"{plan.head.name}.qweight" in outside:
                     entries += notes
-            tensors |= head | dict(plan.checkpoint.load(name for name in outside if name not in head_names))
+            tensors |= head | dict(plan.checkpoint.load_finite(name for name in outside if name not in head_names))
             output.write_shard(shard.file, {t.name: tensors[t.name] for t in shard.tensors}, entries)
 
 
@@ -233,6 +243,8 @@ def _write_rest(plan: Plan, output: Output, method: dict[str, Any]) -> dict[str,
     """Copies, report, plot, model card, and at last index, manifest and config."""
     source = plan.checkpoint
     for file in source.other_files():
+        if file == MANIFEST:  # of a model that qamw dequantize wrote
+            continue
         target = report.BASE_CARD if file == "README.md" else file
         output.write(target, functools.partial(shutil.copyfile, source.directory / file))
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}

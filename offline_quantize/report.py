@@ -93,7 +93,9 @@ def _card(result: dict[str, Any], plan: Plan) -> str:
     text = f"{result['calibration']}, {result['calibration_tokens']} tokens" if result["calibration"] else "none"
     head = f" The head has {HEAD_INDEX_BITS / 2:g} bits per weight, beside that." if plan.head else ""
     missed = len(result["not_reached"])
-    uncalibrated = f"\nNo calibration token reached {missed} of the layers: they were coded without.\n" if missed else ""
+    uncalibrated = ""
+    if missed:
+        uncalibrated = f"\nNo calibration token reached {missed} of the layers, or mattered to them: they were coded without.\n"
     kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")
     return f"""---
 base_model: {name}

@@ -11,7 +11,7 @@ the block diagonal of the factored Hessian, and this trace is the group's sensit
 """
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -50,16 +50,40 @@ class _Reading:
     inputs: torch.Tensor | None
 
 
-class _Spill:
-    """A stack of lists of tensors in a file."""
+def to_state(sensitivities: Sequence[Sequence[Sensitivity]]) -> dict[str, torch.Tensor]:
+    """Sensitivities as named tensors, for a run that is resumed."""
+    state = {}
+    for layer, groups in enumerate(sensitivities):
+        for group, sensitivity in enumerate(groups):
+            state[f"{layer}.{group}.distortion_cost"] = torch.tensor(sensitivity.distortion_cost, dtype=torch.float64)
+            if sensitivity.importance is not None:
+                state[f"{layer}.{group}.importance"] = sensitivity.importance
+    return state
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+
+def from_state(state: Mapping[str, torch.Tensor]) -> list[list[Sensitivity]]:
+    """The sensitivities that :func:`to_state` made tensors of; none of none."""
+    found: dict[int, dict[int, Sensitivity]] = {}
+    for name, cost in state.items():
+        layer, group, kind = name.split(".")
+        if kind == "distortion_cost":
+            found.setdefault(int(layer), {})[int(group)] = Sensitivity(float(cost), state.get(f"{layer}.{group}.importance"))
+    return [[groups[group] for group in sorted(groups)] for _, groups in sorted(found.items())]
+
+
+class _Spill:
+    """A stack of lists of tensors in a file of the directory ``scratch``."""
+
+    def __init__(self, file: IO[bytes], scratch: Path) -> None:
+        self._file, self._scratch = file, scratch
         self._starts: list[int] = []
 
     def push(self, tensors: list[torch.Tensor]) -> None:
         self._starts.append(self._file.tell())
-        torch.save(tensors, self._file)
+        try:
+            torch.save(tensors, self._file)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise QuantizeError(f"{self._scratch}: the hidden states of the layers could not be written there: {error}") from None
 
     def pop(self) -> list[torch.Tensor]:
         self._file.seek(self._starts.pop())
@@ -88,7 +112,7 @@ def measure_sensitivities(plan: Plan, tokens: torch.Tensor, device: torch.device
 
     sensitivities: list[list[Sensitivity]] = []
     with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
-        inputs = _Spill(file)
+        inputs = _Spill(file, scratch)
         for layer in range(len(plan.layers)):
             load(layer, layer)
             inputs.push(runner.hidden)

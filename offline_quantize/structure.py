@@ -229,7 +229,10 @@ def find_structure(directory: Path) -> Structure:
     config = model.config.get_text_config()
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else None)
+    try:
+        head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else None)
+    except Exception:  # transformers has an error of its own for models whose layers differ in it (Gemma 4)
+        head_dim = None
     names = {id(module): name for name, module in model.named_modules()}
     output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
     head = Linear(names[id(output)], len(output.weight), output.weight.shape[1], False, names[id(output)])

@@ -59,11 +59,12 @@ class WhileLoading:
         self.layers: set[tuple[int, bool]] = set()
 
     def covers(self, layer: Any, prefix: str) -> bool:
-        """Whether a LinearBase is quantised: the big ones of the decoder layers are, routers and what is outside are not."""
+        """Whether a LinearBase is quantised: the big ones of the decoder layers are; routers, what is outside, and what sees or hears
+        are not."""
         from vllm.model_executor.layers.linear import ReplicatedLinear
 
-        return (re.search(r"(^|\.)layers\.\d+\.", prefix) is not None and not isinstance(layer, ReplicatedLinear)
-                and layer.input_size % UNIT_INPUTS == 0)
+        return (re.search(r"(^|\.)layers\.\d+\.", prefix) is not None and not re.search("vision|visual|audio", prefix)
+                and not isinstance(layer, ReplicatedLinear) and layer.input_size % UNIT_INPUTS == 0)
 
 
 class QamwConfig(QuantizationConfig):

@@ -106,6 +106,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 64},
     "gemma2": {"head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
     "gemma3_text": {"head_dim": 64, "sliding_window": 64, "query_pre_attn_scalar": 64, "tie_word_embeddings": True},
+    "gemma4_text": {"head_dim": 64, "global_head_dim": 128, "sliding_window": 64, "num_global_key_value_heads": 2,
+                    "hidden_size_per_layer_input": 64, "vocab_size_per_layer_input": 384, "tie_word_embeddings": True},
     "phi3": {"original_max_position_embeddings": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {"head_dim": 64, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256, "norm_topk_prob": True},

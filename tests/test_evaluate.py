@@ -244,6 +244,10 @@ def test_a_tensor_without_a_place_is_refused(tmp_path, tiny_llama):
     save_file(tensors | {"stranger": torch.ones(2)}, model / "model.safetensors")
     with pytest.raises(ValueError, match=r"no tensor for \['model.norm.weight'\], no parameter for \['stranger'\]"):
         load_model(model)
+    # What transformers and vLLM leave out too: tables of old checkpoints, layers that predict further tokens.
+    left_out = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2), "model.layers.2.mlp.up_proj.weight": torch.ones(2)}
+    save_file(load_file(tiny_llama / "model.safetensors") | left_out, model / "model.safetensors")
+    load_model(model)
     del tensors["lm_head.weight"]
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(QuantizeError, match=r"none of \['lm_head.bias', 'lm_head.weight'\] found"):

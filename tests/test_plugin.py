@@ -37,7 +37,7 @@ import check_versions
 import qamw_vllm
 import qamw_vllm.cpu_metadata
 import qamw_vllm.linear
-from qamw_vllm.config import QamwConfig
+from qamw_vllm.config import QamwConfig, WhileLoading
 from qamw_vllm.linear import QamwLinearMethod, choose_backend
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="layers are built on the CPU")
@@ -283,6 +283,14 @@ def test_quantised_while_loading(kind, tp_size, rank, monkeypatch, while_vllm_lo
             assert torch.equal(tensor, plain.get_parameter(name)), name
         x = torch.randn(2, packed.input_scales.shape[0]).bfloat16()
         assert torch.equal(packed.quant_method.apply(packed, x), plain.quant_method.apply(plain, x))
+
+
+def test_while_loading_leaves_out_what_sees_and_hears():
+    covers, layer = WhileLoading().covers, SimpleNamespace(input_size=64)
+    assert covers(layer, "model.layers.3.mlp.down_proj") and covers(layer, "language_model.model.layers.3.mlp.down_proj")
+    for prefix in ("vision_tower.encoder.layers.0.mlp.fc1", "visual.layers.0.fc1", "audio_tower.layers.0.fc1", "lm_head", "mlp.fc1"):
+        assert not covers(layer, prefix)
+    assert not covers(SimpleNamespace(input_size=96), "model.layers.3.mlp.down_proj")
 
 
 def test_while_loading_refuses(rank):

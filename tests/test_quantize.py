@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from checkpoints import SMALL_SHARDS, decoded, files_of, tensors_of
 from models import copy_model, tiny_model
+from offline_quantize.calibration import DEFAULT_TEXT, calibration_windows
 from offline_quantize.checkpoint import INDEX, Checkpoint
 from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
@@ -175,6 +178,7 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("--calibration-tokens 99 needs a calibration text", calibration_tokens=99)
     refused("--encoder best: expected one of feedback, nearest", encoder="best")
     refused("--bpw 7: ", bpw=7)
+    refused(r"--bpw 3.01: the least is 3\.\d+, 3 for indices and the rest for norms", bpw=3.01, calibration=DEFAULT_TEXT)
     refused("--tp-max 0", tp_max=0)
     refused(r"--ignore '\*.nothing' matches no linear layer", ignore=["*.nothing"])
     refused("ignore all or none of them", ignore=["*.q_proj"])
@@ -206,6 +210,9 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path, tiny_llama: Path) -> No
     model = broken("pickle")
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     refused(model, "pytorch_model.bin.*not read: convert")
+    model = broken("no-index")
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    refused(model, "model-00001-of-00002.safetensors.*read with the index only")
     model = broken("truncated")
     data = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(data[: len(data) // 2])
@@ -242,12 +249,16 @@ def test_hostile_checkpoints_are_refused(tmp_path: Path, tiny_llama: Path) -> No
 
 
 @pytest.mark.parametrize("options", [{"calibration": None}, {}])
-def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny_llama: Path, options: dict) -> None:
+@pytest.mark.parametrize("name, at", [("model.layers.1.mlp.up_proj.weight", (3, 5)), ("model.embed_tokens.weight", (370, 2)),
+                                      ("model.layers.0.input_layernorm.weight", (7,))])
+def test_nan_is_refused_by_name_and_leaves_nothing_loadable(tmp_path: Path, tiny_llama: Path, options: dict, name: str,
+                                                            at: tuple[int, ...]) -> None:
+    """Also where nothing is quantised."""
     model = copy_model(tiny_llama, tmp_path / "nan")
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    tensors[name][at] = torch.nan
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight\[3, 5\] is nan"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}{list(at)} is nan")):
         quantize(model, tmp_path / "out", **options)
     assert not (tmp_path / "out" / "config.json").exists()
 
@@ -320,17 +331,19 @@ def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> 
     # Wrong values behind a right hash: the manifest is made to agree.
     from offline_quantize.output import MANIFEST, sha256_of
 
-    wrong = damaged("wrong")
-    shard = min(wrong.glob("*.safetensors"))
-    tensors = load_file(shard)
-    name = next(n for n in tensors if n.endswith(".row_norms"))
-    tensors[name][0] = -1
-    save_file(tensors, shard)
-    manifest = json.loads((wrong / MANIFEST).read_text())
-    manifest["files"][shard.name] = {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
-    (wrong / MANIFEST).write_text(json.dumps(manifest))
-    with pytest.raises(QuantizeError, match=f"{name.rpartition('.')[0]}: row_norms: expected finite values, not negative"):
-        verify(wrong)
+    for suffix, value, message in ((".row_norms", -1, "row_norms: expected finite values, not negative"),
+                                   ("layernorm.weight", torch.inf, r"\[0\] is inf")):
+        wrong = damaged(f"wrong{suffix}")
+        shard = min(wrong.glob("*.safetensors"))
+        tensors = load_file(shard)
+        name = next(n for n in tensors if n.endswith(suffix))
+        tensors[name][0] = value
+        save_file(tensors, shard)
+        manifest = json.loads((wrong / MANIFEST).read_text())
+        manifest["files"][shard.name] = {"sha256": sha256_of(shard), "bytes": shard.stat().st_size}
+        (wrong / MANIFEST).write_text(json.dumps(manifest))
+        with pytest.raises(QuantizeError, match=f"{shard.name}: {name.removesuffix('.row_norms')}(: )?{message}"):
+            verify(wrong)
 
 
 def test_dequantize(tmp_path: Path, tiny_llama: Path) -> None:
@@ -358,6 +371,59 @@ def test_dequantize(tmp_path: Path, tiny_llama: Path) -> None:
         dequantize(quantized, plain)
     with pytest.raises(QuantizeError, match="this is not a QAM-W checkpoint"):
         dequantize(tiny_llama, tmp_path / "other")
+    with pytest.raises(QuantizeError, match="nor inside it"):
+        dequantize(quantized, quantized / "plain")
+    quantize(plain, tmp_path / "again", calibration=None)
+    assert "all as they should be" in verify(tmp_path / "again")
+
+
+def test_a_write_that_fails_names_its_file(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk is no OSError to safetensors and torch."""
+    from offline_quantize import output, sensitivity
+
+    def full(*args, **options):
+        raise kind("No space left on device")
+
+    kind: type[Exception] = SafetensorError
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "save_file", full)
+        with pytest.raises(QuantizeError, match=r"out/model-00001-of-00002.safetensors.partial: No space left"):
+            quantize(tiny_llama, tmp_path / "out", calibration=None)
+    kind = RuntimeError
+    monkeypatch.setattr(sensitivity.torch, "save", full)
+    with pytest.raises(QuantizeError, match=f"{tmp_path}: the hidden states of the layers could not be written there: No space left"):
+        quantize(tiny_llama, tmp_path / "other", calibration_tokens=512)
+    assert not (tmp_path / "other").exists()
+
+
+def test_windows_of_a_long_text_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond 2**24 tokens, float32 knows no single ones."""
+    import numpy as np
+    import transformers
+
+    class Tokenizer:
+        bos_token_id = None
+
+        def __call__(self, *args, **options):
+            return {"input_ids": tokens}
+
+    tokens = np.arange(2**24 + 514)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *args, **options: Tokenizer())
+    windows = calibration_windows(tmp_path, DEFAULT_TEXT, 16384)
+    assert windows.shape == (32, 512) and windows[0, 0] == 0 and windows[-1, -1] == tokens[-1]
+
+
+def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama", vocab_size=300)
+    with pytest.raises(QuantizeError, match=r"its tokenizer makes token 3\d\d of the text, but lm_head.weight has 300 rows"):
+        quantize(model, tmp_path / "out")
+    assert main(["eval", str(model), "--reference", str(model), "--text", str(DEFAULT_TEXT), "--windows", "1"]) == 2
+
+
+def test_layers_that_differ_in_their_heads(tmp_path: Path) -> None:
+    """Gemma 4: transformers raises an error of its own where a width is asked for that layers do not share."""
+    report = quantize(tiny_model(tmp_path / "model", "gemma4_text"), tmp_path / "out", calibration=None)
+    assert report["tensor_parallel_sizes"]
 
 
 def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture) -> None:

@@ -92,7 +92,7 @@ def test_resume_refuses_another_request(tmp_path: Path, tiny_llama: Path, monkey
             quantize(tiny_llama, out, calibration=None, max_shard_bytes=SMALL_SHARDS)
     with pytest.raises(QuantizeError, match="another request"):
         quantize(tiny_llama, out, bpw=4.0, calibration=None, max_shard_bytes=SMALL_SHARDS, resume=True)
-    with pytest.raises(QuantizeError, match="already exists; --resume continues it"):
+    with pytest.raises(QuantizeError, match="already exists; it is unfinished: qamw quantize continues with --resume"):
         quantize(tiny_llama, out, calibration=None)
     with pytest.raises(QuantizeError, match="nothing to resume"):
         quantize(tiny_llama, tmp_path / "nowhere", calibration=None, resume=True)
@@ -119,5 +119,20 @@ def test_a_damaged_finished_shard_is_written_again(tmp_path: Path, tiny_llama: P
             quantize(tiny_llama, tmp_path / "out", **options)
     shard = min((tmp_path / "out").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    quantize(tiny_llama, tmp_path / "out", resume=True, **options)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def test_sensitivities_are_measured_once(tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half the time of a run, and a GPU would not measure the very same ones again."""
+    from offline_quantize import quantize as module
+
+    options = {"calibration_tokens": 512, "max_shard_bytes": SMALL_SHARDS}
+    quantize(tiny_llama, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        count_commits(patch, 4, True)
+        with pytest.raises(Killed):
+            quantize(tiny_llama, tmp_path / "out", **options)
+    monkeypatch.setattr(module, "measure_sensitivities", None)
     quantize(tiny_llama, tmp_path / "out", resume=True, **options)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")

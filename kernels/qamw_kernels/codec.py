@@ -154,10 +154,10 @@ def row_factors(coordinates: torch.Tensor, code: Callable[[torch.Tensor], torch.
 
 
 def check_finite(weight: torch.Tensor, name: str) -> None:
-    """Raise ValueError that names the first value of a weight [N, K] which is NaN or infinite."""
+    """Raise ValueError that names the first value of a weight, of any shape, which is NaN or infinite."""
     if not weight.isfinite().all():
-        row, column = (~weight.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"{name}[{row}, {column}] is {float(weight[row, column])}: every weight must be finite")
+        at = (~weight.isfinite()).nonzero()[0].tolist()
+        raise ValueError(f"{name}{at} is {float(weight[tuple(at)])}: every weight must be finite")
 
 
 def encode_weight(weight: torch.Tensor, index_bits: int, rotation_block_size: int, input_scales: torch.Tensor, name: str = "weight",
