@@ -118,7 +118,7 @@ class Checkpoint:
             yield name, shard.get_tensor(name).clone()  # a copy, so that the mapping can go
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same.
+        """As :meth:`load`.
 
         Raises:
             ValueError: a tensor is not finite; it names the first such value.

@@ -47,6 +47,12 @@ def _is_blank(directory: Path) -> bool:
     return directory.is_dir() and all(path.name == PROGRESS + _TEMPORARY for path in directory.iterdir())
 
 
+def another_request(directory: Path) -> QuantizeError:
+    """The error for an unfinished run that is to be resumed by a request that is not its own."""
+    return QuantizeError(f"{directory}: started from another request (model, options, calibration text or versions differ); "
+                         "resume with the same ones, or start again in a new directory")
+
+
 class Output:
     """One output directory being written.
 
@@ -85,8 +91,7 @@ class Output:
     def _load_progress(self) -> None:
         progress = read_json(self.directory / PROGRESS)
         if progress.get("fingerprint") != self.fingerprint:
-            raise QuantizeError(f"{self.directory}: started from another request (model, options, calibration text or versions differ); "
-                                "resume with the same ones, or start again in a new directory")
+            raise another_request(self.directory)
         for file, entry in progress["files"].items():
             path = self.directory / file
             if path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of(path) == entry["sha256"]:

@@ -267,10 +267,10 @@ def _check_weights(checkpoint: Checkpoint, structure: Structure, linears: Sequen
             raise QuantizeError(f"{checkpoint.directory}: no tensor {name}, which the architecture of config.json has"
                                 + (f"; there are others that it has not: {', '.join(others)}" if others else ""))
     for linear in linears:
-        _check_weight(checkpoint, linear, f"{linear.name}.weight", [x for x in linears if x.reads == linear.reads])
+        _check_weight(checkpoint, linear, f"{linear.name}.weight", linears)
 
 
-def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str, group: Sequence[Linear]) -> None:
+def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str, linears: Sequence[Linear]) -> None:
     info = checkpoint.tensors[source]
     if info.shape != (linear.num_rows, linear.num_inputs):
         raise QuantizeError(f"{info.file}: {info.name} has shape {list(info.shape)}, "
@@ -280,7 +280,7 @@ def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str, group: Se
     if linear.num_inputs % UNIT_INPUTS:
         raise QuantizeError(f"{info.file}: {info.name} has {linear.num_inputs} inputs, not a multiple of {UNIT_INPUTS}: "
                             "leave what reads them unquantised with "
-                            + " ".join(f"--ignore '*.{x.name.rpartition('.')[2]}'" for x in group))
+                            + " ".join(f"--ignore '*.{x.name.rpartition('.')[2]}'" for x in linears if x.reads == linear.reads))
 
 
 def make_shards(tensors_by_layer: list[list[TensorInfo]], other: list[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:

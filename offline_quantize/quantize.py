@@ -18,7 +18,7 @@ from offline_quantize.allocation import allocate
 from offline_quantize.calibration import DEFAULT_TEXT, MIN_TOKENS, Calibrator, calibration_windows, default_num_tokens
 from offline_quantize.encoder import ENCODERS, encode_group
 from offline_quantize.errors import QuantizeError
-from offline_quantize.output import MANIFEST, Output
+from offline_quantize.output import MANIFEST, Output, another_request
 from offline_quantize.plan import MAX_SHARD_BYTES, Plan, check_disk, existing_parent, index_bits_for, make_plan
 from offline_quantize.sensitivity import Sensitivity, from_state, measure_sensitivities, to_state
 from offline_quantize.structure import Linear
@@ -98,9 +98,11 @@ def quantize(model: Path | str, out: Path | str, bpw: float = 5.5, calibration: 
     check_disk(plan, out, bpw, num_tokens if rates == "mixed" else 0)
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and rates == "mixed":
-        kept = Output.kept_state(out) if resume else {}
+        sensitivities = from_state(Output.kept_state(out)) if resume else []
+        if sensitivities and [len(groups) for groups in sensitivities] != [len(groups) for groups in plan.layers]:
+            raise another_request(out)
         note = functools.partial(progress, "sensitivity") if progress else None
-        sensitivities = from_state(kept) or measure_sensitivities(plan, tokens, torch_device, existing_parent(out), note)
+        sensitivities = sensitivities or measure_sensitivities(plan, tokens, torch_device, existing_parent(out), note)
         plan = _allocate(plan, bpw, sensitivities)
     output = Output(out, fingerprint(plan, method, tokens, torch_device), resume)
     if sensitivities:
