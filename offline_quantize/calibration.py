@@ -42,13 +42,15 @@ def calibration_windows(directory: Path, text_file: Path, num_tokens: int, at_le
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways; all mean the same here
-        raise QuantizeError(f"{directory}: no usable tokenizer for calibration ({error}); use --calibration none") from None
+        raise QuantizeError(f"{directory}: no usable tokenizer, which calibration needs: is tokenizer.json there? ({error}) Or use "
+                            "--calibration none") from None
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     width = WINDOW_TOKENS - len(bos)
     wanted, needed = (-(-n // WINDOW_TOKENS) for n in (num_tokens, num_tokens if at_least is None else at_least))
     if len(tokens) < needed * width:
-        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * WINDOW_TOKENS} are needed")
+        hint = "" if at_least is None else ", unless --calibration-tokens asks for less"
+        raise QuantizeError(f"--calibration {text_file}: {len(tokens)} tokens, at least {needed * WINDOW_TOKENS} are needed{hint}")
     starts = torch.linspace(0, len(tokens) - width, min(wanted, len(tokens) // width), dtype=torch.float64).long().tolist()
     return torch.stack([torch.cat((torch.tensor(bos, dtype=torch.long), tokens[s : s + width])) for s in starts])
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib.metadata import version
 from pathlib import Path
 
 from offline_quantize.errors import QuantizeError
@@ -13,6 +14,7 @@ from offline_quantize.errors import QuantizeError
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qamw", description="Quantise Hugging Face checkpoints to QAM-W, for vLLM.")
+    parser.add_argument("--version", action="version", version=f"qamw-vllm {version('qamw-vllm')}")
     commands = parser.add_subparsers(dest="command", required=True)
 
     def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -24,7 +26,7 @@ def _parser() -> argparse.ArgumentParser:
             "UTF-8 text like what the model will read, 16 thousand tokens or more (default: encyclopedia articles that come with qamw); "
             "none: less time, larger errors"))
         command.add_argument("--calibration-tokens", type=_at_least(1), metavar="N", help=(
-            "how many tokens of the text are read; more take more time (default: 3 for each input of the widest layer, "
+            "how many tokens of the text are read, in windows of 512; more take more time (default: 3 for each input of the widest layer, "
             "at least 16384, at most what the text has)"))
         command.add_argument("--encoder", choices=["feedback", "nearest"], help=(
             "feedback: pairs make up for errors of those before them (default with calibration); nearest: they do not"))
@@ -127,7 +129,10 @@ def _plan(args: argparse.Namespace) -> None:
 
     text = _calibration(args.calibration)
     _, rates = chosen_method(args.bpw, text, args.encoder, args.rates, args.calibration_tokens)
+    if text and not text.is_file():
+        raise QuantizeError(f"--calibration {text}: no such file")
     plan = make_plan(resolve_model(args.model), args.bpw, args.tp_max, args.ignore, quantize_lm_head=args.quantize_lm_head)
+    plan.checkpoint.other_files()  # which will be copied: refuses links that lead out
     rows = plan.table(mixed=rates == "mixed")
     width = max(len(row[0]) for row in rows)
     for name, count, shape, decision, megabytes in rows:
@@ -140,7 +145,7 @@ def _plan(args: argparse.Namespace) -> None:
     scratch = f", and {plan.scratch_bytes(tokens) / 1e6:.1f} MB of scratch while quantising" if rates == "mixed" else ""
     megabytes = (plan.output_bytes + more_bytes) / 1e6
     print(f"disk: {megabytes:.1f} MB in {len(plan.shards)} shards, instead of {plan.source_bytes / 1e6:.1f} MB{scratch}")
-    read = f", if the text has {tokens} tokens" if text else ""
+    read = f", for {tokens} tokens of calibration text" if text else ""
     print(f"peak memory while quantising: about {plan.peak_memory_bytes(tokens) / 2**30:.1f} GiB{read}")
     served = ", ".join(map(str, plan.tensor_parallel_sizes))
     print(f"tensor-parallel sizes up to {args.tp_max} that can serve the result: {served}")
@@ -224,8 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         from offline_quantize.output import PROGRESS
 
-        begun = args.command == "quantize" and (args.out / PROGRESS).exists()
-        resume = "; --resume continues after the last finished shard" if begun else ""
-        print(f"qamw: interrupted{resume}", file=sys.stderr)
+        kept = "; nothing is kept" if args.command == "quantize" else ""
+        if kept and (args.out / PROGRESS).exists():
+            kept = f"; --resume goes on after {len(list(args.out.glob('*.safetensors')))} finished shards"
+        print(f"qamw: interrupted{kept}", file=sys.stderr)
         return 130
     return 0

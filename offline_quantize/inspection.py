@@ -9,6 +9,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.output import MANIFEST, PROGRESS, sha256_of
 from offline_quantize.report import REPORT
 from offline_quantize.structure import find_structure
+from qamw_kernels.codebook import codebook_bytes
 from qamw_kernels.codec import check_input_scales, check_row_norms
 from qamw_kernels.format import LAYER_TENSORS, QUANT_METHOD, FormatError, QamwFormat, layer_tensors
 
@@ -48,12 +49,13 @@ def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, t
 
 
 def effective_bits_per_weight(directory: Path) -> float | None:
-    """Stored bits per quantised weight, all tensors counted; None if the checkpoint is plain or of another method."""
+    """Stored bits per quantised weight, tensors and codebooks; None if the checkpoint is plain or of another method."""
     if (read_json(directory / "config.json").get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
         return None
     checkpoint, fmt, modules = open_quantized(directory)
     num_bytes = sum(checkpoint.tensors[f"{name}.{suffix}"].num_bytes for name, (rows, inputs) in modules.items()
                     for suffix in layer_tensors(rows, inputs, fmt.index_bits_of(name)))
+    num_bytes += codebook_bytes(map(fmt.index_bits_of, modules))
     return 8 * num_bytes / sum(rows * inputs for rows, inputs in modules.values())
 
 
@@ -73,6 +75,7 @@ def inspect(directory: Path) -> str:
         figures = f"{'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}"
         lines.append(f"{name:48} {rows:6}x{inputs:6} {bits / 2:5g} {8 * num_bytes / (rows * inputs):6.3f} "
                      f"{fmt.rotation_block_size_of(name, inputs):5} {figures}")
+    total_bytes += codebook_bytes(map(fmt.index_bits_of, modules))
     lines.append(f"{len(modules)} layers, {total_weights / 1e6:.1f} M weights, {8 * total_bytes / total_weights:.3f} effective bpw; "
                  f"not quantised: {', '.join(fmt.ignore)}")
     return "\n".join(lines)
@@ -86,6 +89,8 @@ def verify(directory: Path) -> str:
     Raises:
         QuantizeError: with every fault found, one per line.
     """
+    if not directory.is_dir():
+        raise QuantizeError(f"{directory}: not a directory")
     _check_finished(directory)
     if not (directory / MANIFEST).is_file():
         raise QuantizeError(f"{directory}: no {MANIFEST}, this is not a QAM-W checkpoint")

@@ -85,7 +85,7 @@ class Output:
                     hint = "; it is unfinished: qamw quantize continues with --resume, qamw dequantize only in a new directory"
                 raise QuantizeError(f"{directory}: already exists{hint}")
         elif not (directory / PROGRESS).is_file():
-            state = "is finished" if (directory / CONFIG).is_file() else "holds no unfinished run"
+            state = "is finished" if (directory / CONFIG).is_file() else "holds no unfinished run" if directory.is_dir() else "is not there"
             raise QuantizeError(f"{directory}: nothing to resume, the directory {state}")
 
     def _load_progress(self) -> None:

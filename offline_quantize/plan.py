@@ -13,7 +13,7 @@ from offline_quantize.calibration import BATCH, WINDOW_TOKENS
 from offline_quantize.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.errors import QuantizeError
 from offline_quantize.structure import Linear, Structure, find_structure
-from qamw_kernels.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.codebook import INDEX_BITS, codebook_bytes
 from qamw_kernels.format import QamwFormat, layer_tensors, role_of
 from qamw_kernels.packing import UNIT_INPUTS
 from qamw_kernels.sharding import TP_MAX, choose_rotation_block_sizes, possible_tensor_parallel_sizes
@@ -137,8 +137,7 @@ class Plan:
     def effective_bits_per_weight(self) -> float:
         """All stored bytes of the quantised layers, codebooks included, in bits per quantised weight; without the head."""
         stored = sum(info.num_bytes for linear in self.linears for info in self.output_tensors(linear))
-        rates = {self.format.index_bits_of(linear.name) for linear in self.linears}
-        codebooks = sum(load_quadrant(bits).numel() * 2 for bits in rates)
+        codebooks = codebook_bytes(self.format.index_bits_of(linear.name) for linear in self.linears)
         return 8 * (stored + codebooks) / self.num_quantized_weights
 
     @property

@@ -102,7 +102,7 @@ base_model: {name}
 library_name: vllm
 tags: [qamw]
 ---
-# {name}, QAM-W {result["nominal_bits_per_weight"]:g} bpw
+# {name}, QAM-W {result["nominal_bits_per_weight"]:.3g} bpw
 
 {result["quantized_weights"] / 1e6:.1f} million weights of the decoder layers, {result["effective_bits_per_weight"]:.3f} effective bits each
 (every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.{head}

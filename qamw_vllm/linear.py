@@ -87,7 +87,7 @@ def backend_says(backend: str, dtype: torch.dtype) -> str:
     """What runs, and why."""
     if backend == "decode":
         return (f"Decoded to {dtype} while loading, for vLLM's own matrix multiplication, because this is a CPU: "
-                "that saves disk, not memory")
+                "the memory is that of 16 bits")
     if current_platform.is_cpu():
         return "They stay packed; Triton kernels run in the interpreter (slow)"
     from qamw_kernels import gluon_launch

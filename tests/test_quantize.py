@@ -438,6 +438,10 @@ def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFi
     assert ", and the head at 6" in capsys.readouterr().out
     assert main(["verify", str(tiny_llama)]) == 2
     assert "no qamw_manifest.json, this is not a QAM-W checkpoint" in capsys.readouterr().err
+    assert main(["plan", str(tiny_llama), "--calibration", str(tmp_path / "absent.txt")]) == 2
+    assert "absent.txt: no such file" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "absent")]) == 2
+    assert "absent: not a directory" in capsys.readouterr().err
     assert main(["plan", str(tiny_llama), "--bpw", "4.7", "--rates", "uniform"]) == 2
     assert "uniform rates come in halves" in capsys.readouterr().err
     assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
@@ -446,6 +450,8 @@ def test_command_line(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFi
     assert main(["inspect", str(out)]) == 0
     assert "14 layers" in capsys.readouterr().out
     assert inspect(out).count("\n") == 15
+    report = json.loads((out / "qamw_report.json").read_text())
+    assert f"{report['effective_bits_per_weight']:.3f} effective bpw" in inspect(out)
     assert main(["quantize", str(tiny_llama), str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["verify", str(tiny_llama)]) == 2
@@ -476,6 +482,8 @@ def test_resume_is_offered_once_something_was_written(tmp_path: Path, tiny_llama
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, "quantize", interrupted)
-    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130 and "--resume" not in capsys.readouterr().err
-    (tmp_path / PROGRESS).touch()
-    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130 and "--resume" in capsys.readouterr().err
+    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130 and "interrupted; nothing is kept" in capsys.readouterr().err
+    for file in (PROGRESS, "model-00001-of-00002.safetensors"):
+        (tmp_path / file).touch()
+    assert main(["quantize", str(tiny_llama), str(tmp_path)]) == 130
+    assert "interrupted; --resume goes on after 1 finished shards" in capsys.readouterr().err

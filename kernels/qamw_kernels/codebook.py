@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ def load_quadrant(index_bits: int) -> torch.Tensor:
     if index_bits not in INDEX_BITS:
         raise ValueError(f"index_bits must be in {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, got {index_bits!r}")
     return _load_all()[codebook_name(index_bits)].float()
+
+
+def codebook_bytes(index_bits: Iterable[int]) -> int:
+    """Stored bytes of the codebooks of these rates, each counted once."""
+    return sum(2 * load_quadrant(bits).numel() for bits in set(index_bits))
 
 
 @functools.cache
