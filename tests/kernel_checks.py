@@ -70,12 +70,12 @@ def coordinates(weight: QuantizedWeight) -> torch.Tensor:
 
 
 def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, truth: torch.Tensor) -> None:
-    """The error of ``got`` against the float64 truth is at most twice that of torch in the same dtype (norms), or in float32, where a
-    library may add in any order, ten roundings."""
+    """The error of ``got`` against the float64 truth is at most twice that of torch in the same dtype (norms), or in float32 on a GPU,
+    where its library may add in another order, ten roundings more."""
     assert got.dtype == of_torch.dtype and got.shape == of_torch.shape == truth.shape and truth.dtype == torch.float64
     size = truth.norm()
     error, error_of_torch = ((y.double() - truth).norm() / size for y in (got, of_torch))
-    free = 10 * 2**-24 if got.dtype == torch.float32 else 1e-7
+    free = 10 * 2**-24 if got.dtype == torch.float32 and got.is_cuda else 1e-7
     assert error <= 2 * error_of_torch + free, f"relative error {error:.2e}, torch has {error_of_torch:.2e}"
 
 

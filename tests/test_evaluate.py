@@ -217,6 +217,7 @@ def test_bad_input_is_refused(tiny_llama, tmp_path, capsys):
     assert "gptq-2048 has the model read 2047 tokens at once, but its context is 512" in refused(
         capsys, tiny_llama, *model, "--text", text)
     assert "none is not a directory" in refused(capsys, tiny_llama, *model, "--text", text, "--json", tmp_path / "none" / "x.json")
+    assert f"{tmp_path}: is a directory" in refused(capsys, tiny_llama, *model, "--text", text, "--json", tmp_path)
     with pytest.raises(QuantizeError, match="the text is empty"):
         read_text(Path(os.devnull))
 
@@ -252,6 +253,19 @@ def test_a_tensor_without_a_place_is_refused(tmp_path, tiny_llama):
     save_file(tensors, model / "model.safetensors")
     with pytest.raises(QuantizeError, match=r"none of \['lm_head.bias', 'lm_head.weight'\] found"):
         evaluate(tiny_llama, [model], RAW, ["llama.cpp-512"], limit=1, noise_windows=0)
+
+
+def test_figures_are_saved_before_they_are_shown(tmp_path, tiny_llama):
+    """A terminal that cannot show them must not cost them; nor does one that knows no plus-minus."""
+    (tmp_path / "text.txt").write_text(RAW, encoding="utf-8")
+    command = [sys.executable, "-m", "offline_quantize", "eval", tiny_llama, "--reference", tiny_llama, "--text", tmp_path / "text.txt",
+               "--convention", "llama.cpp-512", "--windows", "2", "--noise-windows", "0", "--json", tmp_path / "eval.json"]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert done.returncode == 0 and b"standard error" in done.stdout, done.stderr
+    (tmp_path / "eval.json").unlink()
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL).returncode == 2
+    assert json.loads((tmp_path / "eval.json").read_text())["checkpoints"]
 
 
 @pytest.mark.engine
