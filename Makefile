@@ -20,7 +20,7 @@ $(VENV)/.ready: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python tests/demo.py
+	$(BIN)/python -m examples.demo
 
 test: setup
 	$(BIN)/python -m pytest
@@ -34,38 +34,38 @@ lint: setup
 
 # Fit the shipped codebooks again (minutes); the same bytes on the same machine.
 codebooks: setup
-	$(BIN)/python -m qamw_kernels.fit_codebooks kernels/qamw_kernels/codebooks.safetensors
+	$(BIN)/python -m tools.fit_codebooks kernels/qamw_kernels/format/codebooks.safetensors
 
 # Needs 19 GB of disk.
 check-memory: setup
-	$(BIN)/python tests/check_memory.py
+	$(BIN)/python -m benchmarks.memory.check_memory
 
-# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need LLAMA_CPP_PYTHON, see tests/study/gguf_files.py.
+# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.
 study: setup
-	PYTHONPATH=tests $(BIN)/python tests/study/run.py $(TEXT)
-	PYTHONPATH=tests $(BIN)/python tests/study/report.py
+	$(BIN)/python -m benchmarks.study.run $(TEXT)
+	$(BIN)/python -m benchmarks.study.report
 
 study-report: setup
-	PYTHONPATH=tests $(BIN)/python tests/study/report.py
+	$(BIN)/python -m benchmarks.study.report
 
 # What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for as long as it takes (15 minutes).
 kernels-report: setup
-	PYTHONPATH=tests $(BIN)/python tests/kernels_report.py
+	$(BIN)/python -m benchmarks.kernels.machine_code
 
 # Could the CPU multiply with packed weights? Needs g++ and AVX-512 with BF16.
 bench-cpu:
 	mkdir -p build
-	g++ -O3 -march=native -fopenmp kernels/benchmarks/bench_cpu.cpp -o build/bench_cpu
+	g++ -O3 -march=native -fopenmp benchmarks/kernels/cpu.cpp -o build/bench_cpu
 	for threads in 1 $$(nproc); do OMP_NUM_THREADS=$$threads build/bench_cpu; done
 
 # A plain model and a QAM-W checkpoint under the same load: make bench-serve MODEL=... CKPT=...
 bench-serve: setup
-	$(BIN)/python tests/bench_serve.py $(MODEL) $(CKPT)
+	$(BIN)/python -m benchmarks.serving.load $(MODEL) $(CKPT)
 
 # 64 clients for ten minutes: make soak CKPT=...
 soak: setup
-	$(BIN)/python tests/soak.py $(CKPT)
+	$(BIN)/python -m benchmarks.soak.soak $(CKPT)
 
 # Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
 check-versions: setup
-	$(BIN)/python tests/check_versions.py
+	$(BIN)/python -m tools.check_versions

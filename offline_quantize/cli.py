@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_eval_options(command: argparse.ArgumentParser) -> None:
-    from offline_quantize.conventions import BOS_RULE, CONVENTIONS
+    from offline_quantize.evaluation.conventions import BOS_RULE, CONVENTIONS
 
     command.add_argument("checkpoints", metavar="CKPT", nargs="+", help="what to measure: QAM-W or plain, directory or hub id")
     command.add_argument("--reference", metavar="MODEL", required=True, help="the original model")
@@ -87,7 +87,7 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
 
 def _calibration(value: str) -> Path | None:
-    from offline_quantize.calibration import DEFAULT_TEXT
+    from offline_quantize.calibration.hessians import DEFAULT_TEXT
 
     return None if value == "none" else DEFAULT_TEXT if value == "default" else Path(value)
 
@@ -95,9 +95,9 @@ def _calibration(value: str) -> Path | None:
 def _quantize(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
-    from offline_quantize.checkpoint import resolve_model
-    from offline_quantize.quantize import quantize
-    from offline_quantize.report import REPORT
+    from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.pipeline import quantize
+    from offline_quantize.output.report import REPORT
 
     with ExitStack() as stack:
         bars: dict[str, tqdm] = {}
@@ -122,10 +122,10 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from offline_quantize.calibration import default_num_tokens
-    from offline_quantize.checkpoint import resolve_model
-    from offline_quantize.plan import HEAD_INDEX_BITS, make_plan
-    from offline_quantize.quantize import chosen_method
+    from offline_quantize.calibration.hessians import default_num_tokens
+    from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.planning.plan import HEAD_INDEX_BITS, make_plan
+    from offline_quantize.pipeline import chosen_method
 
     text = _calibration(args.calibration)
     _, rates = chosen_method(args.bpw, text, args.encoder, args.rates, args.calibration_tokens)
@@ -155,7 +155,7 @@ def _dequantize(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from offline_quantize.dequantize import dequantize
+    from offline_quantize.checkpoints.dequantize import dequantize
 
     with tqdm(unit="B", unit_scale=True, desc="dequantising", dynamic_ncols=True, delay=1) as bar:
         def progress(done: int, total: int) -> None:
@@ -167,13 +167,13 @@ def _dequantize(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from offline_quantize.inspection import inspect
+    from offline_quantize.checkpoints.verify import inspect
 
     print(inspect(args.checkpoint))
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from offline_quantize.inspection import verify
+    from offline_quantize.checkpoints.verify import verify
 
     print(verify(args.checkpoint))
 
@@ -182,11 +182,11 @@ def _eval(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from offline_quantize.checkpoint import resolve_model
-    from offline_quantize.conventions import CONVENTIONS
-    from offline_quantize.evaluate import evaluate, read_text
-    from offline_quantize.evaluation_report import plot, table, to_json, write_atomically
-    from offline_quantize.quantize import usable_device
+    from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.evaluation.conventions import CONVENTIONS
+    from offline_quantize.evaluation.run import evaluate, read_text
+    from offline_quantize.evaluation.report import plot, table, to_json, write_atomically
+    from offline_quantize.pipeline import usable_device
 
     for path in (args.json, args.plot):
         if path and (path.is_dir() or not path.parent.is_dir()):  # known before the work, not after it
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qamw: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        from offline_quantize.output import PROGRESS
+        from offline_quantize.output.directory import PROGRESS
 
         kept = "; nothing is kept" if args.command == "quantize" else ""
         if kept and (args.out / PROGRESS).exists():

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from qamw_kernels.codebook import INDEX_BITS
-from qamw_kernels.format import QUANT_METHOD, FormatError, QamwFormat
-from qamw_kernels.packing import UNIT_INPUTS
+from qamw_kernels.format.codebook import INDEX_BITS
+from qamw_kernels.format.config import QUANT_METHOD, FormatError, QamwFormat
+from qamw_kernels.format.packing import UNIT_INPUTS
 
 if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper

@@ -13,12 +13,12 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 
-from qamw_kernels import ops
-from qamw_kernels.codec import InputShard, QuantizedWeight, encode_weight, make_input_scales
-from qamw_kernels.format import LAYER_TENSORS, QamwFormat, layer_tensors
-from qamw_kernels.routing import Routing, sort_slots
-from qamw_kernels.sharding import choose_rotation_block_sizes
-from qamw_kernels.tiling import tile_planes
+from qamw_kernels.ops import linear as ops
+from qamw_kernels.codec.encode import InputShard, QuantizedWeight, encode_weight, make_input_scales
+from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors
+from qamw_kernels.ops.routing import Routing, sort_slots
+from qamw_kernels.format.sharding import choose_rotation_block_sizes
+from qamw_kernels.ops.tiling import tile_planes
 from qamw_vllm.config import LoadSummary, WhileLoading
 from qamw_vllm.linear import (
     add_up_over_ranks,
@@ -29,7 +29,7 @@ from qamw_vllm.linear import (
     tp_sizes_of_model,
     warm_up_once,
 )
-from qamw_vllm.loading import ExpertsLoader, name_some
+from qamw_vllm.loading.linear import ExpertsLoader, name_some
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -280,7 +280,7 @@ class QamwLoadingMoEMethod(QamwMoEMethod):
 
 def _route(topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None, dtype: torch.dtype) -> Routing:
     """The slots in blocks; on CUDA by vLLM's kernel, of which :func:`sort_slots` is the slow truth."""
-    from qamw_kernels import triton_launch
+    from qamw_kernels.ops.triton import launch as triton_launch
 
     block_size = triton_launch.routed_block_size(topk_ids.numel(), num_experts, dtype)
     if not topk_ids.is_cuda:

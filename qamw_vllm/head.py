@@ -6,11 +6,11 @@ import torch
 from torch.nn import Parameter
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from qamw_kernels.codec import QuantizedWeight
-from qamw_kernels.format import QamwFormat, layer_tensors
+from qamw_kernels.codec.encode import QuantizedWeight
+from qamw_kernels.format.config import QamwFormat, layer_tensors
 from qamw_vllm.config import LoadSummary
 from qamw_vllm.linear import QamwLinearMethod
-from qamw_vllm.loading import LayerLoader, Loader
+from qamw_vllm.loading.linear import LayerLoader, Loader
 
 
 class QamwHeadMethod(QamwLinearMethod):

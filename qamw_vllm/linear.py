@@ -21,14 +21,14 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.parameter import BasevLLMParameter, ChannelQuantScaleParameter, ModelWeightParameter
 from vllm.platforms import current_platform
 
-from qamw_kernels import ops
-from qamw_kernels.codec import InputShard, QuantizedWeight, decode_weight, encode_weight, make_input_scales
-from qamw_kernels.format import QamwFormat, layer_tensors
-from qamw_kernels.packing import UNIT_INPUTS
-from qamw_kernels.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
-from qamw_kernels.tiling import tile_planes
+from qamw_kernels.ops import linear as ops
+from qamw_kernels.codec.encode import InputShard, QuantizedWeight, decode_weight, encode_weight, make_input_scales
+from qamw_kernels.format.config import QamwFormat, layer_tensors
+from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
+from qamw_kernels.ops.tiling import tile_planes
 from qamw_vllm.config import LoadSummary, WhileLoading
-from qamw_vllm.loading import LayerLoader
+from qamw_vllm.loading.linear import LayerLoader
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows the messages of loggers below its own name
 
@@ -76,7 +76,7 @@ def warm_up_once(format: QamwFormat, dtype: torch.dtype, device: torch.device, e
 
 @functools.cache
 def _warm_up(rates: frozenset[int], rotation_block_sizes: frozenset[int], dtype: torch.dtype, device: torch.device, experts: bool) -> None:
-    from qamw_kernels import triton_launch
+    from qamw_kernels.ops.triton import launch as triton_launch
 
     start = time.perf_counter()
     triton_launch.warm_up(rates, rotation_block_sizes, dtype, device, experts)
@@ -90,7 +90,7 @@ def backend_says(backend: str, dtype: torch.dtype) -> str:
                 "the memory is that of 16 bits")
     if current_platform.is_cpu():
         return "They stay packed; Triton kernels run in the interpreter (slow)"
-    from qamw_kernels import gluon_launch
+    from qamw_kernels.ops.gluon import launch as gluon_launch
 
     return ("They stay packed; the Gluon kernel decodes them" if gluon_launch.kernels is not None else
             "They stay packed; a plain Triton kernel decodes them, because this Triton has no shared-memory gather (3.7.1 has)")

@@ -32,7 +32,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint with a few loud channels, as real models have; treat it as read-only."""
     from safetensors.torch import load_file, save_file
 
-    from models import tiny_model
+    from tests.helpers.models import tiny_model
 
     directory = tiny_model(tmp_path_factory.mktemp("models") / "tiny-llama", "llama")
     tensors = load_file(directory / "model.safetensors")

@@ -1,0 +1,96 @@
+"""Error feedback: pairs are coded in order, and each takes up what the pairs before it left wrong (GPTQ, LDLQ).
+
+The output error of a coded row is (u - q) H (u - q)^T with H the second moment of the layer's input, in the basis of the
+coordinates. Let H = R R^T with R upper triangular in 2 x 2 blocks, and A = R diag(R)^-1. Then
+
+    t_p = u_p + sum over i < p of (u_i - q_i) A[i, p]          q_p = codeword nearest to t_p
+    error = sum over p of |(t_p - q_p) R[p, p]|^2
+
+so that coding every t_p well is all that is left to do. See arXiv 2210.17323 (GPTQ), 2307.13304 (LDLQ).
+"""
+
+import torch
+
+from qamw_kernels.format.codebook import load_codebook
+from qamw_kernels.codec.nearest import nearest
+
+DAMPING = 0.1  # of the mean diagonal: inputs that the calibration text does not have must not be paid for those it has
+LAZY_INPUTS = 128  # coordinates between two large matrix products
+
+
+def shrink(hessian: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """In place: what few tokens show of correlations between many inputs is believed the less, the fewer they are."""
+    diagonal = hessian.diagonal().clone()
+    hessian.mul_(num_tokens / (num_tokens + len(hessian))).diagonal().copy_(diagonal)
+    return hessian
+
+
+def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """R [K, K] upper triangular with R R^T = ``hessian`` [K, K] plus ``damping`` times its mean diagonal; all float64.
+
+    Damping stands for what a finite text does not show, and makes a rank-deficient Hessian definite; where rounding still
+    hides that, it is raised.
+
+    Raises:
+        ValueError: the Hessian is not finite.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the calibration text makes activations whose squares are not finite")
+    mean = hessian.diagonal().mean()
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damping * mean)
+        root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:
+            return root.flip(0, 1)
+        damping *= 10
+
+
+def feedback_matrix(root: torch.Tensor) -> torch.Tensor:
+    """A - I [K, K] float32 from R: what an error at input i (row) adds to the target of input j (column)."""
+    pairs = len(root) // 2
+    columns = root.view(-1, pairs, 2)
+    at = torch.arange(pairs, device=root.device)
+    inverse = torch.linalg.inv(columns.view(pairs, 2, pairs, 2)[at, :, at])  # [P, 2, 2]
+    matrix = torch.einsum("kpi,pij->kpj", columns, inverse)
+    matrix.view(pairs, 2, pairs, 2)[at, :, at] = 0
+    return matrix.reshape(root.shape).float()
+
+
+def encode_with_feedback(coordinates: torch.Tensor, feedback: torch.Tensor, index_bits: int) -> torch.Tensor:
+    """Indices [N, P] int16 of ``coordinates`` [N, K] float32, coded with ``feedback`` [K, K] float32."""
+    codebook = load_codebook(index_bits).to(coordinates.device)
+    num_rows, num_inputs = coordinates.shape
+    wanted = coordinates.T  # [K, N]: a pair is two contiguous rows
+    error = torch.empty(num_inputs, num_rows, device=coordinates.device)  # u - q
+    indices = torch.empty(num_inputs // 2, num_rows, dtype=torch.int16, device=coordinates.device)
+    for start in range(0, num_inputs, LAZY_INPUTS):
+        part = slice(start, min(start + LAZY_INPUTS, num_inputs))
+        target = torch.addmm(wanted[part], feedback[:start, part].T, error[:start])
+        local, errors = feedback[part, part], error[part]
+        for i in range(0, len(target), 2):
+            pair = slice(i, i + 2)
+            chosen = nearest(target[pair].T, index_bits)
+            indices[(start + i) // 2] = chosen
+            torch.sub(wanted[start + i : start + i + 2], codebook.index_select(0, chosen.int()).T, out=errors[pair])
+            target[i + 2 :].addmm_(local[pair, i + 2 :].T, errors[pair])
+    return indices.T.contiguous()
+
+
+def encode_with_feedback_slow(coordinates: torch.Tensor, hessian: torch.Tensor, index_bits: int) -> torch.Tensor:
+    """Slow truth of :func:`encode_with_feedback`: after every pair, all later inputs are set to their best values anew.
+
+    With the first pairs fixed, the error is a quadratic form in the rest; its minimum is the classical regression.
+
+    Args:
+        coordinates: [N, K] float64. hessian: [K, K] float64.
+    """
+    codebook = load_codebook(index_bits).double()
+    target, chosen = coordinates.clone(), []
+    for done in range(0, coordinates.shape[1], 2):
+        chosen.append(nearest(target[:, done : done + 2].float(), index_bits))
+        target[:, done : done + 2] = codebook[chosen[-1].int()]
+        fixed, rest = slice(0, done + 2), slice(done + 2, None)
+        error = coordinates[:, fixed] - target[:, fixed]
+        target[:, rest] = coordinates[:, rest] + error @ torch.linalg.solve(hessian[rest, rest], hessian[rest, fixed]).T
+    return torch.stack(chosen, 1)
