@@ -1,6 +1,7 @@
-"""``make kernels-report``: what the compiler makes of the kernels, for every Triton that vLLM pins. Needs no GPU.
+"""What the compiler makes of the kernels, for every Triton that vLLM pins. Needs no GPU.
 
-Writes kernels/benchmarks/results/machine_code.json and .md. Other Tritons are installed into a directory that is thrown away.
+``make kernels-report`` runs it. Writes benchmarks/kernels/results/machine_code.json and .md. Other
+versions of Triton are installed into a directory that is thrown away.
 """
 
 import collections
@@ -10,16 +11,83 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "kernels" / "benchmarks" / "results"
-TRITONS = {"3.6.0": "vLLM 0.20 to 0.26", "3.7.1": "vLLM 0.27 to 0.32", "3.8.0": "vLLM 0.33"}
+RESULTS = Path(__file__).with_name("results")
+ROOT = Path(__file__).resolve().parents[2]
+TRITONS = {
+    "3.6.0": "vLLM 0.20 to 0.26",
+    "3.7.1": "vLLM 0.27 to 0.32",
+    "3.8.0": "vLLM 0.33",
+}
 TARGETS = (80, 89, 90, 100)
 
+Loop = collections.Counter[str]
+INTRODUCTION = """\
+# Machine code of the kernels
 
-def row(name: str, target: int, kernel: Any, constants: dict[str, Any], pairs: int = 0, loop_of: Any = None) -> dict[str, Any]:
-    """Figures of one compiled kernel; ``pairs`` that a thread decodes in one turn of the loop that ``loop_of`` picks."""
+Written by `make kernels-report`, without a GPU: compiled ahead of time, disassembled, counted.
+bfloat16. The loop is the innermost one that decodes; its instructions include loads, matrix
+instructions and its own control. An H200 at its memory's speed has time for 9.5 instructions per
+pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by
+`tests/kernels_/ops/test_gluon.py`, which executes the PTX. Matrix instructions counted are HMMA and
+HGMMA.
+"""
+COLUMNS = (
+    "kernel",
+    "sm",
+    "instructions per pair",
+    "in the loop: all",
+    "matrix",
+    "shared loads",
+    "16-byte loads",
+    "other loads",
+    "registers",
+    "spills",
+    "shared KiB",
+)
+OF_THE_LOOP = (
+    "instructions_per_pair",
+    "loop",
+    "matrix",
+    "look_ups",
+    "wide_loads",
+    "other_loads",
+)
+
+
+def figures_of_loop(loop: Loop, pairs: int) -> dict[str, Any]:
+    """Figures of a loop in which a thread decodes ``pairs`` in one turn."""
+    total: Loop = collections.Counter()
+    for opcode, count in loop.items():
+        total[opcode.split(".")[0]] += count
+    loads = {opcode: n for opcode, n in loop.items() if opcode.startswith("LDG")}
+    return {
+        "instructions_per_pair": round(loop.total() / pairs, 2),
+        "loop": loop.total(),
+        "matrix": total["HMMA"] + total["HGMMA"],
+        "look_ups": total["LDS"],
+        "wide_loads": sum(n for op, n in loads.items() if re.match(r"LDG\.E.*128", op)),
+        "other_loads": sum(n for op, n in loads.items() if "128" not in op),
+    }
+
+
+def row(
+    name: str,
+    target: int,
+    kernel: Any,
+    constants: dict[str, Any],
+    pairs: int = 0,
+    loop_of: Callable[[list[Loop]], Loop] | None = None,
+) -> dict[str, Any]:
+    """Figures of one compiled kernel.
+
+    Args:
+        pairs: that a thread decodes in one turn of the loop that ``loop_of`` picks; 0 for a kernel
+            whose loop is not looked at.
+    """
     import triton
 
     from benchmarks.kernels.sass import compile_for, disassemble, loops, registers
@@ -27,84 +95,113 @@ def row(name: str, target: int, kernel: Any, constants: dict[str, Any], pairs: i
     compiled = compile_for(target, kernel, constants)
     instructions = disassemble(compiled)
     everything = collections.Counter(opcode.split(".")[0] for opcode, _ in instructions)
-    found = {"triton": triton.__version__, "sm": target, "kernel": name, "registers": registers(compiled),
-             "spills": everything["LDL"] + everything["STL"], "shared_bytes": compiled.metadata.shared}
-    if pairs:
-        loop = loop_of(loops(instructions))
-        total = collections.Counter()
-        for opcode, count in loop.items():
-            total[opcode.split(".")[0]] += count
-        found |= {"instructions_per_pair": round(loop.total() / pairs, 2), "loop": loop.total(), "matrix": total["HMMA"] + total["HGMMA"],
-                  "look_ups": total["LDS"], "wide_loads": sum(n for op, n in loop.items() if re.match(r"LDG\.E.*128", op)),
-                  "other_loads": sum(n for op, n in loop.items() if op.startswith("LDG") and "128" not in op)}
+    found = {
+        "triton": triton.__version__,
+        "sm": target,
+        "kernel": name,
+        "registers": registers(compiled),
+        "spills": everything["LDL"] + everything["STL"],
+        "shared_bytes": compiled.metadata.shared,
+    }
+    if loop_of is not None:
+        found |= figures_of_loop(loop_of(loops(instructions)), pairs)
     return found
+
+
+def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
+    """Figures of the Gluon kernel, where the Triton that is imported can compile it."""
+    import torch
+
+    from benchmarks.kernels.sass import SHARED_BYTES
+    from qamw_kernels.ops.gluon import launch
+
+    if launch.kernels is None:
+        return
+    pairs, shared_memory = 128, SHARED_BYTES[target]
+
+    def decoding(bodies: list[Loop]) -> Loop:
+        return min((b for b in bodies if b["LDS"] == pairs), key=collections.Counter.total)
+
+    for bits, parts in [*((bits, 1) for bits in range(6, 13)), (11, 2), (11, 4), (11, 8)]:
+        if launch.shared_bytes(bits) <= shared_memory:
+            name = f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens"
+            kernel = launch.kernels.decode_gemm_kernel
+            constants = launch.constants(bits, torch.bfloat16, parts, shared_memory)
+            yield row(name, target, kernel, constants, pairs, decoding)
+
+
+def triton_rows(target: int) -> Iterator[dict[str, Any]]:
+    """Figures of the Triton kernels."""
+    import torch
+
+    from qamw_kernels.ops.triton import kernels, launch
+
+    def largest(bodies: list[Loop]) -> Loop:
+        return max(bodies, key=collections.Counter.total)
+
+    gemms = {"gemm": kernels.gemm_kernel, "routed gemm": kernels.routed_gemm_kernel}
+    for kind in ("skinny", "wide"):
+        constants = launch.gemm_constants(11, torch.bfloat16, kind)
+        pairs = constants["ROW_TILES"] * 256 // (32 * constants["num_warps"])
+        for name, kernel in gemms.items():
+            yield row(f"{name}, b = 11, {kind}", target, kernel, constants, pairs, largest)
+    constants = launch.dequantize_constants(11, 128, torch.bfloat16)
+    yield row("dequantize, b = 11, B = 128", target, kernels.dequantize_kernel, constants)
+    constants = launch.rotate_constants(128, torch.bfloat16)
+    yield row("rotate, B = 128", target, kernels.rotate_kernel, constants)
 
 
 def rows() -> list[dict[str, Any]]:
     """All figures of the Triton that is imported."""
-    import torch
-
-    from qamw_kernels.ops.gluon import launch as gluon_launch
-    from qamw_kernels.ops.triton import kernels as triton_kernels
-    from qamw_kernels.ops.triton import launch as triton_launch
-    from benchmarks.kernels.sass import SHARED_BYTES
-
-    found = []
-    for target in TARGETS:
-        if gluon_launch.kernels is not None:
-            for bits, parts in [*((bits, 1) for bits in range(6, 13)), (11, 2), (11, 4), (11, 8)]:
-                if gluon_launch.shared_bytes(bits) > SHARED_BYTES[target]:
-                    continue
-                found.append(row(f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens", target, gluon_launch.kernels.decode_gemm_kernel,
-                                 gluon_launch.constants(bits, torch.bfloat16, parts, SHARED_BYTES[target]), 128,
-                                 lambda bodies: min((b for b in bodies if b["LDS"] == 128), key=collections.Counter.total)))
-        for kind in ("skinny", "wide"):
-            constants = triton_launch.gemm_constants(11, torch.bfloat16, kind)
-            pairs = constants["ROW_TILES"] * 256 // (32 * constants["num_warps"])
-            for name, kernel in (("gemm", triton_kernels.gemm_kernel), ("routed gemm", triton_kernels.routed_gemm_kernel)):
-                found.append(row(f"{name}, b = 11, {kind}", target, kernel, constants, pairs,
-                                 lambda bodies: max(bodies, key=collections.Counter.total)))
-        constants = triton_launch.dequantize_constants(11, 128, torch.bfloat16)
-        found.append(row("dequantize, b = 11, B = 128", target, triton_kernels.dequantize_kernel, constants))
-        constants = triton_launch.rotate_constants(128, torch.bfloat16)
-        found.append(row("rotate, B = 128", target, triton_kernels.rotate_kernel, constants))
-    return found
+    return [
+        found for target in TARGETS for make in (gluon_rows, triton_rows) for found in make(target)
+    ]
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Machine code of the kernels", "",
-        "Written by `make kernels-report`, without a GPU: compiled ahead of time, disassembled, counted. bfloat16. The loop is the",
-        "innermost one that decodes; its instructions include loads, matrix instructions and its own control. An H200 at its memory's",
-        "speed has time for 9.5 instructions per pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by",
-        "`tests/test_gluon.py`, which executes the PTX. Matrix instructions counted are HMMA and HGMMA.", "",
-    ]
+    """One table per version of Triton."""
+    lines = [INTRODUCTION]
     for version in dict.fromkeys(r["triton"] for r in found):
-        lines += [f"## Triton {version}" + (f" ({TRITONS[version]})" if version in TRITONS else ""), "",
-                  "| kernel | sm | instructions per pair | in the loop: all | matrix | shared loads | 16-byte loads | other loads "
-                  "| registers | spills | shared KiB |", "|" + "---|" * 11]
+        used_by = f" ({TRITONS[version]})" if version in TRITONS else ""
+        lines += [f"## Triton {version}{used_by}", ""]
+        lines += [f"| {' | '.join(COLUMNS)} |", "|" + "---|" * len(COLUMNS)]
         for r in (r for r in found if r["triton"] == version):
-            loop = [str(r.get(k, "")) for k in ("instructions_per_pair", "loop", "matrix", "look_ups", "wide_loads", "other_loads")]
-            lines.append(f"| {' | '.join([r['kernel'], str(r['sm']), *loop, str(r['registers']), str(r['spills'])])} "
-                         f"| {r['shared_bytes'] / 1024:.1f} |")
+            loop = [str(r.get(key, "")) for key in OF_THE_LOOP]
+            cells = [r["kernel"], str(r["sm"]), *loop, str(r["registers"]), str(r["spills"])]
+            lines.append(f"| {' | '.join(cells)} | {r['shared_bytes'] / 1024:.1f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def rows_of_version(version: str | None, directory: Path) -> list[dict[str, Any]]:
+    """The figures of one version of Triton, installed below ``directory``; None: as it is here."""
+    paths = [os.environ.get("PYTHONPATH", "")]
+    if version:
+        target = str(directory / version)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+        subprocess.run([*pip, f"triton=={version}"], check=True)
+        paths.insert(0, target)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.kernels.machine_code", "--rows"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         for version in (*TRITONS, None):
-            environment, path = dict(os.environ), Path(directory) / str(version)
-            if version:
-                pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", path]
-                subprocess.run([*pip, f"triton=={version}"], check=True)
-                environment["PYTHONPATH"] = os.pathsep.join([str(path), environment.get("PYTHONPATH", "")])
-            done = subprocess.run([sys.executable, __file__, "--rows"], env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            found += json.loads(done.stdout.splitlines()[-1])
+            found += rows_of_version(version, Path(directory))
             print(f"Triton {found[-1]['triton']}: {len(found)} rows", flush=True)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "machine_code.json").write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
+    text = "[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n"
+    (RESULTS / "machine_code.json").write_text(text)
     (RESULTS / "machine_code.md").write_text(markdown(found))
 
 

@@ -1,20 +1,20 @@
-"""Block Hadamard rotation of the input dimension, in plain torch: the truth the kernels are tested against."""
+"""Block Hadamard rotation of the input dimension, in plain torch: the reference of the kernels."""
 
 import math
 
 import torch
 
-ROTATION_BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
-
-
-def check_rotation_block_size(rotation_block_size: int) -> None:
-    """Raise ValueError unless it is one of ROTATION_BLOCK_SIZES."""
-    if rotation_block_size not in ROTATION_BLOCK_SIZES:
-        raise ValueError(f"rotation_block_size must be one of {ROTATION_BLOCK_SIZES}, got {rotation_block_size!r}")
+from qamw_kernels.format.config import check_rotation_block_size
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """The +1/-1 Sylvester Hadamard matrix [size, size] float32: entry (i, j) is -1 to the number of bits set in i & j."""
+    """The +1/-1 Sylvester Hadamard matrix [size, size] float32.
+
+    Entry (i, j) is -1 to the power of the number of bits set in i & j.
+
+    Raises:
+        ValueError: ``size`` is not one of ROTATION_BLOCK_SIZES.
+    """
     check_rotation_block_size(size)
     matrix = torch.ones(1, 1, dtype=torch.float32)
     while len(matrix) < size:
@@ -25,19 +25,26 @@ def hadamard(size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
     """Orthonormal Hadamard transform of each block of inputs.
 
-    Sums of two, in a fixed order, not a matrix product: the result is the same bit for bit on every machine, and so is
-    what the encoder makes of it.
+    Sums of two, in a fixed order, not a matrix product: the result is the same bit for bit on every
+    machine, and so is what the encoder makes of it.
 
     Args:
         x: [..., K], floating point; K a multiple of ``rotation_block_size``.
     Returns:
         [..., K] in the dtype of x; computed in float32 for narrower dtypes.
+    Raises:
+        ValueError: ``rotation_block_size`` is not one of ROTATION_BLOCK_SIZES, or does not divide
+            K.
     """
     check_rotation_block_size(rotation_block_size)
     if x.shape[-1] % rotation_block_size:
-        raise ValueError(f"{x.shape[-1]} inputs are not a multiple of rotation_block_size = {rotation_block_size}")
+        raise ValueError(
+            f"{x.shape[-1]} inputs are not a multiple of rotation_block_size = "
+            f"{rotation_block_size}"
+        )
     blocks = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(-1, rotation_block_size)
-    y = blocks.T.clone(memory_format=torch.contiguous_format)  # [B, blocks]: every sum below runs over long contiguous rows
+    # [B, blocks]: every sum below runs over long contiguous rows
+    y = blocks.T.clone(memory_format=torch.contiguous_format)
     z = torch.empty_like(y)
     half = 1
     while half < rotation_block_size:
@@ -46,7 +53,8 @@ def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
         torch.add(a, b, out=out[:, 0])
         torch.sub(a, b, out=out[:, 1])
         y, z, half = z, y, 2 * half
-    scale = y.new_full((), math.sqrt(rotation_block_size))  # not a number: CUDA would multiply with its rounded inverse
+    # a tensor, not a number: CUDA would multiply with the rounded inverse of a number
+    scale = y.new_full((), math.sqrt(rotation_block_size))
     return (y / scale).T.reshape(x.shape).to(x.dtype).contiguous()
 
 

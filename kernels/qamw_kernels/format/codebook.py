@@ -1,4 +1,4 @@
-"""The shipped codebooks: named, hashed, quadrant-symmetric, exact in bfloat16, float16 and float32."""
+"""The shipped codebooks: named, hashed, quadrant-symmetric, exact in bfloat16, float16, float32."""
 
 import functools
 import hashlib
@@ -24,12 +24,15 @@ def load_quadrant(index_bits: int) -> torch.Tensor:
     """The stored part of a codebook: its codewords with x > 0 and y > 0.
 
     Returns:
-        [C / 4, 2] float32 on the CPU, sorted by (x, y); every value is exact in bfloat16. Treat it as read-only.
+        [C / 4, 2] float32 on the CPU, sorted by (x, y); every value is exact in bfloat16. Treat it
+        as read-only.
     Raises:
         ValueError: ``index_bits`` is not in 6..12.
     """
     if index_bits not in INDEX_BITS:
-        raise ValueError(f"index_bits must be in {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, got {index_bits!r}")
+        raise ValueError(
+            f"index_bits must be in {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, got {index_bits!r}"
+        )
     return _load_all()[codebook_name(index_bits)].float()
 
 
@@ -50,10 +53,21 @@ def codebook_sha256(index_bits: int) -> str:
     return hashlib.sha256(quadrant.view(torch.int16).numpy().astype("<i2").tobytes()).hexdigest()
 
 
+def expand_quadrant(quadrant: torch.Tensor) -> torch.Tensor:
+    """The whole codebook [C, 2] of a quadrant [C / 4, 2], in its dtype and on its device.
+
+    Row ``m + (x < 0) << (b - 2) + (y < 0) << (b - 1)`` is the codeword (x, y) of b index bits whose
+    absolute values (|x|, |y|) are row ``m`` of the quadrant.
+    """
+    signs = quadrant.new_tensor([[1, 1], [-1, 1], [1, -1], [-1, -1]])
+    return (signs[:, None] * quadrant).reshape(-1, 2)
+
+
 @functools.cache
 def load_codebook(index_bits: int) -> torch.Tensor:
-    """The whole codebook [C, 2] float32 on the CPU: row ``m + (x < 0) << (b - 2) + (y < 0) << (b - 1)``, where ``m``
-    is the row of (|x|, |y|) in the quadrant and b = ``index_bits``. Treat it as read-only."""
-    quadrant = load_quadrant(index_bits)
-    signs = torch.tensor([[1, 1], [-1, 1], [1, -1], [-1, -1]], dtype=torch.float32)
-    return (signs[:, None] * quadrant).reshape(-1, 2)
+    """The whole codebook [C, 2] float32 on the CPU; treat it as read-only.
+
+    Raises:
+        ValueError: ``index_bits`` is not in 6..12.
+    """
+    return expand_quadrant(load_quadrant(index_bits))

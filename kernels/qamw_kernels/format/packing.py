@@ -1,8 +1,9 @@
-"""Packing of pair indices into the planes stored as ``qweight``. Bits are exact: unpack(pack(x)) == x.
+"""Packing of pair indices into the planes stored as ``qweight``, bit by bit: unpack(pack(x)) == x.
 
-``b`` bits per index are split into fields, one for every power of two in b, widest first, lowest bits first:
-11 = 8 + 2 + 1, 7 = 4 + 2 + 1. A unit is 32 neighbouring pairs (64 inputs) of one row. Its fields of width w fill
-exactly w int32 words, 32 / w pairs per word, so no code ever straddles a word and every unit is b words.
+``b`` bits per index are split into fields, one for every power of two in b, widest first, lowest
+bits first: 11 = 8 + 2 + 1, 7 = 4 + 2 + 1. A unit is 32 neighboring pairs (64 inputs) of one row.
+Its fields of width w fill exactly w int32 words, 32 / w pairs per word, so no field ever straddles
+a word and every unit is b words.
 """
 
 import torch
@@ -23,12 +24,22 @@ def packed_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, 
         ValueError: K is not a positive multiple of 64.
     """
     if num_inputs <= 0 or num_inputs % UNIT_INPUTS:
-        raise ValueError(f"the number of inputs must be a positive multiple of {UNIT_INPUTS}, got {num_inputs}")
+        raise ValueError(
+            f"the number of inputs must be a positive multiple of {UNIT_INPUTS}, got {num_inputs}"
+        )
     return index_bits, num_rows, num_inputs // UNIT_INPUTS
 
 
 def pack_planes(indices: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Pack ``indices`` [N, P] (any integer dtype, values below 2**index_bits) into planes [index_bits, N, P / 32] int32."""
+    """Pack indices into planes.
+
+    Args:
+        indices: [N, P] of any integer dtype, values below 2**index_bits.
+    Returns:
+        [index_bits, N, P / 32] int32.
+    Raises:
+        ValueError: P is not a positive multiple of 32.
+    """
     num_rows, num_pairs = indices.shape
     shape = packed_shape(num_rows, 2 * num_pairs, index_bits)
     planes = torch.empty(shape, dtype=torch.int32, device=indices.device)
@@ -36,7 +47,7 @@ def pack_planes(indices: torch.Tensor, index_bits: int) -> torch.Tensor:
     low_bit = 0
     for width in field_widths(index_bits):
         fields = ((units >> low_bit) & ((1 << width) - 1)).to(torch.uint8)
-        while width < 8:  # merge neighbours until a field fills a byte
+        while width < 8:  # merge neighbors until a field fills a byte
             fields = fields[..., 0::2] | (fields[..., 1::2] << width)
             width *= 2
         words = fields.contiguous().view(torch.int32)  # [N, U, words], little-endian
@@ -51,8 +62,10 @@ def unpack_planes(planes: torch.Tensor) -> torch.Tensor:
     indices = torch.zeros(num_rows, num_units * UNIT_PAIRS, dtype=torch.int16, device=planes.device)
     low_bit = 0
     for width in field_widths(index_bits):
-        words = planes[low_bit : low_bit + width].permute(1, 2, 0).reshape(num_rows, -1)  # [N, U * width]
-        # clone, not contiguous(): that keeps odd strides of dimensions of size 1, which the view refuses
+        words = planes[low_bit : low_bit + width].permute(1, 2, 0)  # [N, U, width]
+        words = words.reshape(num_rows, -1)
+        # clone, not contiguous(): that keeps odd strides of dimensions of size 1, which the view
+        # refuses
         fields = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         field_bits = 8
         while field_bits > width:  # split bytes until one field is left in each

@@ -1,31 +1,116 @@
-"""Tensor parallelism: how wide a model can be cut, and rotation blocks that survive it."""
+"""Tensor parallelism: how wide a model can be cut, and rotation blocks that survive it.
+
+A layer that is cut along its inputs must give every rank whole rotation blocks and whole packing
+units of 64 inputs. Rows are independent of each other, so any number of them can be cut off.
+"""
 
 from collections.abc import Iterable, Sequence
 
+from qamw_kernels.errors import TensorError
 from qamw_kernels.format.packing import UNIT_INPUTS
 
-TP_MAX = 8  # widest tensor parallelism that is prepared for, unless asked otherwise
-MAX_ROTATION_BLOCK_SIZE = 128  # chosen; the format allows more
+TP_MAX = 8
+"""Widest tensor parallelism that a checkpoint is prepared for, unless asked otherwise."""
+
+MAX_ROTATION_BLOCK_SIZE = 128
+"""Widest rotation block that is chosen; the format allows more."""
 
 
-def possible_tensor_parallel_sizes(num_heads: int | None, num_kv_heads: int | None, tp_max: int = TP_MAX) -> list[int]:
-    """Sizes 1..tp_max that vLLM can cut the attention heads into; powers of two where the heads are not known."""
+def possible_tensor_parallel_sizes(
+    num_heads: int | None,
+    num_kv_heads: int | None,
+    tp_max: int = TP_MAX,
+) -> list[int]:
+    """Sizes 1..tp_max that vLLM can cut the attention heads into.
+
+    Powers of two where the number of heads is not known.
+    """
     if num_heads is None or num_kv_heads is None:
-        return [t for t in (2**i for i in range(tp_max.bit_length())) if t <= tp_max]
-    return [t for t in range(1, tp_max + 1) if num_heads % t == 0 and (num_kv_heads % t == 0 or t % num_kv_heads == 0)]
+        return [tp for tp in (2**i for i in range(tp_max.bit_length())) if tp <= tp_max]
+    return [
+        tp
+        for tp in range(1, tp_max + 1)
+        if num_heads % tp == 0 and (num_kv_heads % tp == 0 or tp % num_kv_heads == 0)
+    ]
 
 
-def choose_rotation_block_sizes(layers: Iterable[tuple[int, bool]], tp_sizes: Sequence[int]) -> dict[int, int]:
-    """Hadamard width for every number of inputs: the largest power of two <= 128 that divides every shard.
+def choose_rotation_block_sizes(
+    layers: Iterable[tuple[int, bool]],
+    tp_sizes: Sequence[int],
+) -> dict[int, int]:
+    """Hadamard width for every number of inputs.
+
+    It is the largest power of two <= 128 that divides every shard. Sizes of tensor parallelism that
+    break a packing unit are impossible anyway, and are left out of consideration.
 
     Args:
-        layers: (number of inputs, whether tensor parallelism cuts them) of every layer. Shards that break a packing unit are
-            impossible anyway.
+        layers: (number of inputs, whether tensor parallelism cuts them) of every layer.
+        tp_sizes: tensor-parallel sizes to prepare for.
     """
     sizes: dict[int, int] = {}
     for num_inputs, row_parallel in layers:
-        shards = [num_inputs // t for t in tp_sizes if num_inputs % (t * UNIT_INPUTS) == 0] if row_parallel else []
+        shards = (
+            [num_inputs // tp for tp in tp_sizes if num_inputs % (tp * UNIT_INPUTS) == 0]
+            if row_parallel
+            else []
+        )
         for width in [num_inputs, *shards]:
             largest = min(width & -width, MAX_ROTATION_BLOCK_SIZE)
             sizes[num_inputs] = min(largest, sizes.get(num_inputs, largest))
     return sizes
+
+
+def can_split_inputs(num_inputs: int, tp: int, rotation_block_size: int) -> bool:
+    """Whether each of ``tp`` ranks gets whole rotation blocks and packing units."""
+    return num_inputs % (tp * _input_unit(rotation_block_size)) == 0
+
+
+def can_split_rows(num_rows: int, tp: int, kv_rows: int | None = None) -> bool:
+    """Whether ``tp`` ranks can share the rows of a layer that is cut along its outputs.
+
+    Args:
+        kv_rows: rows of the key and value projections, whose heads vLLM repeats on several ranks
+            where there are fewer heads than ranks; None where the model has no such layer.
+    """
+    return num_rows % tp == 0 or num_rows == kv_rows
+
+
+def possible_input_splits(num_inputs: int, rotation_block_size: int) -> list[int]:
+    """All numbers of ranks that :func:`can_split_inputs` allows."""
+    most = num_inputs // _input_unit(rotation_block_size)
+    return [
+        tp for tp in range(1, most + 1) if can_split_inputs(num_inputs, tp, rotation_block_size)
+    ]
+
+
+def check_input_split(
+    name: str,
+    num_inputs: int,
+    num_inputs_of_rank: int,
+    rotation_block_size: int,
+) -> None:
+    """Check that the inputs of one rank are whole rotation blocks and packing units.
+
+    Args:
+        name: the layer, for the message.
+        num_inputs: of the whole layer.
+        num_inputs_of_rank: of its shard on one rank.
+    Raises:
+        TensorError: they are not; the message lists the possible numbers of ranks.
+    """
+    unit = _input_unit(rotation_block_size)
+    if num_inputs_of_rank % unit:
+        possible = possible_input_splits(num_inputs, rotation_block_size)
+        more = " Quantize with a larger --tp-max for more."
+        raise TensorError(
+            f"{name}: tensor_parallel_size={num_inputs // num_inputs_of_rank} leaves "
+            f"{num_inputs_of_rank} of the {num_inputs} inputs to a rank, expected a multiple of "
+            f"{unit} (rotation blocks of {rotation_block_size}, packed units of {UNIT_INPUTS}). "
+            f"Possible for this layer: {', '.join(map(str, possible))}."
+            + (more if rotation_block_size > UNIT_INPUTS else "")
+        )
+
+
+def _input_unit(rotation_block_size: int) -> int:
+    """Inputs that must stay together; both are powers of two."""
+    return max(UNIT_INPUTS, rotation_block_size)

@@ -3,9 +3,11 @@
     import qamw_kernels.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained(CKPT)
 
-On the CPU weights are decoded while loading and the layers become plain ones, as in vLLM; on a GPU they stay packed and the kernels run.
+On the CPU weights are decoded while loading and the layers become plain ones, as in vLLM; on a GPU
+they stay packed and the kernels run.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,10 +17,18 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qamw_kernels.ops import linear as ops
-from qamw_kernels.codec.encode import QuantizedWeight, decode_weight
-from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors, role_of
-from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.errors import TensorError
+from qamw_kernels.format.config import (
+    LAYER_TENSORS,
+    QUANT_METHOD,
+    QamwFormat,
+    layer_tensors,
+    role_of,
+)
+from qamw_kernels.format.weight import QuantizedWeight
+from qamw_kernels.ops.linear import linear as quantized_linear
+from qamw_kernels.ops.weight import TiledWeight
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -30,7 +40,7 @@ class QamwTransformersConfig(QuantizationConfigMixin):
     """
 
     def __init__(self, **config: Any) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' type lists its own methods only
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # its type lists other methods
         self.format = QamwFormat.from_dict(config)
 
     def to_dict(self) -> dict[str, Any]:
@@ -38,7 +48,11 @@ class QamwTransformersConfig(QuantizationConfigMixin):
 
 
 class QamwLinear(nn.Module):
-    """A linear layer whose weight [N, K] is packed; tensors as in kernels/FORMAT.md until :meth:`pack` has run."""
+    """A linear layer whose weight [N, K] is quantized.
+
+    Its buffers are the tensors of kernels/FORMAT.md until :meth:`pack` has run, then those of a
+    :class:`TiledWeight`.
+    """
 
     qweight: torch.Tensor
     row_norms: torch.Tensor
@@ -49,26 +63,44 @@ class QamwLinear(nn.Module):
     def __init__(self, linear: nn.Linear, index_bits: int, rotation_block_size: int) -> None:
         super().__init__()
         self.rotation_block_size = rotation_block_size
-        for name, (shape, dtype) in layer_tensors(linear.out_features, linear.in_features, index_bits).items():
+        tensors = layer_tensors(linear.out_features, linear.in_features, index_bits)
+        for name, (shape, dtype) in tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = linear.bias
 
     def pack(self) -> None:
         """Bring the weight into the form that kernels read."""
-        self.register_buffer("tiles", tile_planes(self.qweight))
-        self.register_buffer("quadrant_words", ops.quadrant_words(len(self.qweight), self.qweight.device))
+        weight = TiledWeight.of(self._quantized())
+        self.register_buffer("tiles", weight.tiles)
+        self.register_buffer("quadrant_words", weight.quadrant_words)
         del self.qweight
 
     def plain(self, dtype: torch.dtype) -> nn.Linear:
         """The same layer with its weight decoded."""
-        quantized = QuantizedWeight(self.qweight, self.row_norms, self.input_scales, self.rotation_block_size)
-        linear = nn.Linear(quantized.shape[1], quantized.shape[0], self.bias is not None, device="meta")
+        quantized = self._quantized()
+        num_rows, num_inputs = quantized.shape
+        linear = nn.Linear(num_inputs, num_rows, self.bias is not None, device="meta")
         linear.weight = nn.Parameter(decode_weight(quantized).to(dtype), requires_grad=False)
         linear.bias = self.bias
         return linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear(x, self.tiles, self.row_norms, self.input_scales, self.quadrant_words, self.bias, self.rotation_block_size)
+        weight = TiledWeight(
+            self.tiles,
+            self.row_norms,
+            self.input_scales,
+            self.quadrant_words,
+            self.rotation_block_size,
+        )
+        return quantized_linear(x, weight, self.bias)
+
+    def _quantized(self) -> QuantizedWeight:
+        return QuantizedWeight(
+            self.qweight,
+            self.row_norms,
+            self.input_scales,
+            self.rotation_block_size,
+        )
 
 
 @register_quantizer(QUANT_METHOD)
@@ -79,26 +111,22 @@ class QamwHfQuantizer(HfQuantizer):
     quantization_config: QamwTransformersConfig
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        """Put a :class:`QamwLinear` in the place of every quantised layer.
+        """Put a :class:`QamwLinear` in the place of every quantized layer.
 
         Raises:
-            ValueError: a tensor is missing; transformers itself would go on with random numbers.
+            TensorError: a tensor is missing; transformers itself would go on with random numbers.
         """
-        fmt, stored = self.quantization_config.format, set[str]()
-        for file in kwargs["checkpoint_files"]:
-            with safe_open(file, "pt") as shard:
-                stored.update(shard.keys())
-        if experts := sorted(name for name in stored if name.endswith(".qweight") and role_of(name) != name):
-            raise ValueError(f"{experts[0]}: transformers merges experts while loading, which packed ones cannot be; use "
-                             "qamw dequantize, or vLLM")
+        fmt, stored = self.quantization_config.format, _stored_names(kwargs["checkpoint_files"])
+        _refuse_experts(stored)
         for name, module in list(model.named_modules()):
             # Loaded without its head, a model has no prefix before its names.
-            full = next((n for n in (name, f"{model.base_model_prefix}.{name}") if f"{n}.qweight" in stored), name)
+            names = (name, f"{model.base_model_prefix}.{name}")
+            full = next((n for n in names if f"{n}.qweight" in stored), name)
             if not isinstance(module, nn.Linear) or full in fmt.ignore:
                 continue
-            missing = [f"{full}.{suffix}" for suffix in LAYER_TENSORS if f"{full}.{suffix}" not in stored]
-            if missing:
-                raise ValueError(f"the checkpoint lacks {', '.join(missing)}")
+            tensors = [f"{full}.{suffix}" for suffix in LAYER_TENSORS]
+            if missing := [tensor for tensor in tensors if tensor not in stored]:
+                raise TensorError(f"the checkpoint lacks {', '.join(missing)}")
             block = fmt.rotation_block_size_of(full, module.in_features)
             model.set_submodule(name, QamwLinear(module, fmt.index_bits_of(full), block))
 
@@ -117,3 +145,21 @@ class QamwHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def _stored_names(files: Iterable[str]) -> set[str]:
+    """Names of the tensors in the files of a checkpoint."""
+    stored: set[str] = set()
+    for file in files:
+        with safe_open(file, "pt") as shard:
+            stored.update(shard.keys())
+    return stored
+
+
+def _refuse_experts(stored: set[str]) -> None:
+    packed = (name for name in stored if name.endswith(".qweight"))
+    if experts := sorted(name for name in packed if role_of(name) != name):
+        raise TensorError(
+            f"{experts[0]}: transformers merges experts while loading, which packed ones cannot "
+            "be; use qamw dequantize, or vLLM"
+        )

@@ -1,7 +1,8 @@
 """Which expert works on which slot of a mixture of experts, in blocks that a GEMM can take.
 
-Token t sent to top_k experts fills the slots t * top_k .. t * top_k + top_k - 1. Sorted by expert, and each expert's slots padded to
-whole blocks, every block belongs to one expert. Same contract as vLLM's ``moe_align_block_size``, which is one kernel on CUDA.
+Token t sent to top_k experts fills the slots t * top_k .. t * top_k + top_k - 1. They are sorted by
+expert and each expert's slots padded to whole blocks, so that every block belongs to one expert.
+The result is that of vLLM's ``moe_align_block_size``, which is one kernel on CUDA.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,9 @@ class Routing(NamedTuple):
     Attributes:
         slots: int32, block after block, T * top_k where a block is not full.
         experts: int32, of each block, numbered on this rank; -1 for one of another rank.
-        num_sorted: [1] int32, slots and padding that are in use: the tensors are as long as any routing needs.
+        num_sorted: [1] int32, slots and padding that are in use: the tensors are as long as any
+            routing needs.
+        block_size: slots in a block.
     """
 
     slots: torch.Tensor
@@ -24,12 +27,19 @@ class Routing(NamedTuple):
     block_size: int
 
 
-def sort_slots(top_k_index: torch.Tensor, block_size: int, num_experts: int, expert_map: torch.Tensor | None = None) -> Routing:
+def sort_slots(
+    top_k_index: torch.Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: torch.Tensor | None = None,
+) -> Routing:
     """Sort slots by expert; shapes depend on no data, and the host waits for nothing.
 
     Args:
         top_k_index: [T, top_k] integers in 0 .. num_experts - 1.
-        expert_map: [num_experts] int32, the number of an expert on this rank, -1 for one of another rank; None where all are here.
+        block_size: slots of one expert that a program takes.
+        expert_map: [num_experts] int32, the number of an expert on this rank, -1 for one of another
+            rank; None where all are here.
     """
     flat, device = top_k_index.flatten().long(), top_k_index.device
     blocks = -(-flat.numel() // block_size) + num_experts
@@ -38,7 +48,8 @@ def sort_slots(top_k_index: torch.Tensor, block_size: int, num_experts: int, exp
     ends = own_blocks.cumsum(0)
     order = flat.argsort(stable=True)
     expert = flat[order]
-    padding = (ends - own_blocks) * block_size - (counts.cumsum(0) - counts)  # before an expert's slots
+    # slots of padding before those of an expert
+    padding = (ends - own_blocks) * block_size - (counts.cumsum(0) - counts)
     slots = torch.full((blocks * block_size,), flat.numel(), device=device)
     slots[torch.arange(len(flat), device=device) + padding[expert]] = order
     experts = torch.searchsorted(ends, torch.arange(blocks, device=device), right=True)

@@ -1,23 +1,25 @@
 """The layout that the kernels read: made from the planes of ``qweight`` when a model is loaded.
 
-A tile holds 16 rows x 512 inputs (256 pairs) as ``index_bits`` x 128 words, and each of the 32 lanes of a warp reads its
-words 16 bytes at a time. Word ``j`` of slot ``s`` of lane ``l`` is ``tiles[row tile, input tile, j, l, s]``. A slot holds 32 pairs:
-``E = index_bits - 2`` words with E bits of every pair's codebook entry, one pair after the other, then two words with the signs
-of 16 pairs each, that of x of pair i at bit 15 - i and that of y at bit 31 - i: a shift by i puts both where a word of two 16 bit
-floats has them.
+A tile holds 16 rows x 512 inputs (256 pairs) as ``index_bits`` x 128 words, and each of the 32
+lanes of a warp reads its words 16 bytes at a time. Word ``j`` of slot ``s`` of lane ``l`` is
+``tiles[row tile, input tile, j, l, s]``. A slot holds 32 pairs: ``E = index_bits - 2`` words with E
+bits of every pair's codebook entry, one pair after the other, then two words with the signs of 16
+pairs each, that of x of pair i at bit 15 - i and that of y at bit 31 - i: a shift by i puts both
+where a word of two 16 bit floats has them.
 
-Lane, slot and pair are those of the matrix instruction m16n8k16 with the weights as its first operand: for lane (g, t), slot (k8, r8)
-and pair (c, h) the row is 8 * r8 + g and the pair of the tile 16 * c + 4 * t + 2 * h + k8, so that a decoded word is an operand's
-register as it is, and a lane's activations lie side by side.
+Lane, slot and pair are those of the matrix instruction m16n8k16 with the weights as its first
+operand: for lane (g, t), slot (k8, r8) and pair (c, h) the row is 8 * r8 + g and the pair of the
+tile 16 * c + 4 * t + 2 * h + k8, so that a decoded word is an operand's register as it is, and a
+lane's activations lie side by side.
 """
 
 import torch
 
-from qamw_kernels.format.packing import unpack_planes
+from qamw_kernels.format.packing import UNIT_INPUTS, unpack_planes
 
 TILE_ROWS = 16
 TILE_INPUTS = 512
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 1024  # bounds the unpacked indices
 
 
 def tiled_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, int, int, int, int]:
@@ -26,15 +28,24 @@ def tiled_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, i
 
 
 def tile_planes(planes: torch.Tensor) -> torch.Tensor:
-    """Tiles, int32 of :func:`tiled_shape`, from planes [index_bits, N, U] int32. Rows and inputs past the end are index 0."""
+    """Tiles of a weight, from its planes.
+
+    Args:
+        planes: [index_bits, N, U] int32.
+    Returns:
+        int32 of :func:`tiled_shape`; rows and inputs past the end have index 0.
+    """
     index_bits, num_rows, num_units = planes.shape
-    tiles = torch.empty(tiled_shape(num_rows, 64 * num_units, index_bits), dtype=torch.int32, device=planes.device)
+    shape = tiled_shape(num_rows, UNIT_INPUTS * num_units, index_bits)
+    tiles = torch.empty(shape, dtype=torch.int32, device=planes.device)
     for start in range(0, num_rows, _ROWS_AT_ONCE):
-        _tile(unpack_planes(planes[:, start : start + _ROWS_AT_ONCE]), tiles[start // TILE_ROWS : (start + _ROWS_AT_ONCE) // TILE_ROWS])
+        stop = start + _ROWS_AT_ONCE
+        _tile(unpack_planes(planes[:, start:stop]), tiles[start // TILE_ROWS : stop // TILE_ROWS])
     return tiles
 
 
 def _tile(indices: torch.Tensor, tiles: torch.Tensor) -> None:
+    """Fill ``tiles`` with the indices [n, K / 2] of some rows."""
     row_tiles, input_tiles, index_bits = tiles.shape[:3]
     padded = indices.new_zeros(TILE_ROWS * row_tiles, TILE_INPUTS // 2 * input_tiles)
     padded[: len(indices), : indices.shape[1]] = indices
@@ -50,11 +61,15 @@ def _tile(indices: torch.Tensor, tiles: torch.Tensor) -> None:
         if shift + entry_bits > 32:
             tiles[:, :, word + 1] |= entries >> (32 - shift)
         signs = slots[:, :, pair] >> entry_bits
-        tiles[:, :, entry_bits + pair // 16] |= ((signs & 1) << (15 - pair % 16)) | ((signs >> 1) << (31 - pair % 16))
+        x, y = (signs & 1) << (15 - pair % 16), (signs >> 1) << (31 - pair % 16)
+        tiles[:, :, entry_bits + pair // 16] |= x | y
 
 
 def untile(tiles: torch.Tensor, num_rows: int, num_inputs: int) -> torch.Tensor:
-    """Indices [N, K / 2] int16 that ``tiles`` hold: the inverse of :func:`tile_planes`, but for unpacking."""
+    """Indices [N, K / 2] int16 that ``tiles`` hold.
+
+    The inverse of :func:`tile_planes`, except that planes are packed and these indices are not.
+    """
     row_tiles, input_tiles, index_bits = tiles.shape[:3]
     entry_bits = index_bits - 2
     slots = torch.empty(row_tiles, input_tiles, 32, 32, 4, dtype=torch.int16, device=tiles.device)
@@ -65,6 +80,8 @@ def untile(tiles: torch.Tensor, num_rows: int, num_inputs: int) -> torch.Tensor:
             entries = entries | (tiles[:, :, word + 1] << (32 - shift))
         signs = tiles[:, :, entry_bits + pair // 16]
         x, y = (signs >> (15 - pair % 16)) & 1, (signs >> (31 - pair % 16)) & 1
-        slots[:, :, pair] = ((entries & ((1 << entry_bits) - 1)) | (x << entry_bits) | (y << (entry_bits + 1))).short()
+        indices = entries & ((1 << entry_bits) - 1)
+        indices = indices | (x << entry_bits) | (y << (entry_bits + 1))
+        slots[:, :, pair] = indices.short()
     padded = slots.view(row_tiles, input_tiles, 16, 2, 8, 4, 2, 2).permute(0, 7, 4, 1, 2, 5, 3, 6)
     return padded.reshape(TILE_ROWS * row_tiles, -1)[:num_rows, : num_inputs // 2].contiguous()

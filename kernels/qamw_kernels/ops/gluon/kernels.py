@@ -1,11 +1,14 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM300  (Gluon knows no starred tuples)
-"""The decode GEMM in Gluon: look-ups without bank conflicts, and few instructions per pair. Needs a Triton with shared-memory gather.
+"""The decode GEMM in Gluon: look-ups without bank conflicts, and few instructions per pair.
 
-The quadrant is replicated over the 32 banks of shared memory, so that every lane looks up in a bank of its own. The layouts
-are chosen so that a decoded word is a register of the matrix instruction's first operand: nothing moves between lanes.
-The warps of a program are shared out among some row tiles. Those of one take turns with the tiles along the inputs, as a batched
-product, and their sums are added at the end.
+It needs a Triton with shared-memory gather.
+
+The quadrant is replicated over the 32 banks of shared memory, so that every lane looks up in a bank
+of its own. The layouts are chosen so that a decoded word is a register of the matrix instruction's
+first operand: nothing moves between lanes. The warps of a program are shared out among some row
+tiles. Those of one take turns with the tiles along the inputs, as a batched product, and their sums
+are added at the end.
 """
 
 from triton.experimental import gluon
@@ -23,7 +26,11 @@ def halves(words, DTYPE: gl.constexpr):
 
 @gluon.jit
 def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
-    """Codewords of pair PAIR of every slot; ``signs`` has its signs at bits 31 and 15. The entry goes to bits 7 and up: 128 bytes each."""
+    """Codewords of pair PAIR of every slot.
+
+    ``signs`` has the pair's signs at bits 31 and 15. The entry goes to bits 7 and up: 128 bytes
+    each.
+    """
     WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
     SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
     if SHIFT < 7:
@@ -32,17 +39,61 @@ def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.const
         entry = words[WORD] >> (SHIFT - 7)
     else:
         high = words[WORD + 1].to(gl.uint32, bitcast=True) << (39 - SHIFT)
-        entry = (high | (words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - 7))).to(gl.int32, bitcast=True)
+        low = words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - 7)
+        entry = (high | low).to(gl.int32, bitcast=True)
     MASK: gl.constexpr = ((1 << ENTRY_BITS) - 1) << 7
     address = (entry & MASK) | lane4
     return table.gather(address >> 2, 0) ^ (signs & -0x7FFF8000)
 
 
 @gluon.jit
+def to_float16(word):
+    """A bfloat16 in the upper half of each int32, as a float16 in the lower half."""
+    value = word.to(gl.float32, bitcast=True).to(gl.float16)
+    return value.to(gl.uint16, bitcast=True).to(gl.int32)
+
+
+@gluon.jit
+def load_quadrant(p_quadrant, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
+    """The quadrant [32 * C / 4] int32, every word 32 times, as two DTYPE per word."""
+    entry = gl.arange(0, 32 << ENTRY_BITS, gl.BlockedLayout([4], [32], [WARPS], [0])) // 32
+    word = gl.load(p_quadrant + entry)
+    if DTYPE == gl.float16:  # codewords are exact in both
+        x = to_float16(word << 16)
+        y = to_float16(word & -0x10000)
+        word = x | (y << 16)
+    return word
+
+
+@gluon.jit
+def load_words(p_words, m_tile, INDEX_BITS: gl.constexpr, WHOLE: gl.constexpr):
+    """The INDEX_BITS words of every slot; unless WHOLE, only of the warps where ``m_tile``."""
+    words = ()
+    for j in gl.static_range(INDEX_BITS):
+        if WHOLE:
+            words = words + (gl.load(p_words + j * 128),)
+        else:
+            words = words + (gl.load(p_words + j * 128, mask=m_tile, other=0),)
+    return words
+
+
+@gluon.jit
 def multiply_tile(
-    acc, table, words, p_x, chunks, lane4, ENTRY_BITS: gl.constexpr, WHOLE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr,
+    acc,
+    table,
+    words,
+    p_x,
+    chunks,
+    lane4,
+    ENTRY_BITS: gl.constexpr,
+    WHOLE: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
 ):
-    """acc + one tile per warp times its activations; unless WHOLE, only the first ``chunks`` chunks exist."""
+    """acc + one tile per warp times its activations.
+
+    Unless WHOLE, only the first ``chunks`` chunks exist.
+    """
     MMA: gl.constexpr = acc[0].type.layout
     for chunk in gl.static_range(16):
         operands = ()
@@ -55,39 +106,65 @@ def multiply_tile(
         for h in gl.static_range(2):
             signs = words[ENTRY_BITS + chunk // 8] << (2 * chunk % 16 + h)
             decoded = look_up(table, words, signs, lane4, 2 * chunk + h, ENTRY_BITS)
-            a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2]).permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
+            a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2])
+            a = a.permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
             a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
             sums = ()
             for part in gl.static_range(len(acc)):
-                b = halves(operands[2 * part + h], DTYPE).reshape([WARPS, 8, 4, 2, 2]).permute([0, 3, 2, 4, 1]).reshape([WARPS, 16, 8])
+                b = halves(operands[2 * part + h], DTYPE).reshape([WARPS, 8, 4, 2, 2])
+                b = b.permute([0, 3, 2, 4, 1]).reshape([WARPS, 16, 8])
                 b = gl.convert_layout(b, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
                 sums = sums + (mma_v2(a, b, acc[part]),)
             acc = sums
     return acc
 
 
+@gluon.jit
+def advance(pointers, step):
+    """A tuple of pointers, each ``step`` elements on."""
+    advanced = ()
+    for i in gl.static_range(len(pointers)):
+        advanced = advanced + (pointers[i] + step,)
+    return advanced
+
+
 @gluon.jit(do_not_specialize=["M", "N", "has_bias", "log_row_tiles"])
 def decode_gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias, log_row_tiles,
-    INDEX_BITS: gl.constexpr, DTYPE: gl.constexpr, PARTS: gl.constexpr,
-    WARPS: gl.constexpr, WARP_BASES: gl.constexpr,
+    p_x,
+    p_tiles,
+    p_row_norms,
+    p_quadrant,
+    p_bias,
+    p_y,
+    M,
+    N,
+    K,
+    has_bias,
+    log_row_tiles,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    PARTS: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARP_BASES: gl.constexpr,
 ):
-    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, for 8 * PARTS tokens and every num_programs-th run of row tiles.
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias.
 
-    p_x: [M, K / 2] int32, two activations per word. log_row_tiles: a program takes 1 << log_row_tiles row tiles at once, WARPS at most.
+    Program (i, j) has 8 * PARTS tokens and every num_programs-th run of row tiles.
+
+    p_x: [M, K / 2] int32, two activations per word.
+    log_row_tiles: a program takes 1 << log_row_tiles row tiles at once, WARPS at most.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    WORDS: gl.constexpr = gl.DistributedLinearLayout([[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128])
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8])
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    entry = gl.arange(0, 32 << ENTRY_BITS, gl.BlockedLayout([4], [32], [WARPS], [0])) // 32
-    word = gl.load(p_quadrant + entry)
-    if DTYPE == gl.float16:  # codewords are exact in both
-        x = (word << 16).to(gl.float32, bitcast=True).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.int32)
-        y = (word & -0x10000).to(gl.float32, bitcast=True).to(gl.float16).to(gl.uint16, bitcast=True).to(gl.int32)
-        word = x | (y << 16)
-    table.store(word)
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
+    )
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
+    )
+    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
+    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
     gl.barrier()
 
     index = gl.arange(0, WARPS * 128, WORDS)
@@ -103,37 +180,38 @@ def decode_gemm_kernel(
         first_row_tile = run << log_row_tiles
         # Rows and tokens past the end are read again, and not written.
         row_tile = gl.minimum(first_row_tile + (warp >> log_share), last_row_tile).to(gl.int64)
-        p_words = p_tiles + (row_tile * input_tiles + first_tile) * (INDEX_BITS * 128) + lane * 4 + slot
+        p_tile = p_tiles + (row_tile * input_tiles + first_tile) * (INDEX_BITS * 128)
+        p_words = p_tile + lane * 4 + slot
         p_part, acc = (), ()
         for part in gl.static_range(PARTS):
             token = gl.minimum(first_token + 8 * part + lane // 4, M - 1).to(gl.int64)
             p_part = p_part + (p_x + token * (K // 2) + first_tile * 256 + lane % 4 * 4 + slot,)
             acc = acc + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
         for _ in range(0, whole, share):
-            words = ()
-            for j in gl.static_range(INDEX_BITS):
-                words = words + (gl.load(p_words + j * 128),)
-            acc = multiply_tile(acc, table, words, p_part, 0, lane * 4, ENTRY_BITS, True, DTYPE, WARPS)
+            words = load_words(p_words, True, INDEX_BITS, True)
+            acc = multiply_tile(
+                acc, table, words, p_part, 0, lane * 4, ENTRY_BITS, True, DTYPE, WARPS
+            )
             p_words += share * INDEX_BITS * 128
-            advanced = ()
-            for part in gl.static_range(PARTS):
-                advanced = advanced + (p_part[part] + share * 256,)
-            p_part = advanced
-        for tile in range(whole, input_tiles, share):  # tiles that not every warp has, or that are not whole
-            words = ()
-            for j in gl.static_range(INDEX_BITS):
-                words = words + (gl.load(p_words + j * 128, mask=tile + first_tile < input_tiles, other=0),)
-            acc = multiply_tile(acc, table, words, p_part, K // 32 - (tile + first_tile) * 16, lane * 4, ENTRY_BITS, False, DTYPE, WARPS)
+            p_part = advance(p_part, share * 256)
+        for tile in range(whole, input_tiles, share):
+            # Not every warp has such a tile, and it may not be whole.
+            m_tile = tile + first_tile < input_tiles
+            words = load_words(p_words, m_tile, INDEX_BITS, False)
+            chunks = K // 32 - (tile + first_tile) * 16
+            acc = multiply_tile(
+                acc, table, words, p_part, chunks, lane * 4, ENTRY_BITS, False, DTYPE, WARPS
+            )
             p_words += share * INDEX_BITS * 128
-            advanced = ()
-            for part in gl.static_range(PARTS):
-                advanced = advanced + (p_part[part] + share * 256,)
-            p_part = advanced
-        position = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA))).expand_dims(1).expand_dims(2) >> log_share
+            p_part = advance(p_part, share * 256)
+        position = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))
+        position = position.expand_dims(1).expand_dims(2) >> log_share
         for i in range(1 << log_row_tiles):
+            row = first_row_tile + i
             for part in gl.static_range(PARTS):
                 sums = gl.sum(gl.where(position == i, acc[part], 0.0), 0)
-                write(sums, p_row_norms, p_bias, p_y, first_row_tile + i, first_token + 8 * part, M, N, has_bias, DTYPE)
+                first = first_token + 8 * part
+                write(sums, p_row_norms, p_bias, p_y, row, first, M, N, has_bias, DTYPE)
 
 
 @gluon.jit

@@ -1,17 +1,19 @@
-# mypy: disable-error-code="no-untyped-def"
-"""The Triton kernels; :mod:`qamw_kernels.triton_launch` holds their tiles and launchers.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""The Triton kernels; :mod:`qamw_kernels.ops.triton.launch` holds their tiles and launchers.
 
-All readers of packed weights decode through :func:`decode_chunk`, but for the one of :mod:`qamw_kernels.gluon_kernels`.
-Shapes: M tokens, N rows, K inputs (a multiple of 64), B = rotation_block_size, G = K / B. ``tiles`` are those of
-:mod:`qamw_kernels.tiling`, with E bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not specialised on,
-so that :func:`qamw_kernels.triton_launch.warm_up` can compile everything that a model will ever launch.
+All readers of packed weights decode through :func:`decode_chunk`, except that of
+:mod:`qamw_kernels.ops.gluon.kernels`. Shapes: M tokens, N rows, K inputs (a multiple of 64),
+B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`, with E
+bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not specialized on, so that
+:mod:`qamw_kernels.ops.warm_up` can compile everything that a model will ever launch.
 """
 
 import triton
 import triton.language as tl
 
-# Triton's interpreter (seen in 3.6 to 3.9) truncates float32 to bfloat16 instead of rounding, and tl.dot multiplies the
-# raw bits of bfloat16 operands as integers. `cast` and `dot` work around both, for the interpreter only.
+# Triton's interpreter (seen in 3.6 to 3.9) truncates float32 to bfloat16 instead of rounding, and
+# tl.dot multiplies the raw bits of bfloat16 operands as integers. `cast` and `dot` work around
+# both, for the interpreter only. Triton decides at import between it and the compiler, so do these.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
@@ -36,41 +38,63 @@ def dot(a, b, acc):
 
 @triton.jit
 def load_pairs(p_words, pair, ENTRY_BITS: tl.constexpr, p_quadrant):
-    """Codewords, two bfloat16 in an int32 each, of pair ``pair`` of the slots whose word 0 ``p_words`` points at."""
+    """Codewords of pair ``pair`` of the slots whose word 0 ``p_words`` points at.
+
+    Returns two bfloat16 in an int32 each.
+    """
     bit = pair * ENTRY_BITS
     shift = bit % 32
     p_entry = p_words + (bit // 32) * 128
     low = tl.load(p_entry).to(tl.uint32, bitcast=True) >> shift
-    high = (tl.load(p_entry + 128).to(tl.uint32, bitcast=True) << 1) << (31 - shift)  # of the next word, or of no use
+    # of the next word; where the entry ends in this one, the mask below removes it
+    high = (tl.load(p_entry + 128).to(tl.uint32, bitcast=True) << 1) << (31 - shift)
     entry = (low | high).to(tl.int32, bitcast=True) & ((1 << ENTRY_BITS) - 1)
     signs = tl.load(p_words + (ENTRY_BITS + pair // 16) * 128) << (pair % 16)
     return tl.load(p_quadrant + entry) ^ (signs & -0x7FFF8000)  # bits 31 and 15
 
 
 @triton.jit
-def decode_chunk(p_tiles, p_quadrant, row_tile, chunk, NUM_ROW_TILES, NUM_INPUT_TILES, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Coordinates [16 * R, 32] in DTYPE (exact in all three) of the row tiles ``row_tile`` [R] and one chunk.
+def decode_chunk(
+    p_tiles,
+    p_quadrant,
+    row_tile,
+    chunk,
+    NUM_ROW_TILES,
+    NUM_INPUT_TILES,
+    INDEX_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Coordinates [16 * R, 32] in DTYPE of the row tiles ``row_tile`` [R] and one chunk.
 
-    p_quadrant: [C / 4] int32, two bfloat16 per word, x in the low half. Row tiles past the end are read as the last one.
+    They are exact in all three dtypes. Row tiles past the end are read as the last one.
+
+    p_quadrant: [C / 4] int32, two bfloat16 per word, x in the low half.
     """
     ROW_TILES: tl.constexpr = row_tile.shape[0]
     first = tl.minimum(row_tile, NUM_ROW_TILES - 1).to(tl.int64) * NUM_INPUT_TILES + chunk // 16
     p_words = p_tiles + first[:, None] * (INDEX_BITS * 128) + tl.arange(0, 128)[None, :]
     pair = 2 * (chunk % 16)
-    word = tl.join(load_pairs(p_words, pair, INDEX_BITS - 2, p_quadrant), load_pairs(p_words, pair + 1, INDEX_BITS - 2, p_quadrant))
+    word = tl.join(
+        load_pairs(p_words, pair, INDEX_BITS - 2, p_quadrant),
+        load_pairs(p_words, pair + 1, INDEX_BITS - 2, p_quadrant),
+    )
     if DTYPE.is_bf16():
         x = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
         y = (word >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:  # a bfloat16 is the upper half of a float32
         x = (word << 16).to(tl.float32, bitcast=True).to(DTYPE)
         y = ((word >> 16) << 16).to(tl.float32, bitcast=True).to(DTYPE)
-    coordinates = tl.reshape(tl.join(x, y), [ROW_TILES, 8, 4, 2, 2, 2, 2])  # row tile, g, t, k8, r8, h, half
+    # row tile, g, t, k8, r8, h, half
+    coordinates = tl.reshape(tl.join(x, y), [ROW_TILES, 8, 4, 2, 2, 2, 2])
     return tl.reshape(tl.permute(coordinates, (0, 4, 1, 2, 5, 3, 6)), [ROW_TILES * 16, 32])
 
 
 @triton.jit
 def hadamard_sign(v):
-    """(-1) ** popcount(v) as float32, for v = i & j the element (i, j) of the Sylvester matrix; v < 2 ** 16."""
+    """(-1) ** popcount(v) as float32, v < 2 ** 16.
+
+    For v = i & j this is the element (i, j) of the Sylvester matrix.
+    """
     v ^= v >> 8
     v ^= v >> 4
     v ^= v >> 2
@@ -82,7 +106,8 @@ def hadamard_sign(v):
 def hadamard_tile(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """The +1/-1 Sylvester matrix [WIDTH, WIDTH].
 
-    Of a larger one, the tile at (i0, j0) is this times hadamard_sign(i0 & j0): the bits of the index split.
+    The tile at (i0, j0) of a larger one is this times hadamard_sign(i0 & j0): the bits of the index
+    split.
     """
     i = tl.arange(0, WIDTH)
     return cast(hadamard_sign(i[:, None] & i[None, :]), DTYPE)
@@ -90,12 +115,21 @@ def hadamard_tile(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "G"])
 def rotate_kernel(
-    p_x, p_input_scales, p_out, R, G, scale,
-    B: tl.constexpr, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, DTYPE: tl.constexpr,
+    p_x,
+    p_input_scales,
+    p_out,
+    R,
+    G,
+    scale,
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
-    """Hadamard transform of every rotation block of x [R, B], R = M * G; program (i, j) writes [BLOCK_R, WIDTH].
+    """Hadamard transform of every rotation block of x [R, B], R = M * G.
 
-    Row r of x is block r % G of its token, so one token alone already fills a tensor-core tile.
+    Program (i, j) writes [BLOCK_R, WIDTH]. Row r of x is block r % G of its token, so one token
+    alone already fills a tensor-core tile.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j0 = tl.program_id(1) * WIDTH
@@ -104,9 +138,12 @@ def rotate_kernel(
     acc = tl.zeros([BLOCK_R, WIDTH], dtype=tl.float32)
     for i0 in range(0, B, WIDTH):
         i = i0 + tl.arange(0, WIDTH)
-        x = tl.load(p_x + r.to(tl.int64)[:, None] * B + i[None, :], mask=m_r, other=0.0).to(tl.float32)
-        input_scales = tl.load(p_input_scales + (r % G)[:, None] * B + i[None, :], mask=m_r, other=0.0).to(tl.float32)
-        # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some output does too.
+        p_block = p_x + r.to(tl.int64)[:, None] * B + i[None, :]
+        x = tl.load(p_block, mask=m_r, other=0.0).to(tl.float32)
+        p_scales = p_input_scales + (r % G)[:, None] * B + i[None, :]
+        input_scales = tl.load(p_scales, mask=m_r, other=0.0).to(tl.float32)
+        # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
+        # output does too.
         operand = cast(x * input_scales * (scale * hadamard_sign(i0 & j0)), DTYPE)
         acc = dot(operand, hadamard, acc)
     j = j0 + tl.arange(0, WIDTH)
@@ -115,15 +152,34 @@ def rotate_kernel(
 
 @triton.jit
 def coordinates_times(
-    p_tiles, p_quadrant, row_tile, p_x, m_x, N, K, INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr,
+    p_tiles,
+    p_quadrant,
+    row_tile,
+    p_x,
+    m_x,
+    N,
+    K,
+    INDEX_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """Coordinates of the row tiles ``row_tile`` [R] times the vectors [K] at ``p_x`` [BLOCK_M]: [16 * R, BLOCK_M] float32.
+    """Coordinates of the row tiles ``row_tile`` [R] times the vectors [K] at ``p_x`` [BLOCK_M].
 
-    The weights are the first operand: the few tokens of a decode step are then the dimension that may be small.
+    Returns [16 * R, BLOCK_M] float32. The weights are the first operand: the few tokens of a decode
+    step are then the dimension that may be small.
     """
     acc = tl.zeros([row_tile.shape[0] * 16, BLOCK_M], dtype=tl.float32)
     for chunk in range(K // 32):
-        coordinates = decode_chunk(p_tiles, p_quadrant, row_tile, chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, DTYPE)
+        coordinates = decode_chunk(
+            p_tiles,
+            p_quadrant,
+            row_tile,
+            chunk,
+            tl.cdiv(N, 16),
+            tl.cdiv(K, 512),
+            INDEX_BITS,
+            DTYPE,
+        )
         k = chunk * 32 + tl.arange(0, 32)
         x = tl.load(p_x[None, :] + k[:, None], mask=m_x[None, :], other=0.0)  # [32, BLOCK_M]
         acc = dot(coordinates, x, acc)
@@ -132,14 +188,41 @@ def coordinates_times(
 
 @triton.jit(do_not_specialize=["M", "N", "has_bias"])
 def gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_bias, p_y, M, N, K, has_bias,
-    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
+    p_x,
+    p_tiles,
+    p_row_norms,
+    p_quadrant,
+    p_bias,
+    p_y,
+    M,
+    N,
+    K,
+    has_bias,
+    INDEX_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
-    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, one [16 * ROW_TILES, BLOCK_M] tile per program."""
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias.
+
+    Program (i, j) writes [16 * ROW_TILES, BLOCK_M].
+    """
     row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    acc = coordinates_times(p_tiles, p_quadrant, row_tile, p_x + m.to(tl.int64) * K, m < M, N, K, INDEX_BITS, DTYPE, BLOCK_M)
+    p_tokens = p_x + m.to(tl.int64) * K
+    acc = coordinates_times(
+        p_tiles,
+        p_quadrant,
+        row_tile,
+        p_tokens,
+        m < M,
+        N,
+        K,
+        INDEX_BITS,
+        DTYPE,
+        BLOCK_M,
+    )
     m_n = n < N
     acc *= tl.load(p_row_norms + n, mask=m_n, other=0.0)[:, None]
     acc += tl.load(p_bias + n, mask=n < N * has_bias, other=0.0).to(tl.float32)[:, None]
@@ -149,12 +232,28 @@ def gemm_kernel(
 
 @triton.jit(do_not_specialize=["num_slots", "slots_per_token", "N"])
 def routed_gemm_kernel(
-    p_x, p_tiles, p_row_norms, p_quadrant, p_slots, p_experts, p_num_sorted, p_y, num_slots, slots_per_token, N, K,
-    INDEX_BITS: tl.constexpr, DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, ROW_TILES: tl.constexpr,
+    p_x,
+    p_tiles,
+    p_row_norms,
+    p_quadrant,
+    p_slots,
+    p_experts,
+    p_num_sorted,
+    p_y,
+    num_slots,
+    slots_per_token,
+    N,
+    K,
+    INDEX_BITS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
-    """y [slots, N], in slot s the product of token s // slots_per_token with its expert's weight; see :mod:`qamw_kernels.routing`.
+    """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
 
-    Program (i, j) has the slots of block j, which have one expert. Blocks behind the last, and experts of other ranks, are left out.
+    Program (i, j) has the slots of block j, which have one expert; see
+    :mod:`qamw_kernels.ops.routing`. Blocks behind the last, and experts of other ranks, are left
+    out.
     """
     expert = tl.load(p_experts + tl.program_id(1)).to(tl.int64)
     if (tl.program_id(1) * BLOCK_M >= tl.load(p_num_sorted)) | (expert < 0):
@@ -165,21 +264,45 @@ def routed_gemm_kernel(
     m_slot = slot < num_slots
     p_expert = p_tiles + expert * tl.cdiv(N, 16) * tl.cdiv(K, 512) * (INDEX_BITS * 128)
     p_tokens = p_x + (slot // slots_per_token).to(tl.int64) * K
-    acc = coordinates_times(p_expert, p_quadrant, row_tile, p_tokens, m_slot, N, K, INDEX_BITS, DTYPE, BLOCK_M)
+    acc = coordinates_times(
+        p_expert,
+        p_quadrant,
+        row_tile,
+        p_tokens,
+        m_slot,
+        N,
+        K,
+        INDEX_BITS,
+        DTYPE,
+        BLOCK_M,
+    )
     m_n = n < N
     acc *= tl.load(p_row_norms + expert * N + n, mask=m_n, other=0.0)[:, None]
-    tl.store(p_y + slot.to(tl.int64)[None, :] * N + n[:, None], cast(acc, DTYPE), mask=m_n[:, None] & m_slot[None, :])
+    p_out = p_y + slot.to(tl.int64)[None, :] * N + n[:, None]
+    tl.store(p_out, cast(acc, DTYPE), mask=m_n[:, None] & m_slot[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
 def dequantize_kernel(
-    p_tiles, p_row_norms, p_input_scales, p_quadrant, p_weight, N, K, scale,
-    INDEX_BITS: tl.constexpr, B: tl.constexpr, WIDTH: tl.constexpr, DTYPE: tl.constexpr, ROW_TILES: tl.constexpr,
+    p_tiles,
+    p_row_norms,
+    p_input_scales,
+    p_quadrant,
+    p_weight,
+    N,
+    K,
+    scale,
+    INDEX_BITS: tl.constexpr,
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
-    """weight [N, K] = row_norms * unrotate(coordinates) * input_scales; program (i, j) writes [16 * ROW_TILES, WIDTH].
+    """weight [N, K] = row_norms * unrotate(coordinates) * input_scales.
 
-    Coordinates and +1/-1 are exact in bfloat16, so a bfloat16 product with float32 sums is float32 arithmetic. WIDTH is a
-    rotation block, or a piece of a wide one, or two blocks of 16.
+    Program (i, j) writes [16 * ROW_TILES, WIDTH]. WIDTH is a rotation block, or a piece of a wide
+    one, or two blocks of 16. Coordinates and +1/-1 are exact in bfloat16, so a bfloat16 product
+    with float32 sums is float32 arithmetic.
     """
     row_tile = tl.program_id(0) * ROW_TILES + tl.arange(0, ROW_TILES)
     n = tl.program_id(0) * (ROW_TILES * 16) + tl.arange(0, ROW_TILES * 16)
@@ -194,12 +317,22 @@ def dequantize_kernel(
     acc = tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32)
     for chunk in range(SPAN // 32):
         coordinates = decode_chunk(
-            p_tiles, p_quadrant, row_tile, first + chunk, tl.cdiv(N, 16), tl.cdiv(K, 512), INDEX_BITS, tl.bfloat16)
+            p_tiles,
+            p_quadrant,
+            row_tile,
+            first + chunk,
+            tl.cdiv(N, 16),
+            tl.cdiv(K, 512),
+            INDEX_BITS,
+            tl.bfloat16,
+        )
         product = dot(coordinates, hadamard, tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32))
-        acc += product * hadamard_sign((32 * chunk) & (j0 + j))[None, :]  # the bits of both indices above the tile's
+        # the bits of both indices above the tile's
+        acc += product * hadamard_sign((32 * chunk) & (j0 + j))[None, :]
     k = tl.program_id(1) * WIDTH + j
     m_n = n < N
     row_norms = tl.load(p_row_norms + n, mask=m_n, other=0.0)
     input_scales = tl.load(p_input_scales + k).to(tl.float32)
     weight = acc * scale * row_norms[:, None] * input_scales[None, :]
-    tl.store(p_weight + n.to(tl.int64)[:, None] * K + k[None, :], cast(weight, DTYPE), mask=m_n[:, None])
+    p_out = p_weight + n.to(tl.int64)[:, None] * K + k[None, :]
+    tl.store(p_out, cast(weight, DTYPE), mask=m_n[:, None])

@@ -1,0 +1,38 @@
+"""From the stored tensors back to a weight, in plain torch: the definition of the format."""
+
+import torch
+
+from qamw_kernels.codec.rotation import rotate, unrotate
+from qamw_kernels.format.codebook import load_codebook
+from qamw_kernels.format.packing import unpack_planes
+from qamw_kernels.format.weight import QuantizedWeight
+
+
+def decode_coordinates(quantized: QuantizedWeight) -> torch.Tensor:
+    """The rotated, normalized weight [N, K] float32: ``codebook[indices]``."""
+    codebook = load_codebook(quantized.index_bits).to(quantized.qweight.device)
+    indices = unpack_planes(quantized.qweight)  # [N, P]
+    return codebook[indices.int()].flatten(1)
+
+
+def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:
+    """The weight [N, K] float32 that a quantized layer stands for, as the format defines it."""
+    weight = unrotate(decode_coordinates(quantized), quantized.rotation_block_size)
+    return weight.mul_(quantized.row_norms[:, None]).mul_(quantized.input_scales.float())
+
+
+def linear_reference(
+    x: torch.Tensor,
+    quantized: QuantizedWeight,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Reference of the kernels: rotate the activation, multiply with codewords, scale the rows.
+
+    Args:
+        x: [..., K] floating point. bias: [N] or None.
+    Returns:
+        [..., N] in the dtype of x, accumulated in float32.
+    """
+    rotated = rotate(x.float() * quantized.input_scales.float(), quantized.rotation_block_size)
+    y = rotated @ decode_coordinates(quantized).T * quantized.row_norms
+    return (y if bias is None else y + bias.float()).to(x.dtype)

@@ -1,0 +1,16 @@
+"""What a user can mend. Everything else that goes wrong is a bug, and keeps its traceback."""
+
+
+class QamwError(Exception):
+    """A file, a tensor or a request that cannot be used as it is.
+
+    The message names the file, tensor or parameter, what was expected and what was found.
+    """
+
+
+class FormatError(QamwError, ValueError):
+    """A checkpoint, or a request to write one, that the format cannot express."""
+
+
+class TensorError(QamwError, ValueError):
+    """A tensor that is missing, or whose values or shape cannot be used."""

@@ -1,0 +1,41 @@
+"""The ops in plain torch: the reference of the kernels, and what runs on CPU tensors."""
+
+import torch
+
+from qamw_kernels.codec.rotation import rotate
+from qamw_kernels.format.codebook import expand_quadrant
+from qamw_kernels.ops.routing import Routing
+from qamw_kernels.ops.tiling import untile
+from qamw_kernels.ops.weight import TiledWeight
+
+
+def coordinates(weight: TiledWeight) -> torch.Tensor:
+    """Rotated, normalized weight [N, K] float32: ``codebook[indices]``."""
+    words = weight.quadrant_words[:, None].contiguous()
+    codebook = expand_quadrant(words.view(torch.bfloat16).float())  # [C, 2]
+    indices = untile(weight.tiles, weight.num_rows, weight.num_inputs)  # [N, P]
+    return codebook[indices.int()].flatten(1)
+
+
+def linear(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """The op ``qamw::linear``: x [M, K] to [M, N] in its dtype, computed in float32."""
+    rotated = rotate(x.float() * weight.input_scales.float(), weight.rotation_block_size)
+    y = rotated @ coordinates(weight).T * weight.row_norms
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def routed_linear(
+    x: torch.Tensor,
+    weight: TiledWeight,
+    routing: Routing,
+    num_slots: int,
+) -> torch.Tensor:
+    """The op ``qamw::routed_linear``: one expert after the other, with the slots sent to it."""
+    y = x.new_zeros(num_slots, weight.num_rows)
+    blocks = routing.slots[: int(routing.num_sorted)].view(-1, routing.block_size)
+    for own, expert in zip(blocks.long(), routing.experts.tolist(), strict=False):
+        own = own[own < num_slots]
+        if expert >= 0:
+            tokens = x[own // (num_slots // len(x))]
+            y[own] = linear(tokens, weight.expert(expert), None)
+    return y

@@ -1,0 +1,96 @@
+"""Compiling every kernel that a model will need before it serves. Needs triton."""
+
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
+from qamw_kernels.ops.routing import sort_slots
+from qamw_kernels.ops.tiling import tiled_shape
+from qamw_kernels.ops.triton import launch
+from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+
+
+@dataclass(frozen=True)
+class _Warmer:
+    """Launches kernels with the smallest weights: sizes are not specialized on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    launcher: Launcher
+
+    def packed(self, index_bits: int, rotation_block_size: int, num_tokens: int) -> None:
+        weight = self._weight(index_bits, rotation_block_size)
+        launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
+
+    def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
+        """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
+        launch.dequantize(self._weight(index_bits, rotation_block_size), self.dtype, self.launcher)
+
+    def routed(self, index_bits: int, rotation_block_size: int, num_tokens: int) -> None:
+        weight = self._weight(index_bits, rotation_block_size)
+        expert = weight._replace(tiles=weight.tiles[None], row_norms=weight.row_norms[None])
+        block_size = launch.routed_block_size(num_tokens, 1, self.dtype)
+        chosen = torch.zeros(num_tokens, 1, dtype=torch.int32, device=self.device)
+        routing = sort_slots(chosen, block_size, 1)
+        x = self._tokens(weight, num_tokens)
+        launch.routed_linear(x, expert, routing, num_tokens, self.launcher)
+
+    def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
+        """One row of the fewest inputs that the rotation allows."""
+        num_inputs, device = max(rotation_block_size, UNIT_INPUTS), self.device
+        shape = tiled_shape(1, num_inputs, index_bits)
+        return TiledWeight(
+            tiles=torch.zeros(shape, dtype=torch.int32, device=device),
+            row_norms=torch.ones(1, dtype=torch.float32, device=device),
+            input_scales=torch.ones(num_inputs, dtype=torch.float16, device=device),
+            quadrant_words=quadrant_words(index_bits, device),
+            rotation_block_size=rotation_block_size,
+        )
+
+    def _tokens(self, weight: TiledWeight, num_tokens: int) -> torch.Tensor:
+        return torch.zeros(num_tokens, weight.num_inputs, dtype=self.dtype, device=self.device)
+
+
+def warm_up(
+    rates: Collection[int],
+    rotation_block_sizes: Collection[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: bool = False,
+    launcher: Launcher = ON_DEVICE,
+) -> None:
+    """Compile all that the ops launch for weights of these rates and rotations.
+
+    Whatever the sizes of weights and inputs will be. To be called before a CUDA graph is captured.
+    Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
+
+    Args:
+        rates: index bits of the model's layers.
+        rotation_block_sizes: of the model's layers.
+        dtype: of the activations.
+        experts: whether some layers are mixtures of experts.
+        launcher: what launches; a test passes one that notes what would be compiled.
+    """
+    warmer = _Warmer(dtype, device, launcher)
+    skinny_and_wide = (launch.SKINNY_MAX_TOKENS, launch.SKINNY_MAX_TOKENS + 1)
+    few = sorted({8 * parts for parts in gluon_launch.PARTS} | set(skinny_and_wide))
+    least = min(rotation_block_sizes)
+    # One after the other, and first: all jobs below need these rotations.
+    for size in rotation_block_sizes:
+        warmer.packed(min(rates), size, few[0])
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few]
+        for bits in rates:
+            for size in rotation_block_sizes:
+                jobs.append(pool.submit(warmer.dequantized, bits, size))
+        if experts:
+            for bits in rates:
+                for num_tokens in skinny_and_wide:
+                    jobs.append(pool.submit(warmer.routed, bits, least, num_tokens))
+        for job in jobs:
+            job.result()

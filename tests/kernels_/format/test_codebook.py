@@ -1,0 +1,48 @@
+"""The codebooks: symmetric, exact in 16 bits, and as good as theory allows."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial import cKDTree
+
+from qamw_kernels.format.codebook import (
+    INDEX_BITS,
+    expand_quadrant,
+    load_codebook,
+    load_quadrant,
+)
+from tests.helpers.weights import NMSE_CEILING
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_codebook_properties(index_bits: int) -> None:
+    quadrant, codebook = load_quadrant(index_bits), load_codebook(index_bits)
+    assert (quadrant > 0).all()
+    assert torch.equal(quadrant.bfloat16().float(), quadrant)
+    assert torch.equal(quadrant.half().float(), quadrant)
+    assert len(codebook.unique(dim=0)) == 2**index_bits
+    assert sorted(quadrant.tolist()) == quadrant.tolist()
+    m = len(quadrant) // 3
+    assert torch.equal(codebook[m + 3 * len(quadrant)], -quadrant[m])
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_signs_are_where_the_format_has_them(index_bits: int) -> None:
+    """Row m + (x < 0) * 2**(b - 2) + (y < 0) * 2**(b - 1), for m the row of the quadrant."""
+    quadrant = load_quadrant(index_bits)
+    codebook = expand_quadrant(quadrant)
+    rows = torch.arange(2**index_bits)
+    negative = torch.stack((rows >> (index_bits - 2) & 1, rows >> (index_bits - 1)), 1)
+    assert torch.equal(codebook, quadrant[rows % len(quadrant)] * (1 - 2 * negative))
+    assert torch.equal(codebook, load_codebook(index_bits))
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_codebook_distortion_by_an_independent_computation(index_bits: int) -> None:
+    """Monte Carlo with SciPy's k-d tree and NumPy's generator: no line in common with the fit."""
+    points = np.random.default_rng(7).standard_normal((2_000_000, 2))
+    tree = cKDTree(load_codebook(index_bits).double().numpy())
+    distance, _ = tree.query(points, workers=-1)
+    nmse = float((distance**2).mean() / 2)
+    # The high-rate limit of any 2D quantizer is 2.0157 / C.
+    assert 0.95 * 2.0157 / 2**index_bits < nmse <= NMSE_CEILING[index_bits]

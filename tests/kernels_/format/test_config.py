@@ -1,0 +1,76 @@
+"""config.json's quantization_config: what it describes, and what is refused."""
+
+import json
+import math
+from typing import Any
+
+import pytest
+
+from qamw_kernels.errors import FormatError, QamwError
+from qamw_kernels.format.config import QamwFormat, layer_tensors
+
+GOOD = QamwFormat(11, {576: 64, 1536: 128}, {"model.layers.0.mlp.down_proj": 8}, ("lm_head",))
+
+
+def test_round_trip_through_json() -> None:
+    assert QamwFormat.from_dict(json.loads(json.dumps(GOOD.to_dict()))) == QamwFormat(
+        11, {576: 64, 1536: 128}, {"model.layers.0.mlp.down_proj": 8}, ("lm_head",)
+    )
+
+
+def test_mixed_rates_name_both_codebooks() -> None:
+    assert sorted(GOOD.codebooks) == ["circular-gaussian-2048-v1", "circular-gaussian-256-v1"]
+    assert GOOD.index_bits_of("model.layers.0.mlp.down_proj") == 8
+    assert GOOD.index_bits_of("model.layers.1.mlp.down_proj") == 11
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method must be 'qamw', got 'gptq'"),
+        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"index_bits": 13}, r"index bits must be in 6\.\.12, got 13"),
+        ({"index_bits": "11"}, "got '11'"),
+        ({"index_bits": True}, "got True"),
+        ({"layer_index_bits": {"a": 5}}, "a: index bits"),
+        ({"layer_index_bits": []}, "layer_index_bits must be a JSON object"),
+        ({"ignore": "lm_head"}, "ignore must be a JSON array"),
+        ({"rotation_block_sizes": {"100": 64}}, "100 inputs cannot be rotated"),
+        ({"rotation_block_sizes": {"576": 128}}, "576 inputs cannot be rotated in blocks of 128"),
+        ({"rotation_block_sizes": {"x": 64}}, "rotation_block_sizes"),
+        ({"rotation_block_sizes": {"576": 64.9}}, "576 inputs cannot be rotated"),
+        ({"rotation_block_sizes": {"0": 64}}, "0 inputs cannot be rotated"),
+        ({"ignore": [1]}, "ignore must hold module names"),
+        ({"codebooks": {}}, "codebooks must name"),
+        ({"codebooks": {"circular-gaussian-2048-v1": "00"}}, "the checkpoint needs"),
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+    ],
+)
+def test_bad_values_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(FormatError, match=message):
+        QamwFormat.from_dict(GOOD.to_dict() | change)
+
+
+def test_missing_key_is_refused() -> None:
+    config = GOOD.to_dict()
+    del config["ignore"]
+    with pytest.raises(FormatError, match=r"missing keys \['ignore'\]"):
+        QamwFormat.from_dict(config)
+
+
+def test_unknown_width_names_the_module() -> None:
+    message = r"o_proj: config\.json has no rotation block size for 640 inputs"
+    with pytest.raises(FormatError, match=message):
+        GOOD.rotation_block_size_of("o_proj", 640)
+
+
+def test_a_format_error_is_for_users_and_a_value_error() -> None:
+    """The command line shows a QamwError without a traceback; callers may catch ValueError."""
+    assert issubclass(FormatError, QamwError) and issubclass(FormatError, ValueError)
+
+
+def test_bytes_of_a_layer() -> None:
+    """Llama-2-7B's down_proj at 5.5 bpw: 5.5 bits of indices, 32 / K of norms, 16 / N of scales."""
+    tensors = layer_tensors(4096, 11008, 11)
+    bits = 8 * sum(dtype.itemsize * math.prod(shape) for shape, dtype in tensors.values())
+    assert bits / (4096 * 11008) == pytest.approx(5.5 + 32 / 11008 + 16 / 4096)

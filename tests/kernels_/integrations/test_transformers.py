@@ -1,0 +1,86 @@
+"""QAM-W checkpoints loaded by transformers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from offline_quantize.evaluation.engines import load_model
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.codec.encode import encode_weight, make_input_scales
+from qamw_kernels.errors import TensorError
+from qamw_kernels.integrations.transformers import QamwLinear
+from tests.helpers.models import tiny_model
+
+UNCALIBRATED = QuantizeRequest(calibration=None)
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gemma3_text", "phi3"])
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    model = tiny_model(folder / "model", request.param)
+    quantize(model, folder / "quantized", UNCALIBRATED)
+    return folder / "quantized"
+
+
+@torch.no_grad()
+def test_the_model_is_the_decoded_one(checkpoint: Path) -> None:
+    ids = torch.randint(5, 300, (2, 40), generator=torch.Generator().manual_seed(0))
+    decoded = load_model(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    assert torch.equal(model(ids).logits, decoded(ids).logits)
+    tokens, expected = (
+        m.generate(ids, max_new_tokens=5, do_sample=False) for m in (model, decoded)
+    )
+    assert torch.equal(tokens, expected)
+    config = json.loads((checkpoint / "config.json").read_text())
+    assert model.config.quantization_config.to_dict() == config["quantization_config"]
+    without_head = AutoModel.from_pretrained(checkpoint)
+    decoded = load_model(checkpoint, torch.bfloat16)
+    states = without_head(ids).last_hidden_state
+    assert torch.equal(states, decoded.base_model(ids).last_hidden_state)
+
+
+def test_a_missing_tensor_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint, damaged)
+    index = json.loads((damaged / INDEX).read_text())
+    name = next(name for name in index["weight_map"] if name.endswith("down_proj.row_norms"))
+    shard = damaged / index["weight_map"].pop(name)
+    (damaged / INDEX).write_text(json.dumps(index))
+    kept = {key: tensor for key, tensor in load_file(shard).items() if key != name}
+    save_file(kept, shard, metadata={"format": "pt"})
+    with pytest.raises(TensorError, match=f"the checkpoint lacks {name}"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@torch.no_grad()
+def test_packed_layer() -> None:
+    """What a GPU runs, here with the op's CPU implementation."""
+    quantized = encode_weight(torch.randn(100, 256), 9, 64, make_input_scales(256))
+    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64)
+    for name, tensor in quantized.tensors().items():
+        layer.register_buffer(name, tensor)
+    x = torch.randn(2, 3, 256)
+    plain = layer.plain(torch.float32)
+    assert torch.equal(plain.weight, decode_weight(quantized))
+    layer.pack()
+    buffers = {"tiles", "row_norms", "input_scales", "quadrant_words"}
+    assert set(dict(layer.named_buffers())) == buffers
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_experts_are_refused(tmp_path: Path) -> None:
+    quantize(tiny_model(tmp_path / "model", "mixtral"), tmp_path / "out", UNCALIBRATED)
+    message = (
+        r"experts\.0\.w1\.qweight: transformers merges experts while loading.* qamw dequantize"
+    )
+    with pytest.raises(TensorError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")

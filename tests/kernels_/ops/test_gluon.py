@@ -1,0 +1,161 @@
+"""The Gluon kernel without a GPU: its PTX is executed on the CPU, its machine code counted."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops
+from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.ops.gluon import launch
+from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.ops.weight import quadrant_words
+from tests.helpers.ptx import Machine
+
+needs_gluon = pytest.mark.skipif(
+    launch.kernels is None, reason="this Triton has no shared-memory gather, or is its interpreter"
+)
+PAIRS_PER_THREAD = 128  # of a tile
+
+
+def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int) -> Any:
+    assert launch.kernels is not None
+    constants = launch.constants(index_bits, dtype, parts, SHARED_BYTES[target])
+    return compile_for(target, launch.kernels.decode_gemm_kernel, constants)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1).copy()
+
+
+def run_on_cpu(
+    compiled: Any,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    row_norms: torch.Tensor,
+    bias: torch.Tensor | None,
+    log: int,
+    programs: int = 3,
+) -> tuple[torch.Tensor, Machine]:
+    """y [M, N], and the machine it was computed on."""
+    index_bits = int(np.log2(len(indices.unique()) - 1)) + 1
+    tiles = tile_planes(pack_planes(indices, index_bits))
+    y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
+    tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
+    buffers = [as_bytes(t) for t in (*tensors, y)]
+    machine = Machine(compiled.asm["ptx"])
+    addresses = [(i + 1) << 32 for i in range(len(buffers))]
+    sizes = [len(x), len(row_norms), x.shape[1], int(bias is not None), log]
+    machine.run(
+        list(zip(addresses, buffers, strict=True)),
+        [*addresses, *sizes, 0, 0],
+        (programs, -(-len(x) // (8 * launch.parts_of(len(x))))),
+        compiled.metadata.shared,
+        128 << (index_bits - 2),
+    )
+    return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
+
+
+@needs_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "num_tokens, num_rows, num_inputs, log",
+    [(1, 70, 4608, 0), (8, 16, 576, 3), (13, 33, 4096, 1), (70, 100, 8704, 2)],
+)
+@pytest.mark.parametrize(
+    "index_bits, dtype",
+    [*((b, torch.bfloat16) for b in INDEX_BITS), (11, torch.float16)],
+    ids=str,
+)
+def test_ptx_is_right(
+    index_bits: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_rows: int,
+    num_inputs: int,
+    log: int,
+) -> None:
+    """Whole tiles, tiles that some warps lack, tiles that the weight ends within.
+
+    Several programs, row tiles at once or one by one, and parts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
+    indices = (order % 2**index_bits).view(num_rows, -1)
+    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
+    row_norms = torch.rand(num_rows, generator=generator) + 0.5
+    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
+    compiled = compile_gemm(90, index_bits, dtype, launch.parts_of(num_tokens))
+    y, machine = run_on_cpu(compiled, x, indices, row_norms, bias, log)
+    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
+    exact = x.double() @ coordinates.T * row_norms.double()
+    exact = exact if bias is None else exact + bias.double()
+    step = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
+    # One wrong weight spoils a row, which is one in a hundred at least.
+    assert (y == exact.to(dtype)).double().mean() > 0.99
+    assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
+    assert machine.look_up_conflicts == 1, "lanes of one bank"
+
+
+@needs_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+@pytest.mark.parametrize("target", [80, 89, 90, 100])
+def test_main_loop(target: int, index_bits: int) -> None:
+    """The decode kernel is held to 6.5 instructions per pair everywhere.
+
+    An H200 has time for 9.5 instructions per pair at its memory's speed.
+    """
+    if launch.shared_bytes(index_bits) > SHARED_BYTES[target]:
+        pytest.skip("the table does not fit: the plain kernel runs")
+    compiled = compile_gemm(target, index_bits, torch.bfloat16, 1)
+    instructions = disassemble(compiled)
+    assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
+    assert compiled.metadata.shared <= launch.shared_bytes(index_bits)
+    decoding = [body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD]
+    main = min(decoding, key=lambda body: body.total())
+    assert main.total() <= 6.5 * PAIRS_PER_THREAD, main
+    loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
+    assert loads == main["LDG.E.128"] == index_bits + 16, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 32, main
+    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
+
+
+def test_programs_fit_the_processor() -> None:
+    """Two programs share a multiprocessor where their tables fit.
+
+    11 bits do not on sm_89, 12 bits nowhere; nor do the sums of 64 tokens.
+    """
+    two = {
+        target: [bits for bits in INDEX_BITS if launch.programs_per_processor(bits, 1, size) == 2]
+        for target, size in SHARED_BYTES.items()
+    }
+    up_to_11 = [6, 7, 8, 9, 10, 11]
+    assert two == {80: up_to_11, 89: [6, 7, 8, 9, 10], 90: up_to_11, 100: up_to_11}
+    programs = [launch.programs_per_processor(8, parts, SHARED_BYTES[90]) for parts in launch.PARTS]
+    assert programs == [2, 2, 2, 1]
+
+
+def test_warps_are_shared_out() -> None:
+    """Llama-3-8B's and Llama-2-13B's layers on 264 programs.
+
+    More row tiles at once where the inputs are no multiple of 4096.
+    """
+
+    def busy(num_rows: int, num_inputs: int) -> tuple[int, float]:
+        """Row tiles at once, and the busiest program's rounds if all were equally busy, by its own.
+
+        The second is 1 where no warp ever waits.
+        """
+        rows, inputs = num_rows // 16, num_inputs // 512
+        log = launch.log_row_tiles(rows, inputs, 264)
+        rounds = -(-rows // (264 << log)) * -(-(inputs << log) // launch.WARPS)
+        return 1 << log, rows * inputs / (launch.WARPS * 264 * rounds)
+
+    assert busy(28672, 4096) == (1, pytest.approx(0.97, abs=0.01))
+    assert busy(27648, 5120) == (4, pytest.approx(0.82, abs=0.01))  # one at a time: 0.58
+    assert busy(15360, 5120) == (4, pytest.approx(0.91, abs=0.01))  # 0.57

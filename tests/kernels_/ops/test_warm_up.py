@@ -1,0 +1,119 @@
+"""What is launched, without a GPU: the warm-up compiles every kernel that a model will need."""
+
+import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.interpreter import interpreted
+from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.routing import sort_slots
+from qamw_kernels.ops.tiling import tiled_shape
+from qamw_kernels.ops.triton import launch
+from qamw_kernels.ops.warm_up import warm_up
+from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+
+pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter replaces the compiler")
+
+RATES, SIZES = (8, 11), (16, 64, 128)
+NUM_EXPERTS, TOP_K = 8, 2
+
+
+class Recorder:
+    """A launcher that launches nothing, and notes what Triton would look for among its kernels.
+
+    Attributes:
+        seen: every kernel with what it is specialized on, and the options of its compiler.
+    """
+
+    def __init__(self, processor: Processor | None) -> None:
+        self.seen: set[str] = set()
+        self._processor = processor
+        self._binders: dict[str, Callable[..., Any]] = {}
+
+    def processor(self, device: torch.device) -> Processor | None:
+        return self._processor
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        name = kernel.__name__
+        if name not in self._binders:
+            backend = make_backend(GPUTarget("cuda", 90, 32))
+            signature = inspect.signature(kernel.fn)
+            self._binders[name] = create_function_from_signature(signature, kernel.params, backend)
+        _, specialization, options = self._binders[name](*arguments, **constants)
+        self.seen.add(f"{name}: {specialization}, {options}")
+
+
+@pytest.fixture(params=["gluon", "triton"])
+def recorder(request: pytest.FixtureRequest) -> Recorder:
+    if request.param == "triton":
+        return Recorder(None)
+    if gluon_launch.kernels is None:
+        pytest.skip("this Triton has no shared-memory gather")
+    return Recorder(Processor(multiprocessors=132, shared_memory=227 << 10))
+
+
+def zero_weight(
+    index_bits: int, size: int, num_rows: int, num_inputs: int, experts: tuple[int, ...] = ()
+) -> TiledWeight:
+    shape = (*experts, *tiled_shape(num_rows, num_inputs, index_bits))
+    return TiledWeight(
+        torch.zeros(shape, dtype=torch.int32),
+        torch.ones((*experts, num_rows)),
+        torch.ones(num_inputs).half(),
+        quadrant_words(index_bits, "cpu"),
+        size,
+    )
+
+
+def linear(
+    recorder: Recorder, weight: TiledWeight, dtype: torch.dtype, num_tokens: int, with_bias: bool
+) -> None:
+    x = torch.zeros(num_tokens, weight.num_inputs, dtype=dtype)
+    bias = torch.zeros(weight.num_rows, dtype=dtype) if with_bias else None
+    launch.linear(x, weight, bias, recorder)
+
+
+def routed_linear(
+    recorder: Recorder, weight: TiledWeight, dtype: torch.dtype, num_tokens: int
+) -> None:
+    num_slots = TOP_K * num_tokens
+    block_size = launch.routed_block_size(num_slots, NUM_EXPERTS, dtype)
+    chosen = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
+    routing = sort_slots(chosen, block_size, NUM_EXPERTS)
+    x = torch.zeros(num_tokens, weight.num_inputs, dtype=dtype)
+    launch.routed_linear(x, weight, routing, num_slots, recorder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_warm_up_compiles_everything(
+    recorder: Recorder,
+    dtype: torch.dtype,
+    while_vllm_loads: Callable[[], AbstractContextManager[None]],
+) -> None:
+    with while_vllm_loads():
+        warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True, launcher=recorder)
+    ready = set(recorder.seen)
+    gemm = "decode_gemm_kernel" if recorder.processor(torch.device("cpu")) else "gemm_kernel"
+    expected = gemm if dtype in gluon_launch.GLUON_DTYPES else "gemm_kernel"
+    names = {line.split(":")[0] for line in ready}
+    assert names == {"rotate_kernel", expected, "dequantize_kernel", "routed_gemm_kernel"}
+    shapes = ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128))
+    for index_bits in RATES:
+        for num_rows, num_inputs, size in shapes:
+            weight = zero_weight(index_bits, size, num_rows, num_inputs)
+            experts = zero_weight(index_bits, size, num_rows, num_inputs, (NUM_EXPERTS,))
+            for num_tokens in (*range(1, 66), 127, 128, 129, 256, 1000, 1024):
+                linear(recorder, weight, dtype, num_tokens, with_bias=num_tokens % 2 == 0)
+                routed_linear(recorder, experts, dtype, num_tokens)
+    assert recorder.seen - ready == set()
+    linear(recorder, zero_weight(7, 64, 64, 128), dtype, 1, with_bias=False)
+    # A rate that was not asked for would be compiled: the recorder sees it.
+    assert len(recorder.seen - ready) == 1

@@ -1,0 +1,66 @@
+"""The routed linear layer on the kernels, against a plain loop over experts."""
+
+import pytest
+import torch
+
+from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.ops.linear import routed_linear
+from qamw_kernels.ops.routing import sort_slots
+from qamw_kernels.ops.triton import launch
+from qamw_kernels.ops.weight import TiledWeight
+from tests.kernels_.ops.triton_checks.common import DEVICE, NUM_ROWS, random, random_weight
+
+NUM_EXPERTS, TOP_K = 6, 2
+CLOSE = {torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float32: 2**-18}
+
+
+def choose_experts(num_tokens: int) -> torch.Tensor:
+    """[T, TOP_K] int32; the last expert is never chosen."""
+    generator = torch.Generator().manual_seed(3)
+    orders = [torch.randperm(NUM_EXPERTS - 1, generator=generator) for _ in range(num_tokens)]
+    chosen = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
+    for token, order in enumerate(orders):
+        chosen[token] = order[:TOP_K]
+    return chosen.to(DEVICE)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (11, 64, 1, torch.bfloat16),
+        (8, 128, 5, torch.float16),
+        (6, 16, 40, torch.bfloat16),
+        (12, 64, 7, torch.float32),
+        (9, 64, 0, torch.bfloat16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("parallel", [False, True])
+def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) -> None:
+    """Experts of which some get no token; with expert parallelism some are on another rank."""
+    index_bits, size, num_tokens, dtype = case
+    num_inputs = 192 if size == 64 else 256
+    weights = [
+        random_weight(NUM_ROWS, num_inputs, index_bits, size, seed) for seed in range(NUM_EXPERTS)
+    ]
+    for weight in weights:
+        weight.input_scales.copy_(weights[0].input_scales)
+    chosen = choose_experts(num_tokens)
+    here = [e for e in range(NUM_EXPERTS) if not parallel or e % 2]
+    numbers = [here.index(e) if e in here else -1 for e in range(NUM_EXPERTS)]
+    expert_map = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
+    block_size = launch.routed_block_size(num_tokens * TOP_K, 1, dtype)
+    routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map if parallel else None)
+    tiled = TiledWeight.of_experts([weights[e] for e in here])
+    # Behind the first layer of an expert, each slot has an activation of its own.
+    for num_activations in (num_tokens, num_tokens * TOP_K):
+        x = random(num_activations, num_inputs, dtype=dtype)
+        y = routed_linear(x, tiled, routing, num_tokens * TOP_K)
+        assert y.shape == (num_tokens * TOP_K, NUM_ROWS)
+        for slot, expert in enumerate(chosen.flatten().tolist()):
+            if expert in here:
+                activation = x[slot * len(x) // len(y)].double()
+                exact = decode_weight(weights[expert]).double() @ activation
+                assert (y[slot].double() - exact).norm() < CLOSE[dtype] * exact.norm()
+            else:
+                assert not y[slot].any()
