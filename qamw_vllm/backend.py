@@ -1,0 +1,129 @@
+"""How quantized layers compute on this machine: the choice, its preparation, its description."""
+
+import functools
+import os
+import time
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+
+from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.errors import QamwError
+from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.weight import QuantizedWeight
+from qamw_kernels.ops.interpreter import interpreted as kernels_are_interpreted
+
+if TYPE_CHECKING:
+    from vllm.platforms.interface import Platform
+
+logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of loggers below its own name
+
+Backend = Literal["triton", "decode"]
+"""``triton``: layers stay packed, and kernels decode them. ``decode``: layers become plain."""
+
+CPU_BACKEND_VARIABLE = "QAMW_CPU_BACKEND"
+_ROWS_AT_ONCE = 4096  # decoded at a time: the float32 intermediate of a large layer stays small
+
+
+class BackendError(QamwError, ValueError):
+    """A platform, a release of vLLM or a choice of backend with which nothing here runs."""
+
+
+def choose_backend(
+    cpu_backend: str | None = None,
+    platform: "Platform | None" = None,
+    interpreted: bool | None = None,
+) -> Backend:
+    """The backend of this process. CUDA has one; on the CPU there is a choice.
+
+    Args:
+        cpu_backend: None for the environment variable ``QAMW_CPU_BACKEND``, or ``decode``.
+        platform: None for vLLM's.
+        interpreted: whether Triton's interpreter runs the kernels; None for what it does.
+
+    Raises:
+        BackendError: another platform, an unknown value, or ``triton`` on the CPU without the
+            interpreter.
+    """
+    platform = current_platform if platform is None else platform
+    if platform.is_cuda():
+        return "triton"
+    if not platform.is_cpu():
+        raise BackendError(f"qamw runs on CUDA and on the CPU, not on {platform.device_name}")
+    if cpu_backend is None:
+        cpu_backend = os.environ.get(CPU_BACKEND_VARIABLE, "decode")
+    if cpu_backend == "decode":
+        return "decode"
+    if cpu_backend != "triton":
+        raise BackendError(
+            f"{CPU_BACKEND_VARIABLE} must be 'decode' or 'triton', got {cpu_backend!r}"
+        )
+    if not (kernels_are_interpreted() if interpreted is None else interpreted):
+        raise BackendError(
+            f"{CPU_BACKEND_VARIABLE}=triton runs the kernels in Triton's interpreter: "
+            "set TRITON_INTERPRET=1 too"
+        )
+    return "triton"
+
+
+def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
+    """What runs, and why, in one sentence."""
+    if backend == "decode":
+        return (
+            f"Decoded to {dtype} while loading, for vLLM's own matrix multiplication, "
+            "because this is a CPU: the memory is that of 16 bits"
+        )
+    if current_platform.is_cpu():
+        return "They stay packed; Triton kernels run in the interpreter (slow)"
+    from qamw_kernels.ops.gluon import launch as gluon_launch
+
+    if gluon_launch.kernels is not None:
+        return "They stay packed; the Gluon kernel decodes them"
+    return (
+        "They stay packed; a plain Triton kernel decodes them, because this Triton has no "
+        "shared-memory gather (3.7.1 has)"
+    )
+
+
+def warm_up_once(
+    format: QamwFormat,
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: bool = False,
+) -> None:
+    """Compile the kernels of a whole model, once in this process, and once with experts.
+
+    This is done before CUDA graphs are captured, and not while serving. On the CPU nothing is
+    compiled.
+    """
+    if not current_platform.is_cuda():
+        return
+    rates = frozenset({format.index_bits, *format.layer_index_bits.values()})
+    _warm_up(rates, frozenset(format.rotation_block_sizes.values()), dtype, device, experts)
+
+
+@functools.cache
+def _warm_up(
+    rates: frozenset[int],
+    rotation_block_sizes: frozenset[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    experts: bool,
+) -> None:
+    from qamw_kernels.ops.warm_up import warm_up
+
+    start = time.perf_counter()
+    warm_up(rates, rotation_block_sizes, dtype, device, experts)
+    seconds = time.perf_counter() - start
+    logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", sorted(rates), seconds)
+
+
+def decode_rows(quantized: QuantizedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of this rank in ``dtype``, decoded some rows at a time."""
+    weight = torch.empty(quantized.shape, dtype=dtype)
+    for start in range(0, len(weight), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        weight[part] = decode_weight(quantized.rows(part))
+    return weight

@@ -1,0 +1,150 @@
+"""What a checkpoint delivers for the experts of one layer."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from qamw_kernels.errors import TensorError
+from qamw_kernels.format.config import LAYER_TENSORS
+from qamw_kernels.format.weight import check_input_scales, check_row_norms
+from qamw_vllm.loading.linear import check_stored_tensor
+from qamw_vllm.parallel import slice_of_rank
+
+# vLLM's shard ids of experts -> the parameter's prefix, and the matrix's position in it
+_MATRICES = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
+# The dimension of a tensor that ranks divide among them: w13 is cut by rows, w2 by inputs.
+_DIVIDED = {
+    "w13": {"qweight": 1, "row_norms": 0},
+    "w2": {"qweight": 2, "input_scales": 0},
+}
+_NAMES_SHOWN = 8
+
+LayerLoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[str]]
+
+
+def join_first(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+class ExpertsLoader:
+    """Loaders for the tensors of the experts of one layer, on one rank.
+
+    Args:
+        layer: vLLM's RoutedExperts.
+        prefix: the experts' name in the checkpoint.
+        names: shard id -> the matrix's name in the checkpoint.
+        shapes: shard id -> (N, K, index bits) in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        layer: Any,
+        prefix: str,
+        names: dict[str, str],
+        shapes: dict[str, tuple[int, int, int]],
+    ) -> None:
+        self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, shapes
+        self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
+
+    def wrap(self, load_weights: LayerLoadWeights) -> LayerLoadWeights:
+        """vLLM's loader of the whole layer, for planes of one expert.
+
+        vLLM takes a tensor of three dimensions for one of all experts: planes get a fourth.
+        """
+
+        def load(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
+            return load_weights(
+                (name, tensor[None] if name.endswith(".qweight") else tensor)
+                for name, tensor in weights
+            )
+
+        return load
+
+    def load(
+        self,
+        param: Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        """Copy this rank's part of one tensor of an expert into ``param``, if the expert is here.
+
+        The interface is vLLM's.
+
+        Raises:
+            TensorError: the tensor's shape or dtype is not that of the format.
+        """
+        local = self.layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if local == -1:
+            return False if return_success else None
+        loaded = loaded_weight[0] if loaded_weight.ndim == 4 else loaded_weight
+        tensor = next(suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
+        name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}"
+        check_stored_tensor(name, loaded, *self.shapes[shard_id])
+        stem, position = _MATRICES[shard_id]
+        divided = _DIVIDED[stem].get(tensor)
+        if divided is not None:
+            length = loaded.shape[divided] // self.layer.moe_config.moe_parallel_config.tp_size
+            loaded = slice_of_rank(loaded, divided, length, self.layer.moe_config.tp_rank)
+        target = param.data[local]
+        if tensor == "input_scales":
+            target = target[position]
+        elif stem == "w13":  # gate and up are stacked by rows
+            dim = 1 if tensor == "qweight" else 0
+            target = target.narrow(dim, position * loaded.shape[dim], loaded.shape[dim])
+        target.copy_(loaded)
+        self.arrived.add((local, shard_id, tensor))
+        return True if return_success else None
+
+    def check_loaded(self) -> None:
+        """Refuse experts that are incomplete or hold impossible values.
+
+        Afterwards the arrivals are forgotten, so that a later reload is checked too.
+
+        Raises:
+            TensorError: names the tensor, what was expected and what was found.
+        """
+        numbers = {
+            self.layer._map_global_expert_id_to_local_expert_id(expert): expert
+            for expert in range(self.layer.global_num_experts)
+        }
+        missing = [
+            f"{self.prefix}.{numbers[local]}.{self.names[shard]}.{tensor}"
+            for local in range(self.layer.local_num_experts)
+            for shard in _MATRICES
+            for tensor in LAYER_TENSORS
+            if (local, shard, tensor) not in self.arrived
+        ]
+        if missing:
+            raise TensorError(f"the checkpoint lacks {join_first(missing)}")
+        self.arrived.clear()
+        for shard in _MATRICES:
+            self._check_values(shard, numbers)
+
+    def _check_values(self, shard: str, numbers: dict[int, int]) -> None:
+        """``numbers``: number of an expert on this rank -> its number in the checkpoint."""
+        stem, position = _MATRICES[shard]
+        input_scales = getattr(self.layer, f"{stem}_input_scales").data  # [experts, matrices, K]
+        row_norms = getattr(self.layer, f"{stem}_row_norms").data  # [experts, rows of all matrices]
+        num_rows = row_norms.shape[1] // input_scales.shape[1]
+        row_norms = row_norms[:, position * num_rows : (position + 1) * num_rows]
+        for local, norms in enumerate(row_norms):
+            name = f"{self.prefix}.{numbers[local]}.{self.names[shard]}"
+            scales = input_scales[local, position]
+            try:
+                check_row_norms(norms)
+                check_input_scales(scales)
+            except TensorError as error:
+                raise TensorError(f"{name}.{error}") from None
+            if not torch.equal(scales, input_scales[0, 0]):
+                raise TensorError(
+                    f"{name}.input_scales differs from that of other experts of the layer: "
+                    "they must share one vector"
+                )

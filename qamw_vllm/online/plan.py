@@ -1,0 +1,74 @@
+"""How a plain checkpoint is quantized while it is loaded."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.rates import index_bits_of_rate
+from qamw_kernels.format.sharding import choose_rotation_block_sizes
+from qamw_vllm.parallel import sum_over_ranks
+
+BITS_PER_WEIGHT = 5.5
+_DECODER_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
+_OTHER_MODALITY = re.compile("vision|visual|audio")
+
+
+class OnlinePlan:
+    """What is quantized and how: as ``qamw quantize --calibration none`` does it.
+
+    Args:
+        bits_per_weight: 3, 3.5 ... 6, of every layer.
+        sum_over_ranks: sums a tensor over the tensor-parallel ranks.
+
+    Attributes:
+        index_bits: bits per pair of every layer.
+
+    Raises:
+        FormatError: another rate.
+    """
+
+    def __init__(
+        self,
+        bits_per_weight: object = BITS_PER_WEIGHT,
+        sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = sum_over_ranks,
+    ) -> None:
+        self.index_bits = index_bits_of_rate(bits_per_weight)
+        self.sum_over_ranks = sum_over_ranks
+        self._layers: set[tuple[int, bool]] = set()
+
+    def covers(self, layer: Any, prefix: str) -> bool:
+        """Whether a LinearBase is quantized.
+
+        Those of the decoder layers are, except routers and other replicated layers; the vision
+        and audio parts of a model are not, nor is anything outside the decoder layers.
+        """
+        from vllm.model_executor.layers.linear import ReplicatedLinear
+
+        return (
+            _DECODER_LAYER.search(prefix) is not None
+            and _OTHER_MODALITY.search(prefix) is None
+            and not isinstance(layer, ReplicatedLinear)
+            and layer.input_size % UNIT_INPUTS == 0
+        )
+
+    def add_layer(self, num_inputs: int, row_parallel: bool) -> None:
+        """Record a layer that was made; all are made before the first is loaded.
+
+        Args:
+            num_inputs: of the whole layer.
+            row_parallel: whether tensor parallelism cuts its inputs.
+        """
+        self._layers.add((num_inputs, row_parallel))
+
+    def format(self, tp_sizes: Sequence[int]) -> QamwFormat:
+        """The format of the checkpoint that the recorded layers would make.
+
+        Args:
+            tp_sizes: tensor-parallel sizes that the model allows.
+        """
+        rotation_block_sizes = choose_rotation_block_sizes(self._layers, tp_sizes)
+        return QamwFormat(self.index_bits, rotation_block_sizes)

@@ -1,0 +1,34 @@
+"""Tensor parallelism as vLLM runs it: sizes of the model, sums over ranks, slices of a rank."""
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.distributed import parallel_state
+
+from qamw_kernels.format.sharding import possible_tensor_parallel_sizes
+
+
+def tensor_parallel_sizes_of_model() -> list[int]:
+    """Sizes that the attention heads of the model that is being made allow."""
+    config = get_current_vllm_config_or_none()
+    model_config = None if config is None else config.model_config
+    text_config = None if model_config is None else model_config.hf_text_config
+    num_heads = getattr(text_config, "num_attention_heads", None)
+    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    return possible_tensor_parallel_sizes(num_heads, num_kv_heads)
+
+
+def num_ranks() -> int:
+    """How many ranks hold parts of the same rows."""
+    size: int = parallel_state.get_tp_group().world_size
+    return size
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, summed in place over the tensor-parallel ranks."""
+    torch.distributed.all_reduce(tensor, group=parallel_state.get_tp_group().device_group)
+    return tensor
+
+
+def slice_of_rank(tensor: torch.Tensor, dim: int, length: int, rank: int) -> torch.Tensor:
+    """A view of the ``length`` entries of dimension ``dim`` that are this rank's."""
+    return tensor.narrow(dim, rank * length, length)
