@@ -1,13 +1,15 @@
-"""What an error of the weights costs: one pass forwards and backwards through the unquantised model.
+"""What an error of the weights costs: one pass forwards and backwards through the original model.
 
-To second order, the KL divergence that an error dW of a weight causes is half the mean of (g dW x^T)^2 over the tokens, with x the
-layer's input and g the gradient, at the layer's output, of the log-likelihood of a label drawn from the model itself (the Fisher
-information). With errors that are in proportion to the row norms and independent between rows, a token counts with its
+To second order, the KL divergence that an error dW of a weight causes is half the mean of
+(g dW x^T)^2 over the tokens, with x the layer's input and g the gradient, at the layer's output, of
+the log-likelihood of a label drawn from the model itself (the Fisher information). With errors that
+are in proportion to the row norms and independent between rows, a token counts with its
 
     importance = sum over rows n of (g_n * norm_n)^2 / K
 
-so that the Hessian to encode with is the mean of importance * x^T x. Error feedback then leaves ``distortion * trace(D)``, D
-the block diagonal of the factored Hessian, and this trace is the group's sensitivity.
+so that the Hessian to encode with is the mean of importance * x^T x. Error feedback then leaves
+``distortion * trace(D)``, D the block diagonal of the factored Hessian, and this trace is the
+group's sensitivity.
 """
 
 import tempfile
@@ -18,14 +20,19 @@ from typing import IO, Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from offline_quantize.calibration.hessians import LayerRunner
-from offline_quantize.errors import QuantizeError
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
-from offline_quantize.planning.plan import Plan
-from offline_quantize.model.structure import Linear
+from offline_quantize.errors import QuantizeError
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.runner import DTYPE, LayerRunner
+from offline_quantize.model.structure import DecoderLayer, Linear
+from offline_quantize.progress import Progress, silent
 
 HESSIAN_BATCHES = 2  # of the calibration tokens: traces need fewer tokens than encoding
+
+Cost = Callable[[torch.Tensor, int], float]
+"""(Hessian [K, K] float32, tokens that it is the mean over) -> cost of an error of one."""
 
 
 @dataclass
@@ -33,45 +40,106 @@ class Sensitivity:
     """Of one input group.
 
     Attributes:
-        distortion_cost: KL divergence, but for a factor that all groups share, per unit of distortion.
-        importance: [tokens] float32 with mean 1, in the order of the calibration tokens; what is not zero is positive. None for
-            experts: which tokens they see changes once the layers before them are quantised.
+        distortion_cost: KL divergence, except for a factor that all groups share, per unit of
+            distortion.
+        importance: [tokens] float32 with mean 1, in the order of the calibration tokens; values are
+            positive or zero. None for experts: which tokens they get changes once the layers before
+            them are quantized.
     """
 
     distortion_cost: float
     importance: torch.Tensor | None
 
 
-@dataclass
-class _Reading:
-    """One run of a linear, or of several that read the same: the tokens' importance [n], and their inputs [n, K] where they are kept."""
-
-    importance: torch.Tensor
-    inputs: torch.Tensor | None
-
-
 def to_state(sensitivities: Sequence[Sequence[Sensitivity]]) -> dict[str, torch.Tensor]:
-    """Sensitivities as named tensors, for a run that is resumed."""
+    """Sensitivities by layer and group as named tensors, for a run that is resumed."""
     state = {}
     for layer, groups in enumerate(sensitivities):
         for group, sensitivity in enumerate(groups):
-            state[f"{layer}.{group}.distortion_cost"] = torch.tensor(sensitivity.distortion_cost, dtype=torch.float64)
+            cost = torch.tensor(sensitivity.distortion_cost, dtype=torch.float64)
+            state[f"{layer}.{group}.distortion_cost"] = cost
             if sensitivity.importance is not None:
                 state[f"{layer}.{group}.importance"] = sensitivity.importance
     return state
 
 
 def from_state(state: Mapping[str, torch.Tensor]) -> list[list[Sensitivity]]:
-    """The sensitivities that :func:`to_state` made tensors of; none of none."""
+    """The sensitivities that :func:`to_state` made tensors of; an empty list for no tensors."""
     found: dict[int, dict[int, Sensitivity]] = {}
     for name, cost in state.items():
         layer, group, kind = name.split(".")
         if kind == "distortion_cost":
-            found.setdefault(int(layer), {})[int(group)] = Sensitivity(float(cost), state.get(f"{layer}.{group}.importance"))
+            importance = state.get(f"{layer}.{group}.importance")
+            found.setdefault(int(layer), {})[int(group)] = Sensitivity(float(cost), importance)
     return [[groups[group] for group in sorted(groups)] for _, groups in sorted(found.items())]
 
 
-class _Spill:
+def feedback_cost(hessian: torch.Tensor, num_tokens: int) -> float:
+    """Trace of D: what error feedback leaves of an error of one.
+
+    Args:
+        hessian: [K, K] float32; is changed.
+        num_tokens: that it is the mean over.
+    """
+    if not hessian.any():
+        return 0.0
+    root = factor(shrink(hessian, num_tokens).double(), DAMPING)
+    pairs = root.view(len(root) // 2, 2, -1, 2).diagonal(dim1=0, dim2=2)  # [2, 2, P]
+    return float(pairs.square().sum())
+
+
+def measure_sensitivities(
+    checkpoint: Checkpoint,
+    layers: Sequence[DecoderLayer],
+    tokens: torch.Tensor,
+    device: torch.device,
+    scratch: Path,
+    progress: Progress = silent,
+    dtype: torch.dtype = DTYPE,
+    hessian_batches: int = HESSIAN_BATCHES,
+    cost: Cost = feedback_cost,
+) -> list[list[Sensitivity]]:
+    """Sensitivity of every input group of every layer.
+
+    One layer is in memory at a time; the hidden states of all layers wait in a file.
+
+    Args:
+        layers: all decoder layers of the model, with the groups to measure.
+        tokens: [windows, T] int64.
+        scratch: directory with room for layers * tokens * hidden size values of ``dtype``.
+        dtype: in which layers run.
+        hessian_batches: number of batches whose inputs make the Hessians.
+        cost: makes a group's ``distortion_cost`` of its Hessian.
+    Raises:
+        QuantizeError: hidden states or gradients are not finite, or the file cannot be written.
+        TensorError: a tensor of the checkpoint is not finite.
+    """
+    runner = LayerRunner(checkpoint, tokens, device, dtype)
+    steps = 3 * len(layers)  # backwards is twice the work
+
+    def load(layer: DecoderLayer, step: int) -> None:
+        runner.load(layer.index, layer.load(checkpoint))
+        progress("sensitivity", step, steps)
+
+    sensitivities: list[list[Sensitivity]] = []
+    with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
+        inputs = _Stack(file, scratch)
+        for layer in layers:
+            load(layer, layer.index)
+            inputs.push(runner.hidden)
+            runner.advance(layer.index)
+            runner.unload(layer.index)
+        gradients = _output_gradients(runner, tokens)
+        for layer in reversed(layers):
+            load(layer, steps - 2 * (layer.index + 1))
+            found = _backward(runner, layer, inputs.pop(), gradients, hessian_batches, cost)
+            sensitivities.insert(0, found)
+            runner.unload(layer.index)
+    progress("sensitivity", steps, steps)
+    return sensitivities
+
+
+class _Stack:
     """A stack of lists of tensors in a file of the directory ``scratch``."""
 
     def __init__(self, file: IO[bytes], scratch: Path) -> None:
@@ -83,128 +151,138 @@ class _Spill:
         try:
             torch.save(tensors, self._file)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise QuantizeError(f"{self._scratch}: the hidden states of the layers could not be written there: {error}") from None
+            raise QuantizeError(
+                f"{self._scratch}: the hidden states of the layers could not be written there: "
+                f"{error}"
+            ) from None
 
     def pop(self) -> list[torch.Tensor]:
         self._file.seek(self._starts.pop())
-        return torch.load(self._file, weights_only=True)
-
-
-def measure_sensitivities(plan: Plan, tokens: torch.Tensor, device: torch.device, scratch: Path,
-                          progress: Callable[[int, int], None] | None = None) -> list[list[Sensitivity]]:
-    """Sensitivity of every input group of every layer.
-
-    One layer is in memory at a time; the hidden states of all layers wait in a file.
-
-    Args:
-        tokens: [windows, T] int64.
-        scratch: directory with room for layers * tokens * hidden size values of 2 bytes.
-    Raises:
-        QuantizeError: gradients are not finite.
-    """
-    runner = LayerRunner(plan.checkpoint, tokens, device)
-    steps = 3 * len(plan.layers)  # backwards is twice the work
-
-    def load(layer: int, step: int) -> None:
-        runner.load(layer, plan.load_layer(layer))
-        if progress:
-            progress(step, steps)
-
-    sensitivities: list[list[Sensitivity]] = []
-    with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
-        inputs = _Spill(file, scratch)
-        for layer in range(len(plan.layers)):
-            load(layer, layer)
-            inputs.push(runner.hidden)
-            runner.advance(layer)
-            runner.unload(layer)
-        gradients = _output_gradients(runner, tokens)
-        for layer in reversed(range(len(plan.layers))):
-            load(layer, steps - 2 * (layer + 1))
-            sensitivities.insert(0, _backward(runner, layer, plan.layers[layer], inputs.pop(), gradients))
-            runner.unload(layer)
-    if progress:
-        progress(steps, steps)
-    return sensitivities
+        tensors: list[torch.Tensor] = torch.load(self._file, weights_only=True)
+        return tensors
 
 
 def _output_gradients(runner: LayerRunner, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Per batch, the gradient [batch, T, hidden size] at the last layer's output of the log-likelihood of labels drawn from the model."""
+    """The gradient of the log-likelihood of drawn labels, at the output of the last layer.
+
+    Labels are drawn from the model itself.
+
+    Returns:
+        For every batch [batch, T, hidden size].
+    """
     generator = torch.Generator(runner.device).manual_seed(0)
     gradients, start = [], 0
     for batch in runner.hidden:
         gradient = torch.empty_like(batch)
         for i in range(len(batch)):  # by window: the logits are large
             hidden = batch[i : i + 1].to(runner.device).requires_grad_()
-            for layer in runner.layers:
-                layer.forward = lambda *args, states=hidden, **kwargs: states
-            logits = runner.model(input_ids=tokens[start + i : start + i + 1].to(runner.device), use_cache=False).logits[0].float()
-            edges = logits.detach().softmax(1).cumsum(1)  # much faster than torch.multinomial
-            drawn = torch.rand(len(edges), 1, generator=generator, device=runner.device) * edges[:, -1:]
-            labels = torch.searchsorted(edges, drawn)[:, 0].clamp_max(edges.shape[1] - 1)
+            window = tokens[start + i : start + i + 1].to(runner.device)
+            with runner.layers_put_out(hidden):
+                logits = runner.model(input_ids=window, use_cache=False).logits[0].float()
+            labels = _draw_labels(logits.detach(), generator)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
             gradient[i] = torch.autograd.grad(loss, hidden)[0][0].cpu()
         gradients.append(gradient)
         start += len(batch)
-    for layer in runner.layers:
-        del layer.forward
     return gradients
 
 
-def _backward(runner: LayerRunner, index: int, groups: Sequence[Sequence[Linear]], inputs: Sequence[torch.Tensor],
-              gradients: list[torch.Tensor]) -> list[Sensitivity]:
-    """Sensitivities of one layer's groups; ``gradients`` become those at the layer's input."""
-    layer = runner.layers[index]
-    prefix = f"{runner.layers_name}.{index}."
-    readings: list[list[_Reading]] = [[] for _ in groups]
-    stride, at = max(1, len(inputs) // HESSIAN_BATCHES), 0
+def _draw_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A label [T] int64 for every row of logits [T, vocabulary]."""
+    edges = logits.softmax(1).cumsum(1)  # much faster than torch.multinomial
+    drawn = torch.rand(len(edges), 1, generator=generator, device=edges.device) * edges[:, -1:]
+    return torch.searchsorted(edges, drawn)[:, 0].clamp_max(edges.shape[1] - 1)
 
-    def watch(group: int, linear: Linear) -> Any:
-        module = layer.get_submodule(linear.name.removeprefix(prefix))
+
+@dataclass
+class _Reading:
+    """One run of a linear, or of several that read the same.
+
+    Attributes:
+        importance: of the tokens, [n].
+        inputs: the tokens [n, K]; None where they are not kept.
+    """
+
+    importance: torch.Tensor
+    inputs: torch.Tensor | None
+
+
+def _backward(
+    runner: LayerRunner,
+    layer: DecoderLayer,
+    inputs: Sequence[torch.Tensor],
+    gradients: list[torch.Tensor],
+    hessian_batches: int,
+    cost: Cost,
+) -> list[Sensitivity]:
+    """Sensitivities of the groups of one layer.
+
+    Args:
+        inputs: of the layer, for every batch.
+        gradients: at the layer's output, for every batch; become those at its input.
+    """
+    stride = max(1, len(inputs) // hessian_batches)
+    readings: list[list[_Reading]] = [[] for _ in layer.groups]
+    keep = False
+
+    def watch(linear: Linear, own: list[_Reading]) -> RemovableHandle:
+        name = linear.name.removeprefix(f"{layer.name}.")
+        module = runner.layers[layer.index].get_submodule(name)
         assert isinstance(module, nn.Linear)
         energies = module.weight.float().square().mean(1)
 
-        def note(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def record(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if linear.counted:
                 rows = args[0].detach().reshape(-1, module.in_features)
-                readings[group].append(_Reading(torch.zeros(len(rows), device=runner.device), rows if at % stride == 0 else None))
-            importance = readings[group][-1].importance  # of what was read last: linears that read the same follow each other
+                importance = torch.zeros(len(rows), device=runner.device)
+                own.append(_Reading(importance, rows if keep else None))
+            # Of what was read last: linears that read the same follow each other.
+            importance = own[-1].importance
 
             def weigh(gradient: torch.Tensor) -> None:
-                importance.add_(gradient.reshape(-1, module.out_features).float().square() @ energies)
+                squares = gradient.reshape(-1, module.out_features).float().square()
+                importance.add_(squares @ energies)
 
-            output.register_hook(weigh)
+            output.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no type
 
-        return module.register_forward_hook(note)
+        return module.register_forward_hook(record)
 
-    handles = [watch(i, linear) for i, group in enumerate(groups) for linear in group]
-    for at, batch in enumerate(inputs):
+    handles = [
+        watch(linear, own)
+        for group, own in zip(layer.groups, readings, strict=True)
+        for linear in group
+    ]
+    for i, batch in enumerate(inputs):
+        keep = i % stride == 0
         hidden = batch.to(runner.device).requires_grad_()
-        output = runner.run(index, at, hidden)
-        gradients[at] = torch.autograd.grad(output, hidden, gradients[at].to(runner.device))[0].cpu()
+        output = runner.run(layer.index, i, hidden)
+        at_output = gradients[i].to(runner.device)
+        gradients[i] = torch.autograd.grad(output, hidden, at_output)[0].cpu()
     for handle in handles:
         handle.remove()
     if not all(gradient.isfinite().all() for gradient in gradients):
-        raise QuantizeError(f"{prefix[:-1]}: its gradient is not finite on the calibration text")
+        raise QuantizeError(f"{layer.name}: its gradient is not finite on the calibration text")
     num_tokens = sum(batch[..., 0].numel() for batch in inputs[::stride])
-    return [_sensitivity(own, num_tokens, group[0].routed) for own, group in zip(readings, groups, strict=True)]
+    return [
+        _sensitivity(own, num_tokens, group.routed, cost)
+        for group, own in zip(layer.groups, readings, strict=True)
+    ]
 
 
-def _sensitivity(readings: list[_Reading], num_tokens: int, routed: bool) -> Sensitivity:
-    """From all that linears of a group read; ``num_tokens`` is how many tokens the batches had whose inputs were kept."""
-    kept = [(reading.inputs, reading.importance) for reading in readings if reading.inputs is not None]
+def _sensitivity(
+    readings: list[_Reading], num_tokens: int, routed: bool, cost: Cost
+) -> Sensitivity:
+    """Of one input group.
+
+    Args:
+        readings: all runs of its linears, in order.
+        num_tokens: of the batches whose inputs were kept.
+    """
+    kept = [(r.inputs, r.importance) for r in readings if r.inputs is not None]
     if not kept:  # no token reaches the group
         return Sensitivity(0.0, None if routed else torch.zeros(0))
     rows, weights = (torch.cat(parts).float() for parts in zip(*kept, strict=True))
-    cost = _feedback_error((rows * (weights / num_tokens)[:, None]).T @ rows, len(rows))
+    hessian = (rows * (weights / num_tokens)[:, None]).T @ rows
     every = torch.cat([reading.importance for reading in readings])
-    return Sensitivity(cost, None if routed else (every / (every.mean() or 1.0)).cpu())
-
-
-def _feedback_error(hessian: torch.Tensor, num_tokens: int) -> float:
-    """Trace of D."""
-    if not hessian.any():
-        return 0.0
-    root = factor(shrink(hessian, num_tokens).double(), DAMPING)
-    pairs = root.view(len(root) // 2, 2, -1, 2).diagonal(dim1=0, dim2=2)  # [2, 2, P]
-    return float(pairs.square().sum())
+    importance = None if routed else (every / (every.mean() or 1.0)).cpu()
+    return Sensitivity(cost(hessian, len(rows)), importance)

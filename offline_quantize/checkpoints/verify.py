@@ -1,102 +1,82 @@
-"""Look into a QAM-W checkpoint: what is inside, and whether every byte and every tensor is as it should be."""
+"""Whether every byte and every tensor of a QAM-W checkpoint is as it should be.
 
+Every check returns a list of faults, each one line that names the file and the tensor. Later checks
+build on earlier ones: files as the manifest lists them, then tensors as the format describes them,
+then input scales that layers share.
+"""
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from offline_quantize.model.checkpoint import Checkpoint, read_json
+from offline_quantize.checkpoints.quantized import (
+    QuantizedCheckpoint,
+    check_finished,
+    open_quantized,
+)
 from offline_quantize.errors import QuantizeError
-from offline_quantize.output.directory import MANIFEST, PROGRESS, sha256_of
-from offline_quantize.output.report import REPORT
-from offline_quantize.model.structure import find_structure
-from qamw_kernels.format.codebook import codebook_bytes
-from qamw_kernels.codec.encode import check_input_scales, check_row_norms
-from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, FormatError, QamwFormat, layer_tensors
-
-
-def _check_finished(directory: Path) -> None:
-    if (directory / PROGRESS).is_file():
-        raise QuantizeError(f"{directory}: unfinished: qamw quantize continues with --resume, qamw dequantize only in a new directory")
-
-
-def open_quantized(directory: Path) -> tuple[Checkpoint, QamwFormat, dict[str, tuple[int, int]]]:
-    """A QAM-W checkpoint, its format, and [N, K] of every quantised module.
-
-    Raises:
-        QuantizeError: not a QAM-W checkpoint, or unfinished.
-    """
-    _check_finished(directory)
-    checkpoint = Checkpoint(directory)
-    if not checkpoint.config.get("quantization_config"):
-        raise QuantizeError(f"{directory / 'config.json'}: no quantization_config, this is not a QAM-W checkpoint")
-    try:
-        fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
-    except FormatError as error:
-        raise QuantizeError(f"{directory / 'config.json'}: {error}") from None
-    modules = {}
-    for name, info in checkpoint.tensors.items():
-        if name.endswith(".qweight"):
-            if len(info.shape) != 3:
-                raise QuantizeError(f"{info.file}: {name} has shape {list(info.shape)}, expected [index_bits, N, K / 64]")
-            modules[name.removesuffix(".qweight")] = (info.shape[1], info.shape[2] * 64)
-    for name, (rows, inputs) in modules.items():
-        for suffix in layer_tensors(rows, inputs, fmt.index_bits_of(name)):
-            if f"{name}.{suffix}" not in checkpoint.tensors:
-                raise QuantizeError(f"{directory}: {name}.{suffix} is missing")
-    if not modules:
-        raise QuantizeError(f"{directory}: no quantised layer found")
-    return checkpoint, fmt, modules
-
-
-def effective_bits_per_weight(directory: Path) -> float | None:
-    """Stored bits per quantised weight, tensors and codebooks; None if the checkpoint is plain or of another method."""
-    if (read_json(directory / "config.json").get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
-        return None
-    checkpoint, fmt, modules = open_quantized(directory)
-    num_bytes = sum(checkpoint.tensors[f"{name}.{suffix}"].num_bytes for name, (rows, inputs) in modules.items()
-                    for suffix in layer_tensors(rows, inputs, fmt.index_bits_of(name)))
-    num_bytes += codebook_bytes(map(fmt.index_bits_of, modules))
-    return 8 * num_bytes / sum(rows * inputs for rows, inputs in modules.values())
-
-
-def inspect(directory: Path) -> str:
-    """One line per quantised layer, and totals, as text."""
-    checkpoint, fmt, modules = open_quantized(directory)
-    entries = {e["name"]: e for e in read_json(directory / REPORT)["layers"]} if (directory / REPORT).is_file() else {}
-    lines = [f"{'layer':48} {'N x K':>13} {'bpw':>5} {'eff.':>6} {'block':>5} {'SQNR dB':>8} {'output error':>12}"]
-    total_bytes = total_weights = 0
-    for name in sorted(modules, key=lambda n: [(part.isdigit(), int(part) if part.isdigit() else part) for part in n.split(".")]):
-        rows, inputs = modules[name]
-        bits = fmt.index_bits_of(name)
-        num_bytes = sum(checkpoint.tensors[f"{name}.{s}"].num_bytes for s in layer_tensors(rows, inputs, bits))
-        total_bytes, total_weights = total_bytes + num_bytes, total_weights + rows * inputs
-        entry = entries.get(name, {})
-        sqnr, error = entry.get("sqnr_db"), entry.get("output_nmse")
-        figures = f"{'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}"
-        lines.append(f"{name:48} {rows:6}x{inputs:6} {bits / 2:5g} {8 * num_bytes / (rows * inputs):6.3f} "
-                     f"{fmt.rotation_block_size_of(name, inputs):5} {figures}")
-    total_bytes += codebook_bytes(map(fmt.index_bits_of, modules))
-    lines.append(f"{len(modules)} layers, {total_weights / 1e6:.1f} M weights, {8 * total_bytes / total_weights:.3f} effective bpw; "
-                 f"not quantised: {', '.join(fmt.ignore)}")
-    return "\n".join(lines)
+from offline_quantize.files import MANIFEST, read_json, sha256_of
+from offline_quantize.model.checkpoint import TensorInfo
+from offline_quantize.model.structure import InputGroup, find_structure
+from qamw_kernels.errors import QamwError
+from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
+from qamw_kernels.format.weight import check_input_scales, check_row_norms
 
 
 def verify(directory: Path) -> str:
     """Check every file against the manifest and every tensor against the format.
 
     Returns:
-        A line that says what was checked.
+        A line that describes what was checked.
     Raises:
         QuantizeError: with every fault found, one per line.
     """
+    manifest = _read_manifest(directory)
+    _refuse(_listed_file_faults(directory, manifest) + _unlisted_file_faults(directory, manifest))
+
+    quantized = open_quantized(directory)
+    faults = []
+    for module in quantized.modules:
+        faults += _layer_faults(quantized, module)
+    for info in quantized.checkpoint.tensors.values():
+        for check in TENSOR_CHECKS:
+            faults += check(quantized, info)
+    _refuse(faults)
+    for layer in find_structure(directory).layers:
+        for group in layer.groups:
+            faults += _shared_scales_faults(quantized, group)
+    _refuse(faults)
+    return (
+        f"{directory}: {len(manifest)} files and {len(quantized.checkpoint.tensors)} tensors, "
+        f"{len(quantized.modules)} quantized layers: all as they should be"
+    )
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        raise QuantizeError("\n".join(faults))
+
+
+def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """File name -> {"bytes", "sha256"}."""
     if not directory.is_dir():
         raise QuantizeError(f"{directory}: not a directory")
-    _check_finished(directory)
-    if not (directory / MANIFEST).is_file():
+    check_finished(directory)
+    path = directory / MANIFEST
+    if not path.is_file():
         raise QuantizeError(f"{directory}: no {MANIFEST}, this is not a QAM-W checkpoint")
-    manifest = read_json(directory / MANIFEST).get("files")
-    if not isinstance(manifest, dict) or not all(isinstance(e, dict) and {"bytes", "sha256"} <= set(e) for e in manifest.values()):
-        raise QuantizeError(f"{directory / MANIFEST}: files must map every name to its bytes and sha256")
+    files = read_json(path).get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()
+    ):
+        raise QuantizeError(f"{path}: files must map every name to its bytes and sha256")
+    return files
+
+
+def _listed_file_faults(directory: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:
+    """Files that are missing or have other bytes than the manifest lists."""
     faults = []
     for file, entry in manifest.items():
         path = directory / file
@@ -104,55 +84,119 @@ def verify(directory: Path) -> str:
             faults.append(f"{directory / MANIFEST}: {file} is outside the directory")
         elif not path.is_file():
             faults.append(f"{path}: missing")
-        elif path.stat().st_size != entry["bytes"]:
-            faults.append(f"{path}: {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif sha256_of(path) != entry["sha256"]:
-            faults.append(f"{path}: SHA-256 {sha256_of(path)}, the manifest says {entry['sha256']}")
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    present = {file for file in present if not any(part.startswith(".") for part in Path(file).parts)}  # .gitattributes, .cache
-    faults += [f"{directory / file}: not in the manifest" for file in sorted(present - set(manifest) - {MANIFEST})]
-    if faults:
-        raise QuantizeError("\n".join(faults))
-
-    checkpoint, fmt, modules = open_quantized(directory)
-    for name, (rows, inputs) in modules.items():
-        faults += _layer_faults(checkpoint, fmt, name, rows, inputs)
-    for name, info in checkpoint.tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in LAYER_TENSORS and module not in modules:
-            faults.append(f"{info.file}: {name} belongs to no quantised layer: {module}.qweight is missing")
-        if suffix == "weight" and module in modules:
-            faults.append(f"{info.file}: {name} is stored beside {module}.qweight")
-        if suffix == "weight" and len(info.shape) == 2 and module not in modules and module not in fmt.ignore:
-            faults.append(f"{info.file}: {name} is neither quantised nor in config.json's ignore list")
-        if suffix not in LAYER_TENSORS:
-            try:
-                next(checkpoint.load_finite([name]))
-            except ValueError as error:
-                faults.append(f"{info.file}: {error}")
-    for groups in find_structure(directory).layers if not faults else ():
-        faults += [f"{directory}: {linear.name}.input_scales differs from that of {group[0].name}, which reads the same input"
-                   for group in groups for linear in group[1:] if {linear.name, group[0].name} <= set(modules)
-                   and not torch.equal(*(t for _, t in checkpoint.load(f"{x.name}.input_scales" for x in (group[0], linear))))]
-    if faults:
-        raise QuantizeError("\n".join(faults))
-    return (f"{directory}: {len(manifest)} files and {len(checkpoint.tensors)} tensors, {len(modules)} quantised layers: "
-            "all as they should be")
+        elif (size := path.stat().st_size) != entry["bytes"]:
+            faults.append(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
+        elif (digest := sha256_of(path)) != entry["sha256"]:
+            faults.append(f"{path}: SHA-256 {digest}, the manifest says {entry['sha256']}")
+    return faults
 
 
-def _layer_faults(checkpoint: Checkpoint, fmt: QamwFormat, name: str, rows: int, inputs: int) -> list[str]:
+def _unlisted_file_faults(directory: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:
+    """Files that the manifest does not list, except hidden ones: .gitattributes, .cache."""
+    present = set()
+    for path in directory.rglob("*"):
+        relative = path.relative_to(directory)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            present.add(relative.as_posix())
+    unlisted = sorted(present - set(manifest) - {MANIFEST})
+    return [f"{directory / file}: not in the manifest" for file in unlisted]
+
+
+def _layer_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
+    """Shapes and dtypes of a layer's tensors; if they are right, their values."""
+    return _layer_header_faults(quantized, module) or _layer_value_faults(quantized, module)
+
+
+def _layer_header_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
     faults = []
-    for suffix, (shape, dtype) in layer_tensors(rows, inputs, fmt.index_bits_of(name)).items():
-        info = checkpoint.tensors[f"{name}.{suffix}"]
-        if (info.shape, info.dtype) != (shape, dtype):
-            faults.append(f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, expected {dtype} {list(shape)}")
-    if faults:
-        return faults
-    (_, norms), (_, scales) = checkpoint.load([f"{name}.row_norms", f"{name}.input_scales"])
-    for suffix, check in (("row_norms", lambda: check_row_norms(norms)), ("input_scales", lambda: check_input_scales(scales)),
-                          ("qweight", lambda: fmt.rotation_block_size_of(name, inputs))):
+    shape = quantized.modules[module]
+    expected = layer_tensors(shape.num_rows, shape.num_inputs, shape.index_bits)
+    for suffix, (sizes, dtype) in expected.items():
+        info = quantized.checkpoint.tensors[f"{module}.{suffix}"]
+        if (info.shape, info.dtype) != (sizes, dtype):
+            faults.append(
+                f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, "
+                f"expected {dtype} {list(sizes)}"
+            )
+    return faults
+
+
+def _layer_value_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
+    checkpoint, num_inputs = quantized.checkpoint, quantized.modules[module].num_inputs
+    names = [f"{module}.row_norms", f"{module}.input_scales"]
+    (_, row_norms), (_, input_scales) = checkpoint.load(names)
+    checks: dict[str, Callable[[], object]] = {
+        "row_norms": lambda: check_row_norms(row_norms),
+        "input_scales": lambda: check_input_scales(input_scales),
+        "qweight": lambda: quantized.format.rotation_block_size_of(module, num_inputs),
+    }
+    faults = []
+    for suffix, check in checks.items():
         try:
             check()
-        except ValueError as error:
-            faults.append(f"{checkpoint.tensors[f'{name}.{suffix}'].file}: {name}: {error}")
+        except QamwError as error:
+            file = checkpoint.tensors[f"{module}.{suffix}"].file
+            faults.append(f"{file}: {module}: {error}")
+    return faults
+
+
+def _orphan_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
+    """A part of a quantized layer that has no ``qweight``."""
+    module, _, suffix = info.name.rpartition(".")
+    if suffix not in LAYER_TENSORS or module in quantized.modules:
+        return []
+    return [f"{info.file}: {info.name} belongs to no quantized layer: {module}.qweight is missing"]
+
+
+def _twice_stored_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
+    """A plain weight of a layer that is quantized."""
+    module, _, suffix = info.name.rpartition(".")
+    if suffix != "weight" or module not in quantized.modules:
+        return []
+    return [f"{info.file}: {info.name} is stored beside {module}.qweight"]
+
+
+def _unlisted_matrix_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
+    """A plain matrix that a reader would look for as a quantized one."""
+    module, _, suffix = info.name.rpartition(".")
+    if suffix != "weight" or len(info.shape) != 2:
+        return []
+    if module in quantized.modules or module in quantized.format.ignore:
+        return []
+    return [f"{info.file}: {info.name} is neither quantized nor in config.json's ignore list"]
+
+
+def _not_finite_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
+    """A plain tensor with a value that is not finite."""
+    if info.name.rpartition(".")[2] in LAYER_TENSORS:
+        return []
+    try:
+        next(quantized.checkpoint.load_finite([info.name]))
+    except QamwError as error:
+        return [f"{info.file}: {error}"]
+    return []
+
+
+TENSOR_CHECKS: tuple[Callable[[QuantizedCheckpoint, TensorInfo], list[str]], ...] = (
+    _orphan_faults,
+    _twice_stored_faults,
+    _unlisted_matrix_faults,
+    _not_finite_faults,
+)
+
+
+def _shared_scales_faults(quantized: QuantizedCheckpoint, group: InputGroup) -> list[str]:
+    """Layers that read one activation must scale it alike: it is scaled and rotated once."""
+    first, *others = group.linears
+    faults = []
+    for linear in others:
+        if not {first.name, linear.name} <= set(quantized.modules):
+            continue
+        names = [f"{first.name}.input_scales", f"{linear.name}.input_scales"]
+        (_, expected), (_, scales) = quantized.checkpoint.load(names)
+        if not torch.equal(expected, scales):
+            faults.append(
+                f"{quantized.directory}: {linear.name}.input_scales differs from that of "
+                f"{first.name}, which reads the same input"
+            )
     return faults

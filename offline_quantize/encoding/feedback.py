@@ -1,45 +1,61 @@
-"""Error feedback: pairs are coded in order, and each takes up what the pairs before it left wrong (GPTQ, LDLQ).
+"""Error feedback: pairs are coded in order, and each makes up for the errors of those before it.
 
-The output error of a coded row is (u - q) H (u - q)^T with H the second moment of the layer's input, in the basis of the
-coordinates. Let H = R R^T with R upper triangular in 2 x 2 blocks, and A = R diag(R)^-1. Then
+Known as GPTQ (arXiv 2210.17323) and LDLQ (2307.13304). The output error of a coded row is
+(u - q) H (u - q)^T with H the second moment of the layer's input, in the basis of the coordinates.
+Let H = R R^T with R upper triangular in 2 x 2 blocks, and A = R diag(R)^-1. Then
 
     t_p = u_p + sum over i < p of (u_i - q_i) A[i, p]          q_p = codeword nearest to t_p
     error = sum over p of |(t_p - q_p) R[p, p]|^2
 
-so that coding every t_p well is all that is left to do. See arXiv 2210.17323 (GPTQ), 2307.13304 (LDLQ).
+so that coding every t_p well is all that is left to do.
 """
+
+from collections.abc import Callable
 
 import torch
 
-from qamw_kernels.format.codebook import load_codebook
 from qamw_kernels.codec.nearest import nearest
+from qamw_kernels.codec.rotation import rotate
+from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import load_codebook
 
-DAMPING = 0.1  # of the mean diagonal: inputs that the calibration text does not have must not be paid for those it has
+# Of the mean diagonal. Inputs that the calibration text does not have must not get large errors for
+# the sake of those that it has.
+DAMPING = 0.1
 LAZY_INPUTS = 128  # coordinates between two large matrix products
 
 
 def shrink(hessian: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """In place: what few tokens show of correlations between many inputs is believed the less, the fewer they are."""
+    """Make correlations [K, K] smaller, in place: the fewer tokens show them, the more so.
+
+    Returns:
+        ``hessian``; its diagonal stays.
+    """
     diagonal = hessian.diagonal().clone()
     hessian.mul_(num_tokens / (num_tokens + len(hessian))).diagonal().copy_(diagonal)
     return hessian
 
 
 def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """R [K, K] upper triangular with R R^T = ``hessian`` [K, K] plus ``damping`` times its mean diagonal; all float64.
+    """R [K, K] upper triangular with R R^T = ``hessian`` + ``damping`` * mean diagonal * I.
 
-    Damping stands for what a finite text does not show, and makes a rank-deficient Hessian definite; where rounding still
-    hides that, it is raised.
+    Damping stands for what a finite text does not show, and makes a rank-deficient Hessian
+    definite; where rounding still hides that, it is raised.
 
+    Args:
+        hessian: [K, K] float64.
+    Returns:
+        float64.
     Raises:
-        ValueError: the Hessian is not finite.
+        TensorError: the Hessian is not finite.
     """
     if not hessian.isfinite().all():
-        raise ValueError("the calibration text makes activations whose squares are not finite")
+        raise TensorError("the squares of the activations on the calibration text are not finite")
     mean = hessian.diagonal().mean()
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
+        root: torch.Tensor
         root, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             return root.flip(0, 1)
@@ -47,7 +63,10 @@ def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
 
 
 def feedback_matrix(root: torch.Tensor) -> torch.Tensor:
-    """A - I [K, K] float32 from R: what an error at input i (row) adds to the target of input j (column)."""
+    """A - I [K, K] float32 from R [K, K] float64.
+
+    It holds what an error at input i (row) adds to the target of input j (column).
+    """
     pairs = len(root) // 2
     columns = root.view(-1, pairs, 2)
     at = torch.arange(pairs, device=root.device)
@@ -57,13 +76,42 @@ def feedback_matrix(root: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(root.shape).float()
 
 
-def encode_with_feedback(coordinates: torch.Tensor, feedback: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Indices [N, P] int16 of ``coordinates`` [N, K] float32, coded with ``feedback`` [K, K] float32."""
+def feedback_coder(
+    hessian: torch.Tensor, input_scales: torch.Tensor, index_bits: int, rotation_block_size: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that codes coordinates [n, K] float32 as indices [n, P] int16, with feedback.
+
+    Args:
+        hessian: [K, K] float32, of the input as it is, neither scaled nor rotated.
+        input_scales: [K] float16.
+    Raises:
+        TensorError: the Hessian is not finite.
+    """
+    scales = input_scales.to(hessian.device).double()
+    basis = hessian.double() * scales[:, None] * scales
+    for _ in range(2):
+        basis = rotate(basis, rotation_block_size).T
+    feedback = feedback_matrix(factor(basis, DAMPING))
+    return lambda coordinates: encode_with_feedback(coordinates, feedback, index_bits)
+
+
+def encode_with_feedback(
+    coordinates: torch.Tensor, feedback: torch.Tensor, index_bits: int
+) -> torch.Tensor:
+    """Code coordinates with error feedback.
+
+    Args:
+        coordinates: [N, K] float32.
+        feedback: [K, K] float32, of :func:`feedback_matrix`.
+    Returns:
+        indices [N, P] int16.
+    """
     codebook = load_codebook(index_bits).to(coordinates.device)
     num_rows, num_inputs = coordinates.shape
+    device = coordinates.device
     wanted = coordinates.T  # [K, N]: a pair is two contiguous rows
-    error = torch.empty(num_inputs, num_rows, device=coordinates.device)  # u - q
-    indices = torch.empty(num_inputs // 2, num_rows, dtype=torch.int16, device=coordinates.device)
+    error = torch.empty(num_inputs, num_rows, device=device)  # u - q
+    indices = torch.empty(num_inputs // 2, num_rows, dtype=torch.int16, device=device)
     for start in range(0, num_inputs, LAZY_INPUTS):
         part = slice(start, min(start + LAZY_INPUTS, num_inputs))
         target = torch.addmm(wanted[part], feedback[:start, part].T, error[:start])
@@ -72,18 +120,25 @@ def encode_with_feedback(coordinates: torch.Tensor, feedback: torch.Tensor, inde
             pair = slice(i, i + 2)
             chosen = nearest(target[pair].T, index_bits)
             indices[(start + i) // 2] = chosen
-            torch.sub(wanted[start + i : start + i + 2], codebook.index_select(0, chosen.int()).T, out=errors[pair])
+            codewords = codebook.index_select(0, chosen.int())
+            torch.sub(wanted[start + i : start + i + 2], codewords.T, out=errors[pair])
             target[i + 2 :].addmm_(local[pair, i + 2 :].T, errors[pair])
     return indices.T.contiguous()
 
 
-def encode_with_feedback_slow(coordinates: torch.Tensor, hessian: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Slow truth of :func:`encode_with_feedback`: after every pair, all later inputs are set to their best values anew.
+def encode_with_feedback_reference(
+    coordinates: torch.Tensor, hessian: torch.Tensor, index_bits: int
+) -> torch.Tensor:
+    """Reference of :func:`encode_with_feedback`, derived in another way, and slow.
 
-    With the first pairs fixed, the error is a quadratic form in the rest; its minimum is the classical regression.
+    After every pair, all later inputs are set to their best values anew. With the first pairs
+    fixed, the error is a quadratic form in the rest; its minimum is the classical regression.
 
     Args:
-        coordinates: [N, K] float64. hessian: [K, K] float64.
+        coordinates: [N, K] float64.
+        hessian: [K, K] float64.
+    Returns:
+        indices [N, P] int16.
     """
     codebook = load_codebook(index_bits).double()
     target, chosen = coordinates.clone(), []
@@ -92,5 +147,6 @@ def encode_with_feedback_slow(coordinates: torch.Tensor, hessian: torch.Tensor, 
         target[:, done : done + 2] = codebook[chosen[-1].int()]
         fixed, rest = slice(0, done + 2), slice(done + 2, None)
         error = coordinates[:, fixed] - target[:, fixed]
-        target[:, rest] = coordinates[:, rest] + error @ torch.linalg.solve(hessian[rest, rest], hessian[rest, fixed]).T
+        regression = torch.linalg.solve(hessian[rest, rest], hessian[rest, fixed])
+        target[:, rest] = coordinates[:, rest] + error @ regression.T
     return torch.stack(chosen, 1)

@@ -1,12 +1,11 @@
-"""Which linears of a model are quantised, found by structure: ``nn.Linear`` inside the repeated decoder layers.
+"""The linears of a model that can be quantized: every ``nn.Linear`` in its decoder layers.
 
-The model is built without weights. One decoder layer at a time is run on meta tensors, and linears that receive the very
-same tensor object form an input group: they share channel scales and rotation, as vLLM's fused layers need. So do the experts of a
-layer, which vLLM holds in one tensor.
+The model is built without weights. One decoder layer at a time is run on meta tensors. Linears that
+receive the very same tensor object form an input group: they share input scales and rotation, as
+vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,14 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.model.experts import Experts, unfuse_experts
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.experts import Experts
+from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
 from qamw_kernels.format.config import role_of
 
-MIN_LINEAR_SHARE = 0.9  # of a decoder layer's parameters: below it, the weights that matter are not nn.Linear
+# Of a decoder layer's parameters: below it, the weights that matter are not nn.Linear.
+MIN_LINEAR_SHARE = 0.9
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Linear:
 
     Attributes:
         row_parallel: True where vLLM may cut the inputs between tensor-parallel ranks.
-        reads: name of the first linear that reads the same input: their Hessian is one. All experts of a layer read the same input, of
-            which each sees some tokens.
+        reads: name of the first linear that reads the same input: they have one Hessian. All
+            experts of a layer read the same input, but each gets only some of its tokens.
     """
 
     name: str
@@ -39,31 +42,115 @@ class Linear:
     reads: str
 
     @property
+    def weight_name(self) -> str:
+        """Name of the tensor with its weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def num_weights(self) -> int:
+        """N * K."""
+        return self.num_rows * self.num_inputs
+
+    @property
     def routed(self) -> bool:
-        """Whether it belongs to an expert, which does not see every token."""
+        """Whether it belongs to an expert, which does not get every token."""
         return role_of(self.name) != self.name
 
     @property
     def counted(self) -> bool:
-        """Whether its input adds to the Hessian: once for every token, and for every expert that the token is sent to."""
+        """Whether its input adds to the Hessian: among linears that read the same, the first does.
+
+        So every token counts once, and of experts once for each that it is sent to.
+        """
         return role_of(self.name) == role_of(self.reads)
 
 
 @dataclass(frozen=True)
+class InputGroup:
+    """Linears that read one activation, or that have one role in all experts of a layer.
+
+    They share input scales and rate.
+    """
+
+    linears: tuple[Linear, ...]
+
+    def __iter__(self) -> Iterator[Linear]:
+        return iter(self.linears)
+
+    @property
+    def name(self) -> str:
+        """Name of the first linear."""
+        return self.linears[0].name
+
+    @property
+    def num_inputs(self) -> int:
+        """K of every linear."""
+        return self.linears[0].num_inputs
+
+    @property
+    def num_weights(self) -> int:
+        """Of all linears together."""
+        return sum(linear.num_weights for linear in self.linears)
+
+    @property
+    def routed(self) -> bool:
+        """Whether the linears belong to experts."""
+        return self.linears[0].routed
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer: its module name, its position, and its input groups."""
+
+    name: str
+    index: int
+    groups: tuple[InputGroup, ...]
+
+    def linears(self) -> Iterator[Linear]:
+        """The linears of all groups."""
+        for group in self.groups:
+            yield from group
+
+    @property
+    def num_weights(self) -> int:
+        """Of all linears together."""
+        return sum(group.num_weights for group in self.groups)
+
+    def input_widths(self) -> dict[str, int]:
+        """Number of inputs K of every activation that linears read, by :attr:`Linear.reads`."""
+        return {linear.reads: linear.num_inputs for linear in self.linears()}
+
+    def tensor_names(self, checkpoint: Checkpoint) -> list[str]:
+        """Names of the checkpoint's tensors that belong to this layer."""
+        return [name for name in checkpoint.tensors if name.startswith(f"{self.name}.")]
+
+    def load(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
+        """The checkpoint's tensors of this layer, by name.
+
+        Raises:
+            TensorError: a tensor is not finite.
+        """
+        return dict(checkpoint.load_finite(self.tensor_names(checkpoint)))
+
+
+@dataclass(frozen=True)
 class Structure:
-    """The decoder layers of a model.
+    """The decoder layers of a model, and its head.
 
     Attributes:
         layers_name: module name of the list of decoder layers.
-        layers: for every layer, its input groups; for every group, its linears.
-        num_heads, num_kv_heads: attention heads, None where config.json does not say; vLLM cuts between heads.
-        kv_rows: rows of a key projection, which vLLM replicates rather than cuts when ranks outnumber its heads.
+        layers: the decoder layers, in order.
+        num_heads: attention heads, between which vLLM cuts; None where config.json has no number.
+        num_kv_heads: the same, of keys and values.
+        kv_rows: rows of a key projection, which vLLM replicates rather than cuts when there are
+            more ranks than key heads.
         parameter_names: every tensor that a checkpoint must have.
-        head: the linear that makes logits. head_source: the tensor with its weight, which may be that of the embeddings.
+        head: the linear that makes logits.
+        head_source: the tensor with the head's weight, which may be that of the embeddings.
     """
 
     layers_name: str
-    layers: tuple[tuple[tuple[Linear, ...], ...], ...]
+    layers: tuple[DecoderLayer, ...]
     num_heads: int | None
     num_kv_heads: int | None
     kv_rows: int | None
@@ -72,170 +159,149 @@ class Structure:
     head_source: str
 
     def linears(self) -> Iterator[Linear]:
-        for groups in self.layers:
-            for group in groups:
-                yield from group
+        """The linears of all decoder layers; not the head."""
+        for layer in self.layers:
+            yield from layer.linears()
 
 
-def build_empty_model(directory: Path) -> Any:
-    """The transformers model of config.json with parameters on the meta device and real buffers; no remote code."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+def find_structure(directory: Path) -> Structure:
+    """Analyze the model of a checkpoint directory; reads config.json only.
 
-    try:
-        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            unfuse_experts(model)
-    except Exception as error:  # whatever the code of an architecture makes of a bad config.json
-        raise QuantizeError(f"{directory}: unsupported architecture: {type(error).__name__}: {error}") from None
-    return model.eval()
-
-
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the repeated decoder layers: the largest ``nn.ModuleList``."""
-    def size(module: nn.Module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    if not lists:
-        raise QuantizeError(f"unsupported architecture {type(model).__name__}: it has no repeated layers")
-    return max(lists, key=lambda item: size(item[1]))
-
-
-class _AllLayersCalled(Exception):
-    pass
-
-
-def record_layer_calls(model: Any, layers: nn.ModuleList, input_ids: torch.Tensor) -> list[tuple[torch.Tensor, tuple, dict]]:
-    """(hidden states, args, kwargs) with which the model calls each decoder layer on ``input_ids`` [batch, T].
-
-    The layers pass their input through, so only the first hidden states are real; args and kwargs (masks, rotary
-    embeddings, which may differ by layer) are what the layers need. Needs no decoder weights.
+    Raises:
+        QuantizeError: the architecture is not known, cannot be traced, or has most of its weights
+            elsewhere than in ``nn.Linear`` of repeated layers.
     """
-    calls: list[tuple[torch.Tensor, tuple, dict]] = []
-    order: list[int] = []
+    model = build_empty_model(directory)
+    layers_name, modules = decoder_layers(model)
+    calls = _layer_calls(model, layers_name, modules)
+    row_parallel = _row_parallel_names(model.config)
+    layers = []
+    for index, (module, call) in enumerate(zip(modules, calls, strict=True)):
+        try:
+            groups = _input_groups(f"{layers_name}.{index}", module, call, row_parallel)
+        except QuantizeError as error:
+            raise QuantizeError(
+                f"unsupported architecture {type(model).__name__}: {error}"
+            ) from error
+        layers.append(DecoderLayer(f"{layers_name}.{index}", index, groups))
+    head, head_source, parameter_names = _head_and_parameters(model)
+    return Structure(
+        layers_name,
+        tuple(layers),
+        *_attention_heads(model.config.get_text_config()),
+        parameter_names,
+        head,
+        head_source,
+    )
 
-    def recorder(index: int) -> Callable[..., torch.Tensor]:
-        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            order.append(index)
-            calls.append((hidden, args, kwargs))
-            if len(calls) == len(layers):
-                raise _AllLayersCalled
-            return hidden
 
-        return record
-
-    for i, layer in enumerate(layers):
-        layer.forward = recorder(i)
-    try:
-        with torch.no_grad():
-            model.base_model(input_ids=input_ids, use_cache=False)
-    except _AllLayersCalled:
-        pass
-    except Exception as error:  # whatever the model's own code raises
-        raise QuantizeError(f"unsupported architecture {type(model).__name__}: calling it fails: {error}") from error
-    finally:
-        for layer in layers:
-            del layer.forward
-    if order != list(range(len(layers))):
-        raise QuantizeError(f"unsupported architecture {type(model).__name__}: its {len(layers)} decoder layers were called as {order}")
+def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[LayerCall]:
+    """How the model calls its decoder layers, which are on the meta device, with four tokens."""
+    # Weights outside the layers are needed to call the model: one zero stands for all of a weight.
+    set_parameters(
+        model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
+    )
+    calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    layers.to("meta")
     return calls
 
 
-@contextmanager
-def on_linear_inputs(layer: nn.Module, callback: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
-    """While active, call ``callback(name inside the layer, input)`` whenever an ``nn.Linear`` of the layer runs."""
-    def hook_for(name: str) -> Callable[[nn.Module, tuple], None]:
-        return lambda module, args: callback(name, args[0])
+def _row_parallel_names(config: Any) -> set[str] | None:
+    """Last parts of the names of linears whose inputs may be cut; None: any linear's may be."""
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        return None
+    # Not whole names: plans leave out whole blocks (shared experts, the attention of some models).
+    names = {pattern.rpartition(".")[2] for pattern, style in plan.items() if "rowwise" in style}
+    return names | {"o_proj", "down_proj"}
 
-    handles = [m.register_forward_pre_hook(hook_for(name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
+
+def _input_groups(
+    layer_name: str, layer: nn.Module, call: LayerCall, row_parallel: set[str] | None
+) -> tuple[InputGroup, ...]:
+    """The input groups of one decoder layer."""
+    modules = _quantizable(layer)
+    _check_linear_share(layer_name, layer, modules)
     try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        traced = _names_by_input(layer, call)
+    except Exception as error:  # whatever a layer's own code raises on meta tensors
+        raise QuantizeError(f"{layer_name} cannot be traced: {error}") from error
+    groups = [[name for name in group if name in modules] for group in traced]
+    called = {name for group in groups for name in group}
+    groups += [[name] for name in modules if name not in called]
+
+    by_role: dict[str, list[Linear]] = {}  # one for all that experts have in the same place
+    for names in filter(None, groups):
+        reads = f"{layer_name}.{names[0]}"
+        for name in dict.fromkeys(names):
+            full = f"{layer_name}.{name}"
+            inner = len(names) == 1 and role_of(full) != full  # what an expert computes itself
+            cut = inner or row_parallel is None or name.rpartition(".")[2] in row_parallel
+            rows, inputs = modules[name].weight.shape
+            linear = Linear(full, rows, inputs, cut, reads)
+            by_role.setdefault(role_of(reads), []).append(linear)
+    return tuple(InputGroup(tuple(linears)) for linears in by_role.values())
 
 
-def set_parameters(module: nn.Module, make: Callable[[str, torch.Tensor], torch.Tensor], skip: str = "", buffers: bool = False) -> None:
-    """Replace every parameter (and buffer) of ``module`` by ``make(name, old)``, but for those below the submodule ``skip``."""
-    for prefix, submodule in module.named_modules():
-        if skip and (prefix + ".").startswith(skip + "."):
-            continue
-        for name, parameter in list(submodule.named_parameters(recurse=False)):
-            full = f"{prefix}.{name}" if prefix else name
-            setattr(submodule, name, nn.Parameter(make(full, parameter), requires_grad=False))
-        for name, buffer in list(submodule.named_buffers(recurse=False)) if buffers else ():
-            setattr(submodule, name, make(f"{prefix}.{name}" if prefix else name, buffer))
+def _quantizable(layer: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of a layer by their name inside it, except routers and gates beside experts."""
+    blocks = {
+        name.rpartition(".")[0] for name, m in layer.named_modules() if isinstance(m, Experts)
+    }
+    return {
+        name: module
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[0] not in blocks
+    }
 
 
-def _input_groups(layer: nn.Module, call: tuple[torch.Tensor, tuple, dict]) -> list[list[str]]:
-    """Names inside the layer of the linears that receive the same tensor, in the order in which they run."""
+def _check_linear_share(layer_name: str, layer: nn.Module, modules: dict[str, nn.Linear]) -> None:
+    total = sum(p.numel() for p in layer.parameters())
+    in_linears = sum(m.weight.numel() for m in modules.values())
+    if in_linears < MIN_LINEAR_SHARE * total:
+        matrices = {name.rpartition(".")[0] for name, p in layer.named_parameters() if p.ndim > 1}
+        raise QuantizeError(
+            f"nn.Linear holds only {in_linears / total:.0%} of the weights of {layer_name}; "
+            f"the rest is in {sorted(matrices - set(modules))}"
+        )
+
+
+def _names_by_input(layer: nn.Module, call: LayerCall) -> list[list[str]]:
+    """Names inside the layer of the linears that receive the same tensor, in order of running."""
     by_input: dict[int, list[str]] = {}
     alive = []  # keeps ids unique while the layer runs
 
-    def note(name: str, x: torch.Tensor) -> None:
+    def record(name: str, x: torch.Tensor) -> None:
         alive.append(x)
         by_input.setdefault(id(x), []).append(name)
 
     hidden, args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), call)
-    with on_linear_inputs(layer, note), torch.no_grad():
+    with on_linear_inputs(layer, record), torch.no_grad():
         layer(hidden, *args, **kwargs)
     return list(by_input.values())
 
 
-def find_structure(directory: Path) -> Structure:
-    """Analyse the model of a checkpoint directory; reads config.json only.
-
-    Raises:
-        QuantizeError: the architecture is unknown, or most of its weights are not ``nn.Linear`` in repeated layers.
-    """
-    model = build_empty_model(directory)
-    layers_name, layers = decoder_layers(model)
-    # Weights outside the layers are needed to call the model: zeros are enough, one zero for all of a weight.
-    set_parameters(model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name)
-    calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
-    layers.to("meta")
-
-    plan = getattr(model.config, "base_model_tp_plan", None) or {}
-    # By the last part of the name: plans leave out whole blocks (shared experts, the attention of some models).
-    row_parallel = {pattern.rpartition(".")[2] for pattern, style in plan.items() if "rowwise" in style} | {"o_proj", "down_proj"}
-
-    found = []
-    for i, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        blocks = {name.rpartition(".")[0] for name, m in layer.named_modules() if isinstance(m, Experts)}
-        modules = {name: m for name, m in layer.named_modules()
-                   if isinstance(m, nn.Linear) and name.rpartition(".")[0] not in blocks}  # beside experts: routers and gates
-        total, in_linears = sum(p.numel() for p in layer.parameters()), sum(m.weight.numel() for m in modules.values())
-        if in_linears < MIN_LINEAR_SHARE * total:
-            others = sorted({n.rpartition(".")[0] for n, p in layer.named_parameters() if p.ndim > 1} - set(modules))
-            raise QuantizeError(f"unsupported architecture {type(model).__name__}: nn.Linear holds only {in_linears / total:.0%} of the "
-                                f"weights of {layers_name}.{i}; the rest is in {others}")
-        try:
-            groups = [[name for name in group if name in modules] for group in _input_groups(layer, call)]
-        except Exception as error:  # whatever a layer's own code raises on meta tensors
-            raise QuantizeError(f"unsupported architecture {type(model).__name__}: {layers_name}.{i} cannot be traced: {error}") from error
-        called = {name for group in groups for name in group}
-        groups += [[name] for name in modules if name not in called]
-        by_role: dict[str, list[Linear]] = {}  # input groups, but those of experts' inner activations are one
-        for group in filter(None, groups):
-            for name in dict.fromkeys(group):
-                full, first = f"{layers_name}.{i}.{name}", f"{layers_name}.{i}.{group[0]}"
-                inner = len(group) == 1 and role_of(full) != full
-                cut = inner or not plan or name.rpartition(".")[2] in row_parallel
-                rows, inputs = modules[name].weight.shape
-                by_role.setdefault(role_of(first), []).append(Linear(full, rows, inputs, cut, first))
-        found.append(tuple(map(tuple, by_role.values())))
-    config = model.config.get_text_config()
+def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
+    """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
     num_heads = getattr(config, "num_attention_heads", None)
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
     try:
-        head_dim = getattr(config, "head_dim", None) or (config.hidden_size // num_heads if num_heads else None)
-    except Exception:  # transformers has an error of its own for models whose layers differ in it (Gemma 4)
+        head_dim = getattr(config, "head_dim", None)
+        if not head_dim and num_heads:
+            head_dim = config.hidden_size // num_heads
+    except Exception:  # transformers has an error of its own for layers that differ in it (Gemma 4)
         head_dim = None
+    kv_rows = num_kv_heads * head_dim if num_kv_heads and head_dim else None
+    return num_heads, num_kv_heads, kv_rows
+
+
+def _head_and_parameters(model: Any) -> tuple[Linear, str, tuple[str, ...]]:
+    """The head, the tensor with its weight, and all tensors that a checkpoint must have."""
     names = {id(module): name for name, module in model.named_modules()}
-    output, tied = model.get_output_embeddings(), bool(config.tie_word_embeddings)
-    head = Linear(names[id(output)], len(output.weight), output.weight.shape[1], False, names[id(output)])
-    return Structure(layers_name, tuple(found), num_heads, num_kv_heads, num_kv_heads * head_dim if num_kv_heads and head_dim else None,
-                     tuple(name for name, _ in model.named_parameters() if not (tied and name == f"{head.name}.weight")),
-                     head, f"{names[id(model.get_input_embeddings())] if tied else head.name}.weight")
+    output, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
+    name = names[id(output)]
+    rows, inputs = output.weight.shape
+    head = Linear(name, rows, inputs, row_parallel=False, reads=name)
+    source = f"{names[id(model.get_input_embeddings())]}.weight" if tied else head.weight_name
+    parameters = (name for name, _ in model.named_parameters())
+    return head, source, tuple(p for p in parameters if not (tied and p == head.weight_name))

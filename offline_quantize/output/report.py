@@ -1,120 +1,188 @@
-"""What a run reports: a JSON file, a plot and a model card, all of them the same for the same request."""
+"""What a run reports: how well every layer is represented, as JSON and as a plot.
+
+Report and plot are the same bytes for the same request.
+"""
 
 import math
-from collections.abc import Iterable
-from importlib.metadata import version
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from offline_quantize.output.directory import Output, json_bytes
-from offline_quantize.planning.plan import HEAD_INDEX_BITS, Plan
+from offline_quantize.encoding.group import Errors
 from offline_quantize.model.structure import Linear
-from qamw_kernels.codec.encode import QuantizedWeight
+from qamw_kernels.format.rates import QuantizedShape
+from qamw_kernels.format.weight import QuantizedWeight
 
-REPORT = "qamw_report.json"
-PLOT = "qamw_report.png"
-BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
-CARD = "README.md"
+NUM_WORST_LAYERS = 5
 
 
-def layer_entry(linear: Linear, quantized: QuantizedWeight, errors: dict[str, float],
-                stored: Iterable[torch.Tensor]) -> dict[str, Any]:
-    """One linear's line of the report; errors are relative squared errors, SQNR is in dB."""
-    num_bytes = sum(t.numel() * t.itemsize for t in stored)
-    return {
-        "name": linear.name,
-        "shape": [linear.num_rows, linear.num_inputs],
-        "index_bits": quantized.index_bits,
-        "rotation_block_size": quantized.rotation_block_size,
-        "effective_bits_per_weight": 8 * num_bytes / (linear.num_rows * linear.num_inputs),
-        "sqnr_db": -10 * math.log10(errors["nmse"]) if errors["nmse"] > 0 else None,
-        **errors,
-    }
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized linear layer.
 
-
-def make_report(plan: Plan, entries: list[dict[str, Any]], method: dict[str, Any]) -> dict[str, Any]:
-    """The whole report: how, totals, worst layers, layers (experts, mostly) that no calibration token reached, every layer.
-
-    Args:
-        method: "calibration", the name of the text or None; "calibration_tokens"; "encoder"; "rates".
+    Attributes:
+        name: of the module.
+        shape: [num_rows, num_inputs] of its weight.
+        index_bits: per pair of weights.
+        rotation_block_size: Hadamard width.
+        effective_bits_per_weight: all its stored bytes, without the codebook.
+        sqnr_db: signal to quantization noise of the weight, in dB; None where there is no noise.
+        nmse: squared error of the weight, relative to its squared norm.
+        output_nmse: the same of the layer's output on the calibration text; None where no token
+            reached the layer, or without calibration.
     """
-    key = "output_nmse" if method["calibration"] else "nmse"
-    worst = sorted((entry for entry in entries if key in entry), key=lambda entry: -entry[key])[:5]
-    return {
-        "qamw_version": version("qamw-vllm"),
-        **method,
-        "nominal_bits_per_weight": plan.nominal_bits_per_weight,
-        "effective_bits_per_weight": plan.effective_bits_per_weight,
-        "quantized_weights": plan.num_quantized_weights,
-        "source_bytes": plan.source_bytes,
-        "output_bytes": plan.output_bytes,
-        "tensor_parallel_sizes": list(plan.tensor_parallel_sizes),
-        "not_reached": [entry["name"] for entry in entries if key not in entry],
-        "worst_layers": [f"{entry['name']}: {key} {entry[key]:.2e}" for entry in worst],
-        "layers": entries,
-    }
+
+    name: str
+    shape: tuple[int, int]
+    index_bits: int
+    rotation_block_size: int
+    effective_bits_per_weight: float
+    sqnr_db: float | None
+    nmse: float
+    output_nmse: float | None
+
+    @staticmethod
+    def of(linear: Linear, quantized: QuantizedWeight, errors: Errors) -> "LayerReport":
+        """The report of a linear from its quantized weight, and the errors of that."""
+        shape = QuantizedShape(linear.num_rows, linear.num_inputs, quantized.index_bits)
+        return LayerReport(
+            name=linear.name,
+            shape=(linear.num_rows, linear.num_inputs),
+            index_bits=quantized.index_bits,
+            rotation_block_size=quantized.rotation_block_size,
+            effective_bits_per_weight=8 * shape.num_bytes / shape.num_weights,
+            sqnr_db=-10 * math.log10(errors.nmse) if errors.nmse > 0 else None,
+            nmse=errors.nmse,
+            output_nmse=errors.output_nmse,
+        )
+
+    @staticmethod
+    def from_dict(entry: Mapping[str, Any]) -> "LayerReport":
+        """The inverse of :meth:`to_dict`."""
+        num_rows, num_inputs = entry["shape"]
+        values = {"output_nmse": None, **entry, "shape": (num_rows, num_inputs)}
+        return LayerReport(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of qamw_report.json; without ``output_nmse`` where that is None."""
+        entry = {
+            "name": self.name,
+            "shape": list(self.shape),
+            "index_bits": self.index_bits,
+            "rotation_block_size": self.rotation_block_size,
+            "effective_bits_per_weight": self.effective_bits_per_weight,
+            "sqnr_db": self.sqnr_db,
+            "nmse": self.nmse,
+        }
+        return entry if self.output_nmse is None else entry | {"output_nmse": self.output_nmse}
 
 
-def write_report(output: Output, result: dict[str, Any], plan: Plan) -> None:
-    output.write(REPORT, lambda path: path.write_bytes(json_bytes(result)))
-    output.write(PLOT, lambda path: _plot(path, result))
-    output.write(CARD, lambda path: path.write_bytes(_card(result, plan).encode()))
+@dataclass(frozen=True)
+class Report:
+    """A whole run.
+
+    Attributes:
+        qamw_version: of this package.
+        calibration: file name of the calibration text, None without.
+        calibration_tokens: how many tokens of it were read.
+        encoder: as in :class:`~offline_quantize.planning.request.QuantizeRequest`.
+        rates: likewise.
+        nominal_bits_per_weight: what the indices take, on average over the decoder layers.
+        effective_bits_per_weight: all stored bytes of the quantized decoder layers.
+        quantized_weights: number of weights in them.
+        source_bytes: of the model's tensors.
+        output_bytes: of the tensors that were written.
+        tensor_parallel_sizes: that the result can be served with.
+        layers: every quantized linear, the head last.
+    """
+
+    qamw_version: str
+    calibration: str | None
+    calibration_tokens: int
+    encoder: str
+    rates: str
+    nominal_bits_per_weight: float
+    effective_bits_per_weight: float
+    quantized_weights: int
+    source_bytes: int
+    output_bytes: int
+    tensor_parallel_sizes: tuple[int, ...]
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def error_name(self) -> str:
+        """The error that matters most, as a name in the JSON of a layer."""
+        return "nmse" if self.calibration is None else "output_nmse"
+
+    def error_of(self, layer: LayerReport) -> float | None:
+        """The error that matters most, of one layer; None where it is not known."""
+        return layer.nmse if self.calibration is None else layer.output_nmse
+
+    @property
+    def not_reached(self) -> list[str]:
+        """Names of the layers, mostly experts, that no calibration token reached."""
+        return [layer.name for layer in self.layers if self.error_of(layer) is None]
+
+    @property
+    def worst_layers(self) -> list[str]:
+        """Lines about the layers with the largest errors."""
+        known = [(self.error_of(layer), layer.name) for layer in self.layers]
+        errors = [(error, name) for error, name in known if error is not None]
+        errors.sort(key=lambda item: -item[0])
+        return [
+            f"{name}: {self.error_name} {error:.2e}" for error, name in errors[:NUM_WORST_LAYERS]
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of qamw_report.json."""
+        return {
+            "qamw_version": self.qamw_version,
+            "calibration": self.calibration,
+            "calibration_tokens": self.calibration_tokens,
+            "encoder": self.encoder,
+            "rates": self.rates,
+            "nominal_bits_per_weight": self.nominal_bits_per_weight,
+            "effective_bits_per_weight": self.effective_bits_per_weight,
+            "quantized_weights": self.quantized_weights,
+            "source_bytes": self.source_bytes,
+            "output_bytes": self.output_bytes,
+            "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
+            "not_reached": self.not_reached,
+            "worst_layers": self.worst_layers,
+            "layers": [layer.to_dict() for layer in self.layers],
+        }
 
 
-def _plot(path: Path, result: dict[str, Any]) -> None:
-    from matplotlib.figure import Figure
+def plot(path: Path, report: Report) -> None:
+    """Write a PNG: the error of every layer, a line for each kind of linear."""
+    from matplotlib.figure import Figure  # slow to import
 
-    calibrated = result["calibration"] is not None
-    key, label = ("output_nmse", "output error") if calibrated else ("nmse", "weight error")
-    by_role: dict[str, list[tuple[int, float]]] = {}
-    for entry in result["layers"]:
-        parts = entry["name"].split(".")
-        layer = next((int(part) for part in parts if part.isdigit()), 0)
-        role = ".".join(part for part in parts[-2:] if not part.isdigit())
-        by_role.setdefault(role, []).append((layer, entry.get(key) or math.nan))
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
-    for role, points in by_role.items():
+    for role, points in _points_by_role(report).items():
         alone = len({layer for layer, _ in points}) == len(points)  # and not one of many experts
-        axes.semilogy(*zip(*points, strict=True), marker=".", linestyle="-" if alone else "", label=role)
-    axes.set(xlabel="decoder layer", ylabel=f"{label} (squared, relative)",
-             title=f"{result['effective_bits_per_weight']:.3f} effective bits per weight")
+        axes.semilogy(
+            *zip(*points, strict=True), marker=".", linestyle="-" if alone else "", label=role
+        )
+    label = "weight error" if report.calibration is None else "output error"
+    axes.set(
+        xlabel="decoder layer",
+        ylabel=f"{label} (squared, relative)",
+        title=f"{report.effective_bits_per_weight:.3f} effective bits per weight",
+    )
     axes.grid(True, which="both", alpha=0.3)
     axes.legend(fontsize="small", ncols=2)
     figure.savefig(path, format="png", dpi=120, metadata={"Software": None})
 
 
-def _card(result: dict[str, Any], plan: Plan) -> str:
-    name = plan.checkpoint.name
-    worst = "\n".join(f"- {line}" for line in result["worst_layers"])
-    sizes = ", ".join(map(str, result["tensor_parallel_sizes"]))
-    text = f"{result['calibration']}, {result['calibration_tokens']} tokens" if result["calibration"] else "none"
-    head = f" The head has {HEAD_INDEX_BITS / 2:g} bits per weight, beside that." if plan.head else ""
-    missed = len(result["not_reached"])
-    uncalibrated = ""
-    if missed:
-        uncalibrated = f"\nNo calibration token reached {missed} of the layers, or mattered to them: they were coded without.\n"
-    kept = ", ".join(f"`{module}`" for module in plan.format.ignore[:8]) + (" ..." if len(plan.format.ignore) > 8 else "")
-    return f"""---
-base_model: {name}
-library_name: vllm
-tags: [qamw]
----
-# {name}, QAM-W {result["nominal_bits_per_weight"]:.3g} bpw
-
-{result["quantized_weights"] / 1e6:.1f} million weights of the decoder layers, {result["effective_bits_per_weight"]:.3f} effective bits each
-(every stored byte counted); {result["output_bytes"] / 1e6:.1f} MB instead of {result["source_bytes"] / 1e6:.1f} MB.{head}
-Calibration: {text}; encoder {result["encoder"]}, {result["rates"]} rates. Made by qamw-vllm {result["qamw_version"]}.
-
-With the vLLM plugin of qamw-vllm installed:
-
-    vllm serve . --quantization qamw
-
-Tensor-parallel sizes: {sizes}. Not quantised: {kept}.
-{uncalibrated}
-Largest errors (all layers in {REPORT} and {PLOT}):
-
-{worst}
-"""
+def _points_by_role(report: Report) -> dict[str, list[tuple[int, float]]]:
+    """Last parts of a module's name -> (decoder layer, error) of each such module."""
+    by_role: dict[str, list[tuple[int, float]]] = {}
+    for entry in report.layers:
+        parts = entry.name.split(".")
+        layer = next((int(part) for part in parts if part.isdigit()), 0)
+        role = ".".join(part for part in parts[-2:] if not part.isdigit())
+        error = report.error_of(entry) or math.nan  # zero has no place on a logarithmic axis
+        by_role.setdefault(role, []).append((layer, error))
+    return by_role

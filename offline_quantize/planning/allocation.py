@@ -1,4 +1,4 @@
-"""Which layers get how many bits: sensitivities in, index bits of every input group out."""
+"""Which layers get how many bits: from sensitivities to the index bits of every input group."""
 
 import heapq
 from collections.abc import Sequence
@@ -7,9 +7,12 @@ from qamw_kernels.format.codebook import INDEX_BITS
 
 
 def allocate(sensitivities: Sequence[float], sizes: Sequence[int], num_bits: float) -> list[int]:
-    """Index bits of every group, so that the sum of ``sensitivity * 2 ** -bits`` is least: one bit more halves the distortion.
+    """Index bits of every group, so that the sum of ``sensitivity * 2 ** -bits`` is least.
+
+    One bit more halves the distortion of a group.
 
     Args:
+        sensitivities: per group, what a unit of distortion costs.
         sizes: pairs per group.
         num_bits: index bits to spend, in all.
     """

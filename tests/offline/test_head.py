@@ -1,71 +1,82 @@
-"""A quantised head: offline, and what vLLM's layer takes in of it."""
+"""A quantized head, from its Hessian to its logits."""
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from offline_quantize.calibration.hessians import Calibrator
+from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
+from offline_quantize.checkpoints.inspect import inspect
+from offline_quantize.checkpoints.verify import verify
+from offline_quantize.evaluation.engines import load_model
+from offline_quantize.evaluation.head import Head
+from offline_quantize.output.report import LayerReport, Report
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.plan import make_plan
+from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.checkpoints import decoded, tensors_of
 from tests.helpers.models import tiny_model
-from offline_quantize.errors import QuantizeError
-from offline_quantize.checkpoints.verify import inspect, verify
-from offline_quantize.planning.plan import make_plan
-from offline_quantize.pipeline import quantize
+
+CPU = torch.device("cpu")
+WINDOW_TOKENS = 128
+
+
+def head_of(report: Report) -> LayerReport:
+    return next(layer for layer in report.layers if layer.name == "lm_head")
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_head(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Untied, or tied to the embeddings, from which it parts; with calibration, by what the last norm puts out."""
-    from offline_quantize.calibration import hessians as cal
-    from offline_quantize.evaluation.run import Head, load_model
-
-    monkeypatch.setattr(cal, "WINDOW_TOKENS", 128)
+def test_head(architecture: str, tmp_path: Path) -> None:
+    """Untied, or tied to the embeddings, from which it parts."""
     model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
     before = tensors_of(model)
-    reports = [quantize(model, out, quantize_lm_head=True, calibration_tokens=512),
-               quantize(model, tmp_path / "nearest", encoder="nearest", rates="uniform", quantize_lm_head=True, calibration_tokens=512)]
-    head, nearest = (next(entry for entry in report["layers"] if entry["name"] == "lm_head") for report in reports)
-    assert head["index_bits"] == 12 and head["nmse"] < 0.001 and head["output_nmse"] < nearest["output_nmse"]
+    options = {
+        "quantize_lm_head": True,
+        "calibration_tokens": 512,
+        "window_tokens": WINDOW_TOKENS,
+    }
+    report = quantize(model, out, QuantizeRequest(**options))
+    plain = QuantizeRequest(encoder="nearest", rates="uniform", **options)
+    nearest = quantize(model, tmp_path / "nearest", plain)
+    head = head_of(report)
+    assert head.index_bits == 12 and head.nmse < 0.001
+    assert head.output_nmse < head_of(nearest).output_nmse
     assert "The head has 6 bits per weight" in (out / "README.md").read_text()
-    assert [reports[1][key] for key in ("calibration_tokens", "encoder", "rates")] == [512, "nearest", "uniform"]
+    assert (nearest.calibration_tokens, nearest.encoder, nearest.rates) == (
+        512,
+        "nearest",
+        "uniform",
+    )
     assert verify(out) and "lm_head" in inspect(out)
     config = json.loads((out / "config.json").read_text())
-    assert config["tie_word_embeddings"] is False and "lm_head" not in config["quantization_config"]["ignore"]
-    assert torch.equal(tensors_of(out)["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
-    original = before["lm_head.weight" if architecture == "llama" else "model.embed_tokens.weight"].float()
+    assert config["tie_word_embeddings"] is False
+    assert "lm_head" not in config["quantization_config"]["ignore"]
+    embeddings = before["model.embed_tokens.weight"]
+    assert torch.equal(tensors_of(out)["model.embed_tokens.weight"], embeddings)
+
+    original = before["lm_head.weight"] if architecture == "llama" else embeddings
+    original = original.float()
     weight = decoded(out, "lm_head")
-    assert float((weight - original).square().sum() / original.square().sum()) == pytest.approx(head["nmse"], rel=1e-3)
+    nmse = float((weight - original).square().sum() / original.square().sum())
+    assert nmse == pytest.approx(head.nmse, rel=1e-3)
     states = torch.randn(3, weight.shape[1])
     logits = load_model(out).lm_head(states)
     torch.testing.assert_close(logits, states @ weight.T, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(Head(out, torch.device("cpu")).logits(states), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(Head(out, CPU).logits(states), logits, rtol=1e-4, atol=1e-4)
 
-    # The Hessian is that of the whole model's last states.
-    plan, tokens = make_plan(model), cal.calibration_windows(model, cal.DEFAULT_TEXT, 512)
-    monkeypatch.setattr(cal, "DTYPE", torch.float32)
-    calibrator = cal.Calibrator(plan.checkpoint, tokens, torch.device("cpu"))
-    for layer in range(2):
-        calibrator.finish(dict(plan.checkpoint.load(plan.layer_tensor_names(layer))))
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_hessian_is_that_of_the_last_states(architecture: str, tmp_path: Path) -> None:
+    """By what the last norm of the whole model puts out."""
+    model = tiny_model(tmp_path / "model", architecture)
+    plan = make_plan(model)
+    tokens = calibration_windows(model, DEFAULT_TEXT, 512, window_tokens=WINDOW_TOKENS)
+    calibrator = Calibrator(plan.checkpoint, tokens, CPU, torch.float32)
+    for layer in plan.layers:
+        calibrator.finish(layer.load(plan.checkpoint))
     with torch.no_grad():
         last = load_model(model).base_model(tokens).last_hidden_state.flatten(0, 1)
-    torch.testing.assert_close(calibrator.head_hessian(), last.T @ last / len(last), rtol=1e-3, atol=1e-3)
-
-
-def test_head_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(QuantizeError, match=r"--quantize-lm-head: vLLM's gemma2 has no head"):
-        make_plan(tiny_model(tmp_path / "model", "gemma2"), quantize_lm_head=True)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_rows_without_a_word_are_zero(dim: int) -> None:
-    """Whatever was in memory before: vLLM's reload hands over parameters that nobody has filled."""
-    pytest.importorskip("vllm")
-    from qamw_vllm.head import _rows_loader
-
-    layer = SimpleNamespace(shard_indices=SimpleNamespace(org_vocab_start_index=4, org_vocab_end_index=7))
-    param = torch.nn.Parameter(torch.full((2, 5), torch.nan) if dim else torch.full((5,), torch.nan), requires_grad=False)
-    loaded = torch.arange(20.0).view(2, 10) if dim else torch.arange(10.0)
-    _rows_loader(layer, dim)(param, loaded)
-    assert param.data.view(-1, 5).tolist() == [[4, 5, 6, 0, 0], [14, 15, 16, 0, 0]][: 1 + dim]
+    expected = last.T @ last / len(last)
+    torch.testing.assert_close(calibrator.head_hessian(), expected, rtol=1e-3, atol=1e-3)

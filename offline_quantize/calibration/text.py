@@ -1,0 +1,110 @@
+"""The calibration text, and the windows of tokens that are read of it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_quantize.errors import Option, QuantizeError
+
+DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+MIN_TOKENS = 16384
+TOKENS_PER_INPUT = 3  # of the widest layer: with fewer, its Hessian shows more chance than pattern
+WINDOW_TOKENS = 512
+
+
+def default_num_tokens(num_inputs: int) -> int:
+    """Calibration tokens for a model whose widest layer has ``num_inputs`` inputs.
+
+    A text that has fewer is read as a whole.
+    """
+    return max(MIN_TOKENS, TOKENS_PER_INPUT * num_inputs)
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        QuantizeError: no such file, or not UTF-8; names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise QuantizeError(f"{path}: {reason}") from None
+
+
+def calibration_windows(
+    directory: Path,
+    text_file: Path,
+    num_tokens: int,
+    at_least: int | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+) -> torch.Tensor:
+    """Windows of a text's tokens, spread evenly over it, each led by BOS if the tokenizer has one.
+
+    Args:
+        directory: of the model, whose tokenizer is used.
+        num_tokens: of all windows, rounded up to whole windows.
+        at_least: a text with fewer than ``num_tokens`` is enough if it has so many; None where it
+            must have ``num_tokens``.
+        window_tokens: of one window, BOS included.
+    Returns:
+        [windows, window_tokens] int64.
+    Raises:
+        QuantizeError: the text is missing, not UTF-8, or too short; or the model has no usable
+            tokenizer.
+    """
+    text = read_text(text_file)
+    tokenizer = _load_tokenizer(directory)
+    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
+    tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    needed = _windows_of(num_tokens if at_least is None else at_least, window_tokens)
+    if len(tokens) < needed * (window_tokens - len(bos)):
+        count = f"{len(tokens)} tokens, at least {needed * window_tokens} are needed"
+        if at_least is None:
+            raise QuantizeError(f"{text_file}: {count}")
+        unless = (", unless ", Option("calibration_tokens"), " asks for less")
+        raise QuantizeError(f"{text_file}: {count}", *unless)
+    return spread_windows(tokens, bos, _windows_of(num_tokens, window_tokens), window_tokens)
+
+
+def spread_windows(
+    tokens: torch.Tensor, bos: list[int], num_windows: int, window_tokens: int = WINDOW_TOKENS
+) -> torch.Tensor:
+    """Windows of tokens [n] int64, spread evenly from the first token to the last.
+
+    Args:
+        bos: what leads every window: one token or none.
+        num_windows: fewer, where the tokens fill fewer without overlap.
+        window_tokens: of one window, ``bos`` included; at most n.
+    Returns:
+        [windows, window_tokens] int64.
+    """
+    width = window_tokens - len(bos)
+    num_windows = min(num_windows, len(tokens) // width)
+    # Not in float32, which does not have every integer above 2**24.
+    starts = torch.linspace(0, len(tokens) - width, num_windows, dtype=torch.float64).long()
+    lead = torch.tensor(bos, dtype=torch.long)
+    return torch.stack([torch.cat((lead, tokens[s : s + width])) for s in starts.tolist()])
+
+
+def _windows_of(num_tokens: int, window_tokens: int) -> int:
+    """Whole windows that hold ``num_tokens``."""
+    return -(-num_tokens // window_tokens)
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers fail in many ways; all mean the same here
+        raise QuantizeError(
+            f"{directory}: no usable tokenizer, which calibration needs: is tokenizer.json there? "
+            f"({error}) Or use ",
+            Option("calibration", None),
+        ) from None

@@ -1,0 +1,236 @@
+"""What every subcommand of ``qamw`` does with its parsed arguments.
+
+What is slow to import is imported where it is used: ``qamw --help`` needs none of it.
+"""
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.files import PROGRESS, REPORT, write_atomically
+from offline_quantize.progress import Progress
+
+if TYPE_CHECKING:
+    from offline_quantize.output.report import Report
+    from offline_quantize.planning.plan import Plan
+    from offline_quantize.planning.request import QuantizeRequest
+
+NUM_NAMES_SHOWN = 4
+
+
+@contextmanager
+def progress_bars(**options: Any) -> Iterator[Progress]:
+    """A bar for every stage; it appears with the first progress, so a refused request has none.
+
+    Args:
+        options: of ``tqdm``.
+    """
+    from tqdm import tqdm
+
+    with ExitStack() as stack:
+        bars: dict[str, tqdm] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                bar = tqdm(desc=stage, total=total, dynamic_ncols=True, **options)
+                bars[stage] = stack.enter_context(bar)
+            bars[stage].update(done - bars[stage].n)
+
+        yield show
+
+
+def quantize(args: argparse.Namespace) -> None:
+    """``qamw quantize MODEL OUT``."""
+    from offline_quantize import pipeline
+    from offline_quantize.model.checkpoint import resolve_model
+
+    request = _request(args)
+    with progress_bars(unit_scale=True) as progress:
+        report = pipeline.quantize(
+            resolve_model(args.model),
+            args.out,
+            request,
+            device=args.device,
+            resume=args.resume,
+            progress=progress,
+        )
+    _print_report(report, args.out, request)
+
+
+def plan(args: argparse.Namespace) -> None:
+    """``qamw plan MODEL``."""
+    from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.planning.plan import make_plan
+
+    request = _request(args)
+    if request.calibration and not request.calibration.is_file():
+        raise QuantizeError(Option("calibration", str(request.calibration)), ": no such file")
+    made = make_plan(resolve_model(args.model), request)
+    made.checkpoint.other_files()  # which will be copied: refuses links that lead out
+    _print_table(made)
+    _print_sizes(made)
+
+
+def dequantize(args: argparse.Namespace) -> None:
+    """``qamw dequantize CKPT OUT``."""
+    import torch
+
+    from offline_quantize.checkpoints.dequantize import dequantize
+
+    dtype = getattr(torch, args.dtype)
+    with progress_bars(unit="B", unit_scale=True, delay=1) as progress:
+        num_bytes = dequantize(args.checkpoint, args.out, dtype, progress)
+    print(f"{args.out}: {num_bytes / 1e6:.1f} MB")
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """``qamw inspect CKPT``."""
+    from offline_quantize.checkpoints.inspect import inspect
+
+    print(inspect(args.checkpoint))
+
+
+def verify(args: argparse.Namespace) -> None:
+    """``qamw verify CKPT``."""
+    from offline_quantize.checkpoints.verify import verify
+
+    print(verify(args.checkpoint))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """``qamw eval CKPT ... --reference MODEL --text FILE``."""
+    import torch
+
+    from offline_quantize.calibration.text import read_text
+    from offline_quantize.devices import usable_device
+    from offline_quantize.evaluation.conventions import CONVENTIONS
+    from offline_quantize.evaluation.report import plot, table, to_json
+    from offline_quantize.evaluation.request import EvaluationRequest
+    from offline_quantize.evaluation.run import evaluate
+    from offline_quantize.model.checkpoint import resolve_model
+
+    for path in (args.json, args.plot):
+        if path:
+            _check_writable(path)  # known before the work, not after it
+    request = EvaluationRequest(
+        reference=resolve_model(args.reference),
+        checkpoints=tuple(map(resolve_model, args.checkpoints)),
+        text=read_text(args.text),
+        conventions=tuple(args.convention or CONVENTIONS),
+        windows=args.windows,
+        bos=args.bos,
+        dtype=getattr(torch, args.dtype),
+        engine=args.engine,
+        device=usable_device(args.device),
+        noise_windows=args.noise_windows,
+    )
+    with progress_bars(unit="window", delay=1) as progress:
+        evaluation = evaluate(request, progress)
+    settings = {"engine": args.engine, "dtype": args.dtype}
+    if args.json:
+        content = to_json(evaluation, args.command_line, args.text, request.text, settings)
+        _write(args.json, content)
+    if args.plot:
+        _write(args.plot, plot(evaluation))
+    print(table(evaluation, settings))
+
+
+def kept_after_interruption(args: argparse.Namespace) -> str:
+    """What is left of an interrupted command, as the end of a sentence."""
+    if args.command != "quantize":
+        return ""
+    if not (args.out / PROGRESS).exists():
+        return "; nothing is kept"
+    finished = len(list(args.out.glob("*.safetensors")))
+    return f"; --resume goes on after {finished} finished shards"
+
+
+def _request(args: argparse.Namespace) -> "QuantizeRequest":
+    from offline_quantize.calibration.text import DEFAULT_TEXT
+    from offline_quantize.planning.request import QuantizeRequest
+
+    known = {"none": None, "default": DEFAULT_TEXT}
+    return QuantizeRequest(
+        bpw=args.bpw,
+        calibration=known.get(args.calibration, args.calibration),
+        calibration_tokens=args.calibration_tokens,
+        encoder=args.encoder,
+        rates=args.rates,
+        tp_max=args.tp_max,
+        ignore=args.ignore,
+        quantize_lm_head=args.quantize_lm_head,
+    )
+
+
+def _print_report(report: "Report", out: Path, request: "QuantizeRequest") -> None:
+    without_head = " without the head" if request.quantize_lm_head else ""
+    print(
+        f"{out}: {report.output_bytes / 1e6:.1f} MB, "
+        f"{report.effective_bits_per_weight:.3f} effective bits per weight{without_head}, "
+        f"tensor-parallel sizes {', '.join(map(str, report.tensor_parallel_sizes))}"
+    )
+    if missed := report.not_reached:
+        more = f" ... (all in {out / REPORT})" if len(missed) > NUM_NAMES_SHOWN else ""
+        print(
+            f"{len(missed)} layers were quantized without calibration, because none of its tokens "
+            f"reached them, or none mattered: {', '.join(missed[:NUM_NAMES_SHOWN])}{more}"
+        )
+    print("largest errors:", *report.worst_layers, sep="\n  ")
+    print(f"serve it with: vllm serve {out} --quantization qamw")
+
+
+def _print_table(made: "Plan") -> None:
+    from offline_quantize.planning.table import plan_table
+
+    rows = plan_table(made)
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(
+            f"{row.name:{width}} {row.count:5} x {row.shape:>13}  {row.decision:24} "
+            f"{row.num_bytes / 1e6:10.2f} MB"
+        )
+
+
+def _print_sizes(made: "Plan") -> None:
+    from offline_quantize.calibration.text import default_num_tokens
+    from offline_quantize.planning.plan import HEAD_INDEX_BITS
+    from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
+    from qamw_kernels.format.rates import nominal_bits_per_weight
+
+    request, tokens = made.request, 0
+    if request.calibration:
+        tokens = request.calibration_tokens or default_num_tokens(made.widest)
+    weights = made.num_quantized_weights
+    effective = made.effective_bits_per_weight + 8 * made.bytes_left / weights
+    head = f", and the head at {nominal_bits_per_weight(HEAD_INDEX_BITS):g}" if made.head else ""
+    print(
+        f"{weights / 1e6:.1f} M weights quantized at {effective:.3f} effective bits per weight"
+        f"{head}"
+    )
+    scratch = ""
+    if request.mixed:
+        megabytes = scratch_bytes(made, tokens) / 1e6
+        scratch = f", and {megabytes:.1f} MB of scratch while quantizing"
+    print(
+        f"disk: {(made.output_bytes + made.bytes_left) / 1e6:.1f} MB in {len(made.shards)} shards, "
+        f"instead of {made.source_bytes / 1e6:.1f} MB{scratch}"
+    )
+    gibibytes = estimate_memory(made, tokens).total / 2**30
+    read = f", for {tokens} tokens of calibration text" if tokens else ""
+    print(f"peak memory while quantizing: about {gibibytes:.1f} GiB{read}")
+    served = ", ".join(map(str, made.tensor_parallel_sizes))
+    print(f"tensor-parallel sizes up to {request.tp_max} that can serve the result: {served}")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise QuantizeError(f"{path}: is a directory")
+    if not path.parent.is_dir():
+        raise QuantizeError(f"{path}: {path.parent} is not a directory")
+
+
+def _write(path: Path, content: bytes) -> None:
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))

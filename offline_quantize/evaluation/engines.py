@@ -1,0 +1,101 @@
+"""What runs a model: an engine yields the last hidden states of windows, which are small."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_quantize.checkpoints.quantized import decoded_tensors
+from offline_quantize.errors import QuantizeError
+from offline_quantize.evaluation.conventions import Window
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+
+# Of every window: [num_scored, hidden size], after the last norm.
+HiddenStates = Iterator[torch.Tensor]
+Engine = Callable[[Path, Sequence[Window], torch.dtype, torch.device], HiddenStates]
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The transformers model of a checkpoint, plain or QAM-W (decoded), on the CPU.
+
+    Args:
+        dtype: of the parameters; buffers, such as rotary frequencies, stay as the model makes them.
+    Raises:
+        QuantizeError: a parameter of the model has no tensor, or a tensor no parameter.
+    """
+    tensors = dict(decoded_tensors(Checkpoint(directory), dtype))
+    model = build_empty_model(directory)
+
+    def real(name: str, old: torch.Tensor) -> torch.Tensor:
+        return tensors[name].to(dtype) if name in tensors else old
+
+    set_parameters(model, real, buffers=True)
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    unknown = sorted(set(tensors) - set(model.state_dict()))
+    unknown = [name for name in unknown if not _left_out(model, name)]
+    faults = []
+    if missing:
+        faults.append(f"no tensor for {missing[:3]}")
+    if unknown:
+        faults.append(f"no parameter for {unknown[:3]}")
+    if faults:
+        raise QuantizeError(f"{directory}: {', '.join(faults)}")
+    return model
+
+
+def _left_out(model: Any, name: str) -> bool:
+    """Whether transformers too leaves a tensor of a checkpoint out.
+
+    So it does with old rotary tables, and with layers behind the last that predict further tokens.
+    """
+    layers_name, layers = decoder_layers(model)
+    layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.", name)
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
+    return (
+        name.endswith("rotary_emb.inv_freq")
+        or (layer is not None and int(layer[1]) >= len(layers))
+        or any(re.search(pattern, name) for pattern in ignored)
+    )
+
+
+@torch.no_grad()
+def transformers_states(
+    directory: Path,
+    windows: Sequence[Window],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HiddenStates:
+    """The last hidden states of a plain or QAM-W checkpoint (decoded) in transformers.
+
+    The model is freed when the generator ends.
+
+    Yields:
+        [num_scored, hidden size] in ``dtype`` on ``device``, of every window.
+    Raises:
+        QuantizeError: the checkpoint cannot be loaded.
+    """
+    model = load_model(directory, dtype).to(device).base_model
+    for window in windows:
+        ids = torch.tensor([window.token_ids[:-1]], device=device)
+        states = model(input_ids=ids, use_cache=False).last_hidden_state
+        yield states[0, -window.num_scored :]
+
+
+def vllm_states(
+    directory: Path,
+    windows: Sequence[Window],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HiddenStates:
+    """The same from vLLM's engine, which serves the checkpoint: see ``vllm_engine``."""
+    # vLLM is slow to import, and not always there.
+    from offline_quantize.evaluation.vllm_engine import hidden_states
+
+    return hidden_states(directory, windows, dtype, device)
+
+
+ENGINES: dict[str, Engine] = {"transformers": transformers_states, "vllm": vllm_states}

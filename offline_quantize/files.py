@@ -1,0 +1,119 @@
+"""Files: their names, reading them with their name in every error, writing them whole or not at all."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from offline_quantize.errors import QuantizeError
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+MANIFEST = "qamw_manifest.json"
+REPORT = "qamw_report.json"
+PLOT = "qamw_report.png"
+CARD = "README.md"
+BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
+PROGRESS = ".qamw-progress.json"
+STATE = ".qamw-state"  # what a run that is resumed would else have to measure again
+TEMPORARY = ".partial"  # suffix of a file that is being written
+# Weights in other formats, and indices of any: what a quantized checkpoint must not carry along.
+WEIGHT_SUFFIXES = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".onnx_data",
+    ".tflite",
+    ".npz",
+    ".pkl",
+    ".nemo",
+)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Raises:
+        QuantizeError: no such file, or no JSON object; names the file.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QuantizeError(f"{path}: no such file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise QuantizeError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise QuantizeError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON as this package writes it: indented, UTF-8, with a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all: under a temporary name, synced, renamed.
+
+    Args:
+        path: of the file; its folder must exist.
+        write: is called with the temporary path.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    write(temporary)
+    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a directory has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that exists."""
+    path = path.absolute()
+    return path if path.exists() else existing_parent(path.parent)
+
+
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that holds, or will hold, ``path``."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def check_disk(path: Path, needed: int, free: int | None = None) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Args:
+        path: what will be written, or the directory for it.
+        needed: bytes. free: bytes, None for :func:`free_bytes`.
+    Raises:
+        QuantizeError: less is free than needed.
+    """
+    free = free_bytes(path) if free is None else free
+    if free < needed:
+        raise QuantizeError(
+            f"{path}: {needed / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free on its disk"
+        )

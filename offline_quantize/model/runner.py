@@ -1,0 +1,129 @@
+"""Runs a model that is larger than memory: one decoder layer at a time."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.tracing import record_layer_calls, replaced_forward
+
+BATCH = 4  # windows per forward call
+DTYPE = torch.bfloat16  # as layers are served
+
+
+class LayerRunner:
+    """Runs the decoder layers of a checkpoint over tokens, with one layer's weights in memory.
+
+    Hidden states between two layers are kept in CPU memory.
+
+    Attributes:
+        device: on which layers run.
+        model: the whole model; its decoder layers have weights only while they are loaded.
+        layers_name: module name of the list of decoder layers.
+        layers: the decoder layers.
+        hidden: what the next layer reads, [batch, T, hidden size] in ``dtype`` for every batch.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tokens: torch.Tensor,
+        device: torch.device,
+        dtype: torch.dtype = DTYPE,
+        batch: int = BATCH,
+    ) -> None:
+        """Load all but the decoder layers, and embed the tokens.
+
+        Args:
+            tokens: [windows, T] int64.
+            dtype: of parameters and hidden states.
+            batch: windows per forward call.
+        Raises:
+            QuantizeError: the architecture is not supported.
+            TensorError: a tensor outside the decoder layers is not finite.
+        """
+        self.device = device
+        self.model = build_empty_model(checkpoint.directory)
+        self.layers_name, self.layers = decoder_layers(self.model)
+        self._dtype = dtype
+        self._load_outside_layers(checkpoint)
+        self.hidden: list[torch.Tensor] = []
+        # Masks and positions: (args, kwargs) for every batch and layer.
+        self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
+        for part in torch.split(tokens, batch):
+            calls = record_layer_calls(self.model, self.layers, part.to(device))
+            self._arguments.append([(call.args, call.kwargs) for call in calls])
+            self.hidden.append(calls[0].hidden.cpu())
+
+    def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
+        def stored(name: str, old: torch.Tensor) -> torch.Tensor:
+            if name in checkpoint.tensors:  # not the head, where it is tied to the embeddings
+                tensor = next(checkpoint.load_finite([name]))[1]
+                return tensor.to(self.device, self._dtype)
+            return old if old.is_meta else old.to(self.device)
+
+        set_parameters(self.model, stored, skip=self.layers_name, buffers=True)
+        self.model.tie_weights()
+
+    def load(self, index: int, weights: dict[str, torch.Tensor]) -> None:
+        """Give decoder layer ``index`` its tensors, by full name."""
+
+        def given(name: str, old: torch.Tensor) -> torch.Tensor:
+            tensor = weights.get(f"{self.layers_name}.{index}.{name}")
+            if tensor is None:
+                return old.to(self.device)
+            is_parameter = isinstance(old, nn.Parameter)  # routers have buffers of float32
+            return tensor.to(self.device, self._dtype if is_parameter else old.dtype)
+
+        set_parameters(self.layers[index], given, buffers=True)
+
+    def unload(self, index: int) -> None:
+        """Let go of the tensors of decoder layer ``index``."""
+        set_parameters(self.layers[index], lambda _, p: torch.empty_like(p, device="meta"))
+
+    def unload_embeddings_and_head(self) -> None:
+        """Let go of the weights of embeddings and head, which the decoder layers do not need."""
+        ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
+        done = {id(parameter) for module in ends for parameter in module.parameters()}
+        set_parameters(
+            self.model,
+            lambda _, p: torch.empty_like(p, device="meta") if id(p) in done else p,
+            skip=self.layers_name,
+        )
+
+    def run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The output of decoder layer ``index`` for the hidden states of batch number ``batch``."""
+        args, kwargs = self._arguments[batch][index]
+        out = self.layers[index](hidden, *args, **kwargs)
+        first: torch.Tensor = out[0] if isinstance(out, tuple) else out
+        return first
+
+    @contextmanager
+    def layers_put_out(self, hidden: torch.Tensor) -> Iterator[None]:
+        """While active, every decoder layer puts out ``hidden``: only what follows them is run."""
+
+        def constant(*args: Any, **kwargs: Any) -> torch.Tensor:
+            return hidden
+
+        with replaced_forward(self.layers, lambda _: constant):
+            yield
+
+    @torch.no_grad()
+    def advance(self, index: int) -> None:
+        """Run decoder layer ``index`` over all batches, and go on to the next.
+
+        Raises:
+            QuantizeError: the layer's output is not finite.
+        """
+        self.hidden = [
+            self.run(index, i, batch.to(self.device)).cpu() for i, batch in enumerate(self.hidden)
+        ]
+        if not all(batch.isfinite().all() for batch in self.hidden):
+            raise QuantizeError(
+                f"{self.layers_name}.{index}: its output is not finite on the calibration text"
+            )

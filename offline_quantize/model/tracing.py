@@ -1,0 +1,107 @@
+"""Watching a model run: what its decoder layers are called with, and what their linears read."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from offline_quantize.errors import QuantizeError
+
+
+class LayerCall(NamedTuple):
+    """How the model calls a decoder layer: ``layer(hidden, *args, **kwargs)``.
+
+    Attributes:
+        hidden: the hidden states [batch, T, hidden size].
+        args: further arguments, as masks and rotary embeddings; they may differ by layer.
+        kwargs: the same, by name.
+    """
+
+    hidden: torch.Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def replaced_forward(
+    modules: Iterable[nn.Module], make: Callable[[int], Callable[..., Any]]
+) -> Iterator[None]:
+    """While active, calling module number ``i`` calls ``make(i)`` in its place."""
+    replaced = list(modules)
+    for i, module in enumerate(replaced):
+        module.forward = make(i)  # hides that of the class
+    try:
+        yield
+    finally:
+        for module in replaced:
+            del module.forward
+
+
+class _AllLayersCalled(Exception):
+    """Ends a call of the model: what follows the decoder layers is not wanted."""
+
+
+def record_layer_calls(
+    model: Any, layers: nn.ModuleList, input_ids: torch.Tensor
+) -> list[LayerCall]:
+    """How the model calls each of its decoder layers on ``input_ids`` [batch, T] int64.
+
+    The layers pass their input through, so all calls have the first one's hidden states. The
+    decoder layers need no weights.
+
+    Raises:
+        QuantizeError: the model cannot be called, or does not call its layers one after the other.
+    """
+    calls: list[LayerCall] = []
+    order: list[int] = []
+
+    def recorder(index: int) -> Callable[..., torch.Tensor]:
+        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            order.append(index)
+            calls.append(LayerCall(hidden, args, kwargs))
+            if len(calls) == len(layers):
+                raise _AllLayersCalled
+            return hidden
+
+        return record
+
+    unsupported = f"unsupported architecture {type(model).__name__}"
+    with replaced_forward(layers, recorder), torch.no_grad():
+        try:
+            model.base_model(input_ids=input_ids, use_cache=False)
+        except _AllLayersCalled:
+            pass
+        except Exception as error:  # whatever the model's own code raises
+            raise QuantizeError(f"{unsupported}: calling it fails: {error}") from error
+    if order != list(range(len(layers))):
+        raise QuantizeError(
+            f"{unsupported}: its {len(layers)} decoder layers were called as {order}"
+        )
+    return calls
+
+
+@contextmanager
+def on_linear_inputs(
+    layer: nn.Module, callback: Callable[[str, torch.Tensor], None]
+) -> Iterator[None]:
+    """While active, every ``nn.Linear`` of the layer first calls ``callback`` when it runs.
+
+    Args:
+        callback: is called with the linear's name inside the layer, and its input [..., K].
+    """
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: callback(name, args[0])
+
+    handles = [
+        module.register_forward_pre_hook(hook_for(name))
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,148 @@
+"""What a user asks the quantizer for."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from offline_quantize.calibration.text import DEFAULT_TEXT, WINDOW_TOKENS
+from offline_quantize.encoding.group import ENCODERS
+from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.planning.shards import MAX_SHARD_BYTES
+from qamw_kernels.errors import FormatError
+from qamw_kernels.format.rates import index_bits_within, is_nominal
+from qamw_kernels.format.sharding import TP_MAX
+
+RATES = ("mixed", "uniform")
+
+
+@dataclass(frozen=True, init=False)
+class QuantizeRequest:
+    """Everything that decides the bytes of a quantized checkpoint, except the model and the device.
+
+    Attributes:
+        bpw: bits per weight, 3 to 6: nominal in halves (what the indices take), effective between
+            them (what all stored bytes of the quantized layers take).
+        calibration: UTF-8 text file, or None for no calibration.
+        calibration_tokens: how many tokens of that text are read; None for as many as
+            ``calibration.text.default_num_tokens``, or all of them if the text has fewer.
+        encoder: "feedback" or "nearest", see :mod:`offline_quantize.encoding.group`.
+        rates: "mixed" measures sensitivities: bits go to the layers, and calibration tokens count,
+            by what their errors cost. "uniform" treats all alike, in about half the time.
+        tp_max: widest tensor parallelism that rotation blocks are chosen for.
+        ignore: glob patterns of linear layers that stay as they are.
+        quantize_lm_head: also quantize the head, at 6 bits per weight; it no longer shares its
+            weight with the embeddings.
+        max_shard_bytes: size of an output file, unless one layer is larger.
+        window_tokens: tokens of the calibration text that are read together.
+        balance_scales: False encodes with input scales of one, for comparisons.
+    """
+
+    bpw: float
+    calibration: Path | None
+    calibration_tokens: int | None
+    encoder: str
+    rates: str
+    tp_max: int
+    ignore: tuple[str, ...]
+    quantize_lm_head: bool
+    max_shard_bytes: int
+    window_tokens: int
+    balance_scales: bool
+
+    def __init__(
+        self,
+        bpw: float = 5.5,
+        calibration: Path | str | None = DEFAULT_TEXT,
+        calibration_tokens: int | None = None,
+        encoder: str | None = None,
+        rates: str | None = None,
+        tp_max: int = TP_MAX,
+        ignore: Iterable[str] = (),
+        quantize_lm_head: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        window_tokens: int = WINDOW_TOKENS,
+        balance_scales: bool = True,
+    ) -> None:
+        """Fill in the defaults and validate.
+
+        Args:
+            encoder: None for feedback with calibration, nearest without.
+            rates: None for mixed with calibration, uniform without.
+        Raises:
+            QuantizeError: a value is not possible, or two of them do not go together.
+        """
+        calibrated = calibration is not None
+        values = {
+            "bpw": bpw,
+            "calibration": None if calibration is None else Path(calibration),
+            "calibration_tokens": calibration_tokens,
+            "encoder": encoder or ("feedback" if calibrated else "nearest"),
+            "rates": rates or ("mixed" if calibrated else "uniform"),
+            "tp_max": tp_max,
+            "ignore": tuple(ignore),
+            "quantize_lm_head": quantize_lm_head,
+            "max_shard_bytes": max_shard_bytes,
+            "window_tokens": window_tokens,
+            "balance_scales": balance_scales,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
+        self._check_choices()
+        self._check_rate()
+        if tp_max < 1:
+            raise QuantizeError(Option("tp_max", tp_max), ": expected at least 1")
+
+    def _check_choices(self) -> None:
+        choices = (("encoder", self.encoder, ENCODERS), ("rates", self.rates, RATES))
+        for name, value, known in choices:
+            if value not in known:
+                raise QuantizeError(Option(name, value), f": expected one of {', '.join(known)}")
+            if value == known[0]:
+                self._check_calibrated(Option(name, value))
+        if self.calibration_tokens is not None:
+            self._check_calibrated(Option("calibration_tokens", self.calibration_tokens))
+
+    def _check_calibrated(self, option: Option) -> None:
+        if self.calibration is None:
+            none = Option("calibration", None)
+            raise QuantizeError(option, " needs a calibration text, but got ", none)
+
+    def _check_rate(self) -> None:
+        try:
+            index_bits_within(self.bpw)
+        except FormatError as error:
+            raise QuantizeError(Option("bpw", self.bpw), f": {error}") from None
+        if self.rates == "uniform" and not is_nominal(self.bpw):
+            raise QuantizeError(
+                Option("bpw", self.bpw),
+                ": uniform rates come in halves, 3, 3.5 ... 6; others need ",
+                Option("rates", "mixed"),
+                ", which needs a calibration text",
+            )
+
+    @property
+    def mixed(self) -> bool:
+        """Whether every layer gets a rate of its own, chosen by its sensitivity."""
+        return self.rates == "mixed"
+
+    @property
+    def calibration_name(self) -> str | None:
+        """File name of the calibration text; bytes that are no UTF-8 are replaced."""
+        if self.calibration is None:
+            return None
+        return os.fsencode(self.calibration.name).decode(errors="replace")
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the interrupted one, as JSON.
+
+        The text counts by its name only and the number of tokens not at all: a run compares the
+        tokens that it reads.
+        """
+        values = asdict(self) | {"calibration": self.calibration_name}
+        del values["calibration_tokens"]
+        return values
+
+
+DEFAULT_REQUEST = QuantizeRequest()

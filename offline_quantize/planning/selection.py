@@ -1,0 +1,176 @@
+"""What of a model is quantized, and whether its tensors allow that."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
+from qamw_kernels.format.packing import UNIT_INPUTS
+
+# model_type of models that have no head in vLLM: it makes logits with the embeddings.
+SERVED_BY_EMBEDDINGS = (
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "gemma2",
+    "gemma3n",
+    "gemma3n_text",
+    "opt",
+)
+SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderLayer, ...]:
+    """All decoder layers, with the input groups that are quantized.
+
+    Args:
+        ignore: glob patterns of linears that stay as they are.
+    Raises:
+        QuantizeError: a pattern matches nothing, or only some of the linears that vLLM fuses; or
+            nothing is left.
+    """
+    _check_patterns(structure, ignore)
+    layers = tuple(_select_groups(layer, ignore) for layer in structure.layers)
+    if not any(layer.groups for layer in layers):
+        raise QuantizeError(Option("ignore", list(ignore)), " leaves nothing to quantize")
+    return layers
+
+
+def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> Linear | None:
+    """The head, if it is to be quantized.
+
+    Raises:
+        QuantizeError: vLLM has no head for this model.
+    """
+    model_type = checkpoint.config.get("model_type")
+    if wanted and model_type in SERVED_BY_EMBEDDINGS:
+        raise QuantizeError(
+            Option("quantize_lm_head", True),
+            f": vLLM's {model_type} has no head that could be quantized, "
+            "it makes logits with the embeddings",
+        )
+    return structure.head if wanted else None
+
+
+def unquantized_matrices(
+    checkpoint: Checkpoint, linears: Iterable[Linear], head: Linear | None
+) -> tuple[str, ...]:
+    """Names of the modules whose weight stays a plain matrix.
+
+    Not only of those that are ``nn.Linear`` in transformers: vLLM builds routers and heads as
+    linear layers of its own.
+
+    Args:
+        linears: what is quantized in the decoder layers.
+        head: the head, if it is quantized.
+    """
+    quantized = {linear.name for linear in linears}
+    if head:
+        quantized.add(head.name)
+    modules = [
+        name.removesuffix(".weight")
+        for name, info in checkpoint.tensors.items()
+        if name.endswith(".weight") and len(info.shape) == 2
+    ]
+    kept = sorted(set(modules) - quantized)
+    if "lm_head" not in kept and not head:
+        kept.append("lm_head")  # its weight is that of the embeddings
+    return tuple(kept)
+
+
+def check_tensors(
+    checkpoint: Checkpoint,
+    structure: Structure,
+    linears: Sequence[Linear],
+    head: Linear | None,
+) -> None:
+    """Check the headers of every tensor that the model needs or that is quantized.
+
+    Raises:
+        QuantizeError: one is missing, or has a shape or dtype that cannot be quantized.
+    """
+    _check_complete(checkpoint, structure)
+    for linear in linears:
+        _check_weight(checkpoint, linear, linear.weight_name, linears)
+    if head:
+        _check_weight(checkpoint, head, structure.head_source, [head])
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _check_patterns(structure: Structure, ignore: Sequence[str]) -> None:
+    names = [linear.name for linear in structure.linears()]
+    for pattern in ignore:
+        if not any(_matches(name, [pattern]) for name in names):
+            raise QuantizeError(
+                Option("ignore", [pattern]),
+                f" matches no linear layer of the decoder; names look like {names[0]} "
+                "(everything outside the decoder layers, such as lm_head, is left alone unless "
+                "asked for)",
+            )
+
+
+def _select_groups(layer: DecoderLayer, ignore: Sequence[str]) -> DecoderLayer:
+    kept = tuple(group for group in layer.groups if not _is_ignored(group, ignore))
+    experts = [group for group in layer.groups if group.routed]
+    if 0 < sum(group in kept for group in experts) < len(experts):
+        block = experts[0].name.rpartition(".experts.")[0]
+        raise QuantizeError(
+            Option("ignore", list(ignore)),
+            f" leaves out some matrices of the experts of {block}, but not others: "
+            "they are served together, ignore all or none of them",
+        )
+    return dataclasses.replace(layer, groups=kept)
+
+
+def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
+    left_out = [linear.name for linear in group if _matches(linear.name, ignore)]
+    others = [linear.name for linear in group if linear.name not in left_out]
+    if left_out and others:
+        raise QuantizeError(
+            Option("ignore", list(ignore)),
+            f" leaves out {left_out} but not {others}: "
+            "layers that read the same input are fused when served, ignore all or none of them",
+        )
+    return bool(left_out)
+
+
+def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
+    for name in structure.parameter_names:
+        if name not in checkpoint.tensors:
+            unknown = sorted(set(checkpoint.tensors) - set(structure.parameter_names))[:3]
+            hint = f"; it does not have these tensors: {', '.join(unknown)}" if unknown else ""
+            raise QuantizeError(
+                f"{checkpoint.directory}: no tensor {name}, "
+                f"which the architecture of config.json has{hint}"
+            )
+
+
+def _check_weight(
+    checkpoint: Checkpoint, linear: Linear, source: str, linears: Sequence[Linear]
+) -> None:
+    """Check the tensor ``source`` with the weight of one of the ``linears``."""
+    info = checkpoint.tensors[source]
+    expected = (linear.num_rows, linear.num_inputs)
+    if info.shape != expected:
+        raise QuantizeError(
+            f"{info.file}: {info.name} has shape {list(info.shape)}, "
+            f"expected {list(expected)} by config.json"
+        )
+    if info.dtype not in SOURCE_DTYPES:
+        raise QuantizeError(
+            f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32"
+        )
+    if linear.num_inputs % UNIT_INPUTS:
+        same_input = [x.name.rpartition(".")[2] for x in linears if x.reads == linear.reads]
+        raise QuantizeError(
+            f"{info.file}: {info.name} has {linear.num_inputs} inputs, "
+            f"not a multiple of {UNIT_INPUTS}: leave what reads them unquantized with ",
+            Option("ignore", [f"*.{name}" for name in same_input]),
+        )

@@ -1,0 +1,137 @@
+"""How much memory and disk a plan takes: estimates, made of named terms."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from offline_quantize import files
+from offline_quantize.model.checkpoint import TensorInfo
+from offline_quantize.model.runner import BATCH
+from offline_quantize.planning.plan import Plan
+from offline_quantize.planning.shards import total_bytes
+
+LIBRARIES_BYTES = 1100 * 2**20  # Python, torch, transformers and matplotlib, imported
+SPARE_DISK_BYTES = 64 * 2**20  # for report, plot, index, manifest and what the file system takes
+HIDDEN_STATE_BYTES = 2  # of an element: bfloat16
+STATES_OF_A_LAYER = 3  # its inputs, its outputs, their gradients
+ACTIVATIONS_OF_A_LAYER = 4  # of the widest kind that exist together, in bfloat16
+SHARD_COPIES = 2  # safetensors serializes a copy
+FLOAT32_BYTES = 4
+FLOAT64_BYTES = 8
+FACTOR_MATRICES = 5  # [K, K] in float64: while a Hessian is rotated, damped and factored
+LOGIT_ARRAYS = 5  # [T, vocabulary] in float32: logits, probabilities, their sums, gradients
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What is in memory at the peak of a run, in bytes.
+
+    Attributes:
+        libraries: interpreter and libraries.
+        layer: the largest decoder layer, or the head, as it is stored.
+        shards: the largest output file, and its serialized copy.
+        outside_layers: embeddings and head, with calibration.
+        states: hidden states of all calibration tokens: inputs, outputs and gradients of a layer.
+        activations: what a layer computes for one batch.
+        layer_float32: the weights of a layer while it is encoded.
+        hessians: of all inputs of a layer.
+        factoring: of its widest Hessian, in float64.
+        logits: of one window, and what is computed from them.
+    """
+
+    libraries: int
+    layer: int
+    shards: int
+    outside_layers: int = 0
+    states: int = 0
+    activations: int = 0
+    layer_float32: int = 0
+    hessians: int = 0
+    factoring: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        """The peak: encoding and logits do not come together."""
+        always = self.libraries + self.layer + self.shards
+        calibration = self.outside_layers + self.states + self.activations
+        encoding = self.layer_float32 + self.hessians + self.factoring
+        return always + calibration + max(encoding, self.logits)
+
+
+def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
+    """Memory that a run takes.
+
+    Args:
+        calibration_tokens: 0 for a run without calibration.
+    """
+    layers = _layer_tensors(plan)
+    alone = [[plan.checkpoint.tensors[plan.structure.head_source]]] if plan.head else []
+    libraries = LIBRARIES_BYTES
+    layer = max(total_bytes(tensors) for tensors in [*layers, *alone])
+    shards = SHARD_COPIES * max(shard.num_bytes for shard in plan.shards)
+    if not calibration_tokens:
+        return MemoryEstimate(libraries, layer, shards)
+
+    window = plan.request.window_tokens
+    widths = [list(layer.input_widths().values()) for layer in plan.layers]
+    hessians, factoring = max(map(_encoding_bytes, widths), key=sum)
+    activations = ACTIVATIONS_OF_A_LAYER * HIDDEN_STATE_BYTES * BATCH * window
+    return MemoryEstimate(
+        libraries,
+        layer,
+        shards,
+        outside_layers=plan.source_bytes - sum(map(total_bytes, layers)),
+        states=STATES_OF_A_LAYER * state_bytes(plan, calibration_tokens),
+        activations=activations * max(max(own, default=0) for own in widths),
+        layer_float32=FLOAT32_BYTES * max(map(_num_elements, layers)),
+        hessians=hessians,
+        factoring=factoring,
+        logits=LOGIT_ARRAYS * FLOAT32_BYTES * window * plan.vocabulary,
+    )
+
+
+def state_bytes(plan: Plan, calibration_tokens: int) -> int:
+    """Hidden states of all calibration tokens at the input of one layer."""
+    hidden_size = max(layer.groups[0].num_inputs for layer in plan.layers if layer.groups)
+    return HIDDEN_STATE_BYTES * calibration_tokens * hidden_size
+
+
+def scratch_bytes(plan: Plan, calibration_tokens: int) -> int:
+    """Disk for the hidden states of all layers while sensitivities are measured."""
+    return state_bytes(plan, calibration_tokens) * len(plan.layers)
+
+
+def check_disk(plan: Plan, out: Path, scratch_tokens: int, free: int | None = None) -> None:
+    """Refuse a run whose files will not fit on the disk.
+
+    Args:
+        out: the output directory; finished shards in it count as written.
+        scratch_tokens: calibration tokens whose hidden states are kept in a file, or 0.
+        free: bytes that are free, None to ask the file system.
+    Raises:
+        QuantizeError: less is free than what is still to be written and a little to spare.
+    """
+    present = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    source = plan.checkpoint
+    copies = sum((source.directory / file).stat().st_size for file in source.other_files())
+    output = int(plan.output_bytes + plan.bytes_left) - present
+    scratch = scratch_bytes(plan, scratch_tokens)
+    files.check_disk(out, output + copies + scratch + SPARE_DISK_BYTES, free)
+
+
+def _layer_tensors(plan: Plan) -> list[list[TensorInfo]]:
+    """The source tensors of every decoder layer."""
+    tensors = plan.checkpoint.tensors
+    return [[tensors[name] for name in x.tensor_names(plan.checkpoint)] for x in plan.layers]
+
+
+def _num_elements(tensors: list[TensorInfo]) -> int:
+    return sum(torch.Size(info.shape).numel() for info in tensors)
+
+
+def _encoding_bytes(widths: list[int]) -> tuple[int, int]:
+    """Bytes of the Hessians of all inputs of a layer, and of factoring the widest."""
+    hessians = FLOAT32_BYTES * sum(width * width for width in widths)
+    return hessians, FACTOR_MATRICES * FLOAT64_BYTES * max(widths, default=0) ** 2

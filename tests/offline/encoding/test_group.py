@@ -1,0 +1,57 @@
+"""The encoding of input groups."""
+
+import pytest
+import torch
+
+from offline_quantize.encoding.group import encode_group
+from qamw_kernels.codec.encode import make_input_scales
+from tests.helpers.hessians import correlated_hessian
+
+
+@pytest.mark.parametrize("index_bits", [7, 11])
+def test_feedback_lowers_the_output_error(index_bits: int) -> None:
+    hessian = correlated_hessian(256, 8000)
+    generator = torch.Generator().manual_seed(3)
+    weights = {"a": torch.randn(64, 256, generator=generator), "b": torch.randn(32, 256)}
+    hessians = dict.fromkeys(weights, hessian.float())
+    feedback, nearest = (
+        encode_group(weights, index_bits, 128, hessians, encoder).errors
+        for encoder in ("feedback", "nearest")
+    )
+    for name in weights:
+        assert feedback[name].output_nmse < 0.6 * nearest[name].output_nmse
+
+
+@pytest.mark.parametrize("kind", ["dead channels", "rank one", "few tokens", "tiny", "huge"])
+def test_any_hessian_is_safe(kind: str) -> None:
+    hessian = correlated_hessian(128, 40 if kind == "few tokens" else 500).float()
+    if kind == "dead channels":
+        hessian[:, ::3] = 0
+        hessian[::3] = 0
+    elif kind == "rank one":
+        hessian = torch.outer(hessian[0], hessian[0])
+    elif kind in ("tiny", "huge"):
+        hessian *= 1e-30 if kind == "tiny" else 1e30
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(4))
+    weight[3] = 0
+    weight[:, 5] = 0
+    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, "feedback")
+    nearest_errors = encode_group({"w": weight}, 10, 64, {"w": None}, "nearest").errors["w"]
+    assert encoded.quantized["w"].row_norms[3] == 0
+    assert 0 < encoded.errors["w"].output_nmse < 0.01
+    assert encoded.errors["w"].nmse < 30 * nearest_errors.nmse
+
+
+def test_channel_scales_are_left_out_where_nothing_is_to_be_balanced() -> None:
+    weights = {"w": torch.randn(32, 128, generator=torch.Generator().manual_seed(5))}
+    weights["w"][:, ::7] *= 10
+    hessians = {"w": correlated_hessian(128, 500).float()}
+    balanced = encode_group(weights, 8, 64, hessians, "feedback").quantized["w"]
+    plain = encode_group(weights, 8, 64, hessians, "feedback", balance=False).quantized["w"]
+    signs = make_input_scales(128)
+    assert torch.equal(plain.input_scales, signs)
+    assert torch.equal(balanced.input_scales.sign(), signs)
+    assert not torch.equal(balanced.input_scales, signs)
+    without = encode_group(weights, 8, 64, {"w": None}, "feedback")
+    assert torch.equal(without.quantized["w"].input_scales, signs)
+    assert without.errors["w"].output_nmse is None

@@ -1,0 +1,46 @@
+"""Loading a model for transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.evaluation.engines import load_model
+from offline_quantize.evaluation.request import EvaluationRequest
+from offline_quantize.evaluation.run import evaluate
+from tests.helpers.models import copy_model
+from tests.offline.evaluation.texts import RAW
+
+
+def test_a_tensor_without_a_place_is_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    model = copy_model(tiny_llama, tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.norm.weight"]
+    save_file(tensors | {"stranger": torch.ones(2)}, file)
+    expected = r"no tensor for \['model.norm.weight'\], no parameter for \['stranger'\]"
+    with pytest.raises(QuantizeError, match=expected):
+        load_model(model)
+    # What transformers and vLLM leave out too: tables of old checkpoints, layers that predict
+    # further tokens.
+    left_out = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
+        "model.layers.2.mlp.up_proj.weight": torch.ones(2),
+    }
+    save_file(load_file(tiny_llama / "model.safetensors") | left_out, file)
+    load_model(model)
+    del tensors["lm_head.weight"]
+    save_file(tensors, file)
+    request = EvaluationRequest(
+        tiny_llama,
+        (model,),
+        RAW,
+        conventions=("llama.cpp-512",),
+        windows=1,
+        noise_windows=0,
+    )
+    expected = r"none of \['lm_head.bias', 'lm_head.weight'\] found"
+    with pytest.raises(QuantizeError, match=expected):
+        evaluate(request)

@@ -1,0 +1,108 @@
+"""Checkpoint directories that are read, and those that are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import INDEX, SINGLE
+from offline_quantize.model.checkpoint import Checkpoint, resolve_model
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.errors import TensorError
+from tests.helpers.models import copy_model
+
+
+@pytest.fixture
+def model(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A model directory that a test may damage."""
+    return copy_model(tiny_llama, tmp_path / "model")
+
+
+def assert_refused(model: Path, message: str) -> None:
+    """The quantizer refuses a model, and writes nothing."""
+    out = model.with_name("out")
+    with pytest.raises(QuantizeError, match=message):
+        quantize(model, out, QuantizeRequest(calibration=None))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "path", ["../evil.safetensors", "/etc/evil.safetensors", "a\\..\\evil.safetensors", "w.bin"]
+)
+def test_an_index_that_leads_out_of_the_directory(path: str, model: Path) -> None:
+    (model / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": path}}))
+    assert_refused(model, "expected a .safetensors file inside the directory")
+
+
+@pytest.mark.parametrize("weight_map", [{}, ["a"], None])
+def test_an_index_without_weight_map(weight_map: object, model: Path) -> None:
+    (model / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert_refused(model, "weight_map must be a JSON object that is not empty")
+
+
+def test_an_index_that_contradicts_the_shards(model: Path) -> None:
+    (model / INDEX).write_text(json.dumps({"weight_map": {"model.absent": SINGLE}}))
+    assert_refused(model, f"model.absent should be in {SINGLE}, but is not")
+
+
+def test_a_pickle_is_not_read(model: Path) -> None:
+    (model / SINGLE).rename(model / "pytorch_model.bin")
+    assert_refused(model, "pytorch_model.bin.*not read: convert")
+
+
+def test_shards_without_index(model: Path) -> None:
+    (model / SINGLE).rename(model / "model-00001-of-00002.safetensors")
+    assert_refused(model, "model-00001-of-00002.safetensors.*read with the index only")
+
+
+def test_a_truncated_shard(model: Path) -> None:
+    data = (model / SINGLE).read_bytes()
+    (model / SINGLE).write_bytes(data[: len(data) // 2])
+    assert_refused(model, "not a readable safetensors file")
+
+
+def test_a_config_that_is_no_json(model: Path) -> None:
+    (model / "config.json").write_text("{")
+    assert_refused(model, "config.json")
+
+
+def test_a_link_out_of_the_directory(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("not for publication")
+    (model / "NOTICE").symlink_to(tmp_path / "secret")
+    assert_refused(model, "NOTICE: a link to .*secret, which is not a file of the model")
+
+
+def test_tensors_are_read_in_the_asked_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    tensors = {name: torch.full((2,), value) for value, name in enumerate("abc")}
+    save_file({name: tensors[name] for name in "ac"}, tmp_path / "one.safetensors")
+    save_file({"b": tensors["b"]}, tmp_path / "two.safetensors")
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    checkpoint = Checkpoint(tmp_path)
+    assert {name: info.file for name, info in checkpoint.tensors.items()} == weight_map
+    loaded = list(checkpoint.load("cba"))
+    assert [name for name, _ in loaded] == ["c", "b", "a"]
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in loaded)
+    assert checkpoint.other_files() == []
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    save_file({"a": torch.tensor([[0.0, torch.inf]])}, tmp_path / SINGLE)
+    checkpoint = Checkpoint(tmp_path)
+    assert len(list(checkpoint.load(["a"]))) == 1
+    with pytest.raises(TensorError, match=r"a\[0, 1\] is inf"):
+        list(checkpoint.load_finite(["a"]))
+
+
+def test_models_are_directories_or_hub_ids(tmp_path: Path) -> None:
+    assert resolve_model(str(tmp_path)) == tmp_path
+    with pytest.raises(QuantizeError, match="not a directory, nor a hub id"):
+        resolve_model(str(tmp_path / "absent"))
+    with pytest.raises(QuantizeError, match="the hub answered"):
+        resolve_model("no-such/model")

@@ -1,0 +1,35 @@
+"""A model that is run layer by layer, against the whole model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
+from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.runner import LayerRunner
+from offline_quantize.model.structure import find_structure
+from tests.helpers.models import tiny_model
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma3_text", "phi3"])
+def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
+    """Biases; layers of two kinds with masks of their own, a tied head and a scaled embedding;
+    fused projections."""
+    model = tiny_model(tmp_path / "model", architecture)
+    checkpoint = Checkpoint(model)
+    num_tokens = 6 * 128  # a whole batch and a part of one
+    tokens = calibration_windows(model, DEFAULT_TEXT, num_tokens, window_tokens=128)
+    runner = LayerRunner(checkpoint, tokens, torch.device("cpu"), torch.float32)
+    layers = find_structure(model).layers
+    assert len(layers) == 2
+    for layer in layers:
+        runner.load(layer.index, dict(checkpoint.load(layer.tensor_names(checkpoint))))
+        runner.advance(layer.index)
+        runner.unload(layer.index)
+    whole = load_model(model)
+    with torch.no_grad():
+        expected = whole.base_model(input_ids=tokens).last_hidden_state
+    normed = whole.base_model.norm(torch.cat(runner.hidden))
+    torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-4)

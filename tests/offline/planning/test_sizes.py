@@ -1,0 +1,75 @@
+"""Estimates of memory and disk."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.planning.plan import make_plan
+from offline_quantize.planning.request import QuantizeRequest
+from offline_quantize.planning.sizes import (
+    SPARE_DISK_BYTES,
+    MemoryEstimate,
+    check_disk,
+    estimate_memory,
+    scratch_bytes,
+)
+
+
+def test_disk_is_checked_for_what_is_needed(tmp_path: Path, tiny_llama: Path) -> None:
+    """Mixed rates between two halves take more than the lower one; scratch is for tokens read."""
+    plan, out = make_plan(tiny_llama, QuantizeRequest(bpw=5.9)), tmp_path / "out"
+    copies = sum((tiny_llama / f).stat().st_size for f in plan.checkpoint.other_files())
+    free = int(plan.output_bytes + plan.bytes_left) + copies + SPARE_DISK_BYTES
+    check_disk(plan, out, 0, free)
+    higher = make_plan(tiny_llama, QuantizeRequest(bpw=6.0))
+    for other, tokens in ((higher, 0), (plan, 512)):
+        with pytest.raises(QuantizeError, match="GB needed"):
+            check_disk(other, out, tokens, free)
+    check_disk(plan, out, 512, free + scratch_bytes(plan, 512))
+
+
+def test_finished_shards_count_as_written(tmp_path: Path, tiny_llama: Path) -> None:
+    plan = make_plan(tiny_llama, QuantizeRequest(calibration=None))
+    copies = sum((tiny_llama / f).stat().st_size for f in plan.checkpoint.other_files())
+    free = plan.output_bytes + copies + SPARE_DISK_BYTES - 1000
+    with pytest.raises(QuantizeError, match="GB needed"):
+        check_disk(plan, tmp_path, 0, free)
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(bytes(1000))
+    check_disk(plan, tmp_path, 0, free)
+
+
+def test_memory_without_calibration_is_a_layer_and_a_shard(tiny_llama: Path) -> None:
+    plan = make_plan(tiny_llama, QuantizeRequest(calibration=None))
+    estimate = estimate_memory(plan)
+    layer = sum(
+        plan.checkpoint.tensors[n].num_bytes for n in plan.layers[0].tensor_names(plan.checkpoint)
+    )
+    shards = 2 * max(shard.num_bytes for shard in plan.shards)
+    assert (estimate.layer, estimate.shards) == (layer, shards)
+    assert estimate.total == estimate.libraries + layer + shards
+
+
+def test_memory_with_calibration(tiny_llama: Path) -> None:
+    """The tiny model has hidden states of 256, inner activations of 512 and 384 words."""
+    plan = make_plan(tiny_llama)
+    estimate = estimate_memory(plan, calibration_tokens=16384)
+    embeddings_head_and_norm = 2 * (384 + 384 + 1) * 256
+    assert estimate.outside_layers == embeddings_head_and_norm
+    assert estimate.states == 3 * 2 * 16384 * 256
+    assert estimate.activations == 4 * 2 * 4 * 512 * 512
+    assert estimate.layer_float32 == 2 * estimate.layer
+    assert estimate.hessians == 4 * (256**2 * 3 + 512**2)
+    assert estimate.factoring == 5 * 8 * 512**2
+    assert estimate.logits == 5 * 4 * 512 * 384
+    encoding = estimate.layer_float32 + estimate.hessians + estimate.factoring
+    assert estimate.total == sum(asdict(estimate).values()) - min(encoding, estimate.logits)
+
+
+def test_encoding_and_logits_do_not_come_together() -> None:
+    common = {"libraries": 1, "layer": 2, "shards": 4, "outside_layers": 8, "states": 16}
+    estimate = MemoryEstimate(
+        **common, activations=32, layer_float32=100, hessians=100, factoring=100, logits=301
+    )
+    assert estimate.total == 63 + 301

@@ -1,0 +1,23 @@
+"""The table of what becomes of every tensor."""
+
+from pathlib import Path
+
+from offline_quantize.planning.plan import make_plan
+from offline_quantize.planning.request import QuantizeRequest
+from offline_quantize.planning.table import plan_table
+
+
+def test_layers_are_one_row_and_bytes_add_up(tiny_llama: Path) -> None:
+    request = QuantizeRequest(bpw=4, calibration=None, quantize_lm_head=True)
+    plan = make_plan(tiny_llama, request)
+    rows = {row.name: row for row in plan_table(plan)}
+    down = rows["model.layers.*.mlp.down_proj"]
+    assert (down.count, down.shape, down.decision) == (2, "256x512", "4 bpw, rotation 128")
+    assert rows["lm_head"].decision == "6 bpw, rotation 64"
+    assert rows["model.embed_tokens.weight"].decision == "kept bfloat16"
+    assert sum(row.num_bytes for row in rows.values()) == plan.output_bytes
+
+
+def test_mixed_rates_are_still_to_be_chosen(tiny_llama: Path) -> None:
+    decisions = {row.decision.partition(",")[0] for row in plan_table(make_plan(tiny_llama))}
+    assert decisions == {"mixed rates", "kept bfloat16"}

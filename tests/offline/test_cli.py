@@ -1,0 +1,115 @@
+"""The command line: what commands print, how errors are shown, what an interruption keeps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from offline_quantize.checkpoints.inspect import inspect
+from offline_quantize.cli import main, spell_flag
+from offline_quantize.errors import Option
+from tests.offline.interruptions import counted_writes, error_when_opened
+
+
+def test_plan(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_llama)
+    assert main(["plan", model, "--bpw", "4", "--calibration", "none"]) == 0
+    text = capsys.readouterr().out
+    assert "model.layers.*.mlp.down_proj" in text and "4 bpw, rotation" in text
+    assert "result: 1, 2, 4" in text
+    assert main(["plan", model, "--bpw", "4.7"]) == 0
+    text = capsys.readouterr().out
+    assert "mixed rates, rotation" in text and "at 4.700 effective" in text
+    assert main(["plan", model, "--bpw", "4", "--calibration", "none", "--quantize-lm-head"]) == 0
+    assert ", and the head at 6" in capsys.readouterr().out
+    assert main(["plan", model, "--calibration", str(tmp_path / "absent.txt")]) == 2
+    assert "absent.txt: no such file" in capsys.readouterr().err
+    assert main(["plan", model, "--bpw", "4.7", "--rates", "uniform"]) == 2
+    error = capsys.readouterr().err
+    assert "--bpw 4.7: uniform rates come in halves" in error and "--rates mixed" in error
+
+
+def test_quantize_and_inspect(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
+    assert f"vllm serve {out} --quantization qamw" in capsys.readouterr().out
+    assert main(["verify", str(out)]) == 0
+    assert main(["inspect", str(out)]) == 0
+    assert "14 layers" in capsys.readouterr().out
+    assert inspect(out).count("\n") == 15
+    report = json.loads((out / "qamw_report.json").read_text())
+    assert f"{report['effective_bits_per_weight']:.3f} effective bpw" in inspect(out)
+    assert main(["quantize", str(tiny_llama), str(out)]) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert main(["quantize", "no-such/model", str(tmp_path / "x")]) == 2
+    assert "the hub answered" in capsys.readouterr().err
+
+
+def test_directories_that_are_no_checkpoint(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tiny_llama)]) == 2
+    message = "no qamw_manifest.json, this is not a QAM-W checkpoint"
+    assert message in capsys.readouterr().err
+    assert main(["verify", str(tmp_path / "absent")]) == 2
+    assert "absent: not a directory" in capsys.readouterr().err
+
+
+def test_module_can_be_run() -> None:
+    command = [sys.executable, "-m", "offline_quantize", "--help"]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "option, flag",
+    [
+        (Option("bpw", 7), "--bpw 7"),
+        (Option("bpw", 3.0), "--bpw 3"),
+        (Option("calibration", None), "--calibration none"),
+        (Option("calibration", Path("my text.txt")), "--calibration 'my text.txt'"),
+        (Option("calibration_tokens"), "--calibration-tokens"),
+        (Option("resume", True), "--resume"),
+        (Option("ignore", ["*.q_proj", "k"]), "--ignore '*.q_proj' --ignore k"),
+        (Option("convention", ("lm-eval",)), "--convention lm-eval"),
+    ],
+    ids=str,
+)
+def test_parameters_are_spelled_as_flags(option: Option, flag: str) -> None:
+    assert spell_flag(option) == flag
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "verify"], ["verify", "--debug"], ["verify"]])
+def test_debug_shows_where_an_error_comes_from(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, str(tmp_path / "absent")]) == 2
+    error = capsys.readouterr().err
+    assert "qamw: " in error
+    assert ("Traceback" in error) == ("--debug" in arguments)
+
+
+@pytest.mark.parametrize("bug", [ValueError("a bug"), KeyError("a bug")], ids=repr)
+def test_a_bug_keeps_its_traceback(bug: Exception, tmp_path: Path, tiny_llama: Path) -> None:
+    arguments: list[Any] = ["quantize", tiny_llama, tmp_path / "out", "--calibration", "none"]
+    with counted_writes(tmp_path, kill_at=1, error=bug), pytest.raises(type(bug), match="a bug"):
+        main([str(argument) for argument in arguments])
+
+
+def test_resume_is_offered_once_something_was_written(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["quantize", str(tiny_llama), str(out), "--calibration", "none"]
+    with error_when_opened(tiny_llama / "config.json", KeyboardInterrupt()):
+        assert main(arguments) == 130
+    assert "interrupted; nothing is kept" in capsys.readouterr().err
+    # Progress, first shard, progress, second shard
+    with counted_writes(out, kill_at=3, error=KeyboardInterrupt()):
+        assert main(arguments) == 130
+    assert "interrupted; --resume goes on after 1 finished shards" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
