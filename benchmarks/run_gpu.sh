@@ -1,36 +1,57 @@
 #!/bin/sh
-# All that waits for a GPU, in one command: correctness first, then the kernels' speed, then vLLM with and without QAM-W.
+# Everything that needs a GPU, in one command: correctness first, then the speed of the kernels,
+# then vLLM with and without QAM-W.
 #
-#     kernels/benchmarks/run_gpu.sh OUT [MODEL CKPT]      in an environment with qamw-vllm[gpu,quantize], pytest and scipy
+#     benchmarks/run_gpu.sh OUT [MODEL CKPT]
+#
+# In an environment with qamw-vllm[gpu,quantize], pytest and scipy. OUT is a directory for the
+# results, MODEL and CKPT are directories of a plain model and of its QAM-W checkpoint.
 set -eu
-out=$1
-mkdir -p "$out"
-here=$(dirname "$0")/../..
+mkdir -p "$1"
+out=$(realpath "$1")
+model=
+checkpoint=
+if [ $# -ge 3 ]; then
+    model=$(realpath "$2")
+    checkpoint=$(realpath "$3")
+fi
+cd "$(dirname "$0")/.."
 
 failed=
-TRITON_INTERPRET=0 python -m pytest -q "$here/tests/kernel_checks.py" --junitxml "$out/kernel_checks.xml" || failed="$failed kernel_checks"
+check() {
+    TRITON_INTERPRET=0 "$@" -o 'python_files=check_*.py' tests/kernels_/ops/triton_checks
+}
+check python -m pytest -q --junitxml "$out/triton_checks.xml" || failed="$failed triton_checks"
 if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-        TRITON_INTERPRET=0 compute-sanitizer --tool $tool --error-exitcode 1 \
-            python -m pytest -q "$here/tests/kernel_checks.py" -k 'end_to_end or exact or routed' >"$out/$tool.log" || failed="$failed $tool"
+        check compute-sanitizer --tool $tool --error-exitcode 1 \
+            python -m pytest -q -k 'end_to_end or exact or routed' >"$out/$tool.log" \
+            || failed="$failed $tool"
     done
 fi
-python "$here/kernels/benchmarks/bench_linear.py" "$out/linear.json" --save-crossing
+python -m pytest -q tests/kernels_/ops/test_routing.py || failed="$failed routing"
+python -m benchmarks.kernels.linear "$out/linear.json" --save-crossover
 
-if [ $# -ge 3 ]; then
-    python -m pytest -q "$here/tests/test_experts.py" -k slots || failed="$failed experts"
-    for model in "$2" "$3"; do
-        name=$(basename "$model")
+if [ -n "$model" ]; then
+    python -m pytest -q tests/vllm_/test_experts.py -k slots || failed="$failed experts"
+    for served in "$model" "$checkpoint"; do
+        name=$(basename "$served")
         for batch in 1 16 64 256; do
-            vllm bench latency --model "$model" --batch-size $batch --input-len 128 --output-len 128 \
-                --output-json "$out/latency-$name-$batch.json" >"$out/latency-$name-$batch.log" 2>&1
+            vllm bench latency --model "$served" --batch-size $batch \
+                --input-len 128 --output-len 128 \
+                --output-json "$out/latency-$name-$batch.json" \
+                >"$out/latency-$name-$batch.log" 2>&1
             # vLLM's monitor warns of what is compiled while it serves. Ours must not be.
-            ! grep -E 'during inference: (rotate|gemm|routed_gemm|decode_gemm|dequantize)_kernel' "$out/latency-$name-$batch.log" \
+            ours='(rotate|gemm|routed_gemm|decode_gemm|dequantize)_kernel'
+            ! grep -E "during inference: $ours" "$out/latency-$name-$batch.log" \
                 || failed="$failed compiled-while-serving"
         done
-        vllm bench throughput --model "$model" --dataset-name random --random-input-len 512 --random-output-len 128 --num-prompts 512 \
+        vllm bench throughput --model "$served" --dataset-name random \
+            --random-input-len 512 --random-output-len 128 --num-prompts 512 \
             --output-json "$out/throughput-$name.json"
     done
-    python "$here/tests/bench_serve.py" "$2" "$3" --options '--gpu-memory-utilization 0.4' --json "$out/serve.json" --plot "$out/serve.png"
+    python -m benchmarks.serving.load "$model" "$checkpoint" \
+        --options '--gpu-memory-utilization 0.4' \
+        --json "$out/serve.json" --plot "$out/serve.png"
 fi
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }

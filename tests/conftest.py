@@ -13,7 +13,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture
 def while_vllm_loads() -> Callable[[], AbstractContextManager[None]]:
-    """Makes bfloat16 torch's default dtype for a while, as vLLM does when it loads a model."""
+    """Makes bfloat16 torch's default dtype inside a block, as vLLM does when it loads a model."""
     import torch
 
     @contextmanager
@@ -29,7 +29,7 @@ def while_vllm_loads() -> Callable[[], AbstractContextManager[None]]:
 
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama checkpoint with a few loud channels, as real models have; treat it as read-only."""
+    """A tiny Llama checkpoint with a few large channels, as real models have; read-only."""
     from safetensors.torch import load_file, save_file
 
     from tests.helpers.models import tiny_model

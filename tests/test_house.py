@@ -1,46 +1,197 @@
-"""The house: which package may import which, and what a wheel carries."""
+"""The house: which module may import which, how long files are, and what a wheel holds."""
 
-import ast
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"qamw_kernels": ROOT / "kernels" / "qamw_kernels", "offline_quantize": ROOT / "offline_quantize",
-            "qamw_vllm": ROOT / "qamw_vllm"}
-MAY_IMPORT = {"qamw_kernels": set(), "offline_quantize": {"qamw_kernels"}, "qamw_vllm": {"qamw_kernels"}}
+from tests.helpers.house import (
+    FOLDERS,
+    PACKAGES,
+    ROOT,
+    circle,
+    import_graph,
+    importers,
+    module_files,
+    relative_imports,
+    room_graph,
+    too_long,
+    wrong_directions,
+)
+
+FILES = module_files()
+SOURCES = {module: file.read_text(encoding="utf-8") for module, file in FILES.items()}
+IN_PACKAGES = {m: source for m, source in SOURCES.items() if m.split(".")[0] in PACKAGES}
+
+MAY_IMPORT = {
+    "qamw_kernels": set(),
+    "offline_quantize": {"qamw_kernels"},
+    "qamw_vllm": {"qamw_kernels"},
+    "tools": set(PACKAGES),
+    "benchmarks": {*PACKAGES, "tools"},
+    "examples": {*PACKAGES, "tools"},
+    "tests": {*PACKAGES, "tools", "benchmarks", "examples"},
+}
+MAX_FILE, MAX_BODY = 400, 60  # lines
+LONG_FOR_A_REASON: dict[str, str] = {}
+"""``module:function`` -> why it cannot be shorter."""
+
+PACKAGE_DATA = {
+    "qamw_kernels/format/codebooks.safetensors",
+    "qamw_kernels/ops/crossover.json",
+    "offline_quantize/calibration/calibration.txt",
+    "offline_quantize/calibration/calibration.LICENSE.md",
+    *(f"{package}/py.typed" for package in PACKAGES),
+}
 
 
-def imported(file: Path) -> set[str]:
-    """Top-level names of everything a file imports, at any depth of its code."""
-    names = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").partition(".")[0])
-    return names
+def test_every_module_is_found() -> None:
+    """The rules below look at something."""
+    assert set(FOLDERS) == {module.split(".")[0] for module in SOURCES}
+    assert len(SOURCES) > 100 and __name__ in SOURCES
 
 
-@pytest.mark.parametrize("package", PACKAGES)
-def test_imports_run_one_way(package: str) -> None:
-    files = list(PACKAGES[package].rglob("*.py"))
-    assert files
-    for file in files:
-        strangers = imported(file) & set(PACKAGES) - {package} - MAY_IMPORT[package]
-        assert not strangers, f"{file.relative_to(ROOT)} imports {strangers}"
-        if package != "qamw_vllm" and file.name != "served.py":  # qamw eval --engine vllm starts an engine, lazily: see below
-            assert "vllm" not in imported(file), f"{file.relative_to(ROOT)} imports vllm"
+def test_no_import_circles() -> None:
+    assert circle(import_graph(SOURCES)) == []
+
+
+def test_no_circles_between_rooms() -> None:
+    assert circle(room_graph(SOURCES)) == []
+
+
+def test_imports_run_one_way() -> None:
+    assert wrong_directions(SOURCES, MAY_IMPORT) == []
+
+
+def test_imports_are_absolute() -> None:
+    assert relative_imports(SOURCES) == []
+
+
+def test_who_knows_vllm_and_transformers() -> None:
+    """The kernels run without both; the quantizer starts an engine in one place only."""
+    vllm = importers(IN_PACKAGES, "vllm")
+    elsewhere = {module for module in vllm if module.split(".")[0] != "qamw_vllm"}
+    assert elsewhere == {"offline_quantize.evaluation.vllm_engine"}
+    transformers = importers(IN_PACKAGES, "transformers")
+    in_kernels = {module for module in transformers if module.startswith("qamw_kernels.")}
+    assert in_kernels == {"qamw_kernels.integrations.transformers"}
+
+
+def test_files_and_functions_are_short() -> None:
+    assert set(too_long(SOURCES, MAX_FILE, MAX_BODY)) == set(LONG_FOR_A_REASON)
+
+
+def environment_variables(sources: Mapping[str, str]) -> set[str]:
+    """Texts in the code that have the form of the name of an environment variable."""
+    names = r"""["']((?:QAMW|LLAMA|TRITON|VLLM|HF|TOKENIZERS|OMP)_[A-Z_]+|PYTHONPATH)["']"""
+    return {name for source in sources.values() for name in re.findall(names, source)}
+
+
+def test_every_environment_variable_is_documented() -> None:
+    sources = {m: source for m, source in SOURCES.items() if m.split(".")[0] != "tests"}
+    found = environment_variables(sources)
+    assert {"QAMW_CPU_BACKEND", "QAMW_MODEL_CACHE"} < found
+    page = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
+    assert [name for name in sorted(found) if f"`{name}" not in page] == []
+
+
+# --- each rule can fail
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"p.a": "import p.b", "p.b": "from p import a"},
+        {"p.a": "import p.b", "p.b": "import p.c", "p.c": "def f():\n    from p.a import x"},
+        {"p.a": "def f():\n    import p.b", "p.b": "class A:\n    import p.a"},
+        {"p": "import q.b", "p.a": "", "q.b": "from p.a import x"},  # by the __init__ of p
+        {"p": "from p.a import x", "p.a": "x = 1"},  # p.a runs the __init__ of p
+        {"p": "def f():\n    import p.a", "p.a": "from p import f"},
+    ],
+)
+def test_circles_are_found(sources: dict[str, str]) -> None:
+    assert circle(import_graph(sources))
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"p.a": "import p.b", "p.b": "import p.c, torch", "p.c": ""},
+        {"p.a": "import p.b", "p.b": "if TYPE_CHECKING:\n    import p.a"},
+        {"p": "def register():\n    import p.a", "p.a": "import p.b", "p.b": ""},
+    ],
+)
+def test_no_circles_are_invented(sources: dict[str, str]) -> None:
+    assert not circle(import_graph(sources))
+
+
+def test_circles_between_rooms_are_found() -> None:
+    sources = {
+        "p.a.x": "import p.b.x",
+        "p.a.y": "",
+        "p.b.x": "",
+        "p.b.y": "def f():\n    from p.a.y import g",
+    }
+    assert not circle(import_graph(sources))
+    assert set(circle(room_graph(sources))) == {"p.a", "p.b"}
+    assert not circle(room_graph({**sources, "p.b.y": "import p.c.x", "p.c.x": ""}))
+
+
+@pytest.mark.parametrize(
+    "module, source",
+    [
+        ("qamw_kernels.ops", "def f():\n    import qamw_vllm.config"),
+        ("qamw_vllm.linear", "from offline_quantize import pipeline"),
+        ("offline_quantize.cli", "from tools.real_models import real_model"),
+        ("benchmarks.memory", "from tests.helpers import models"),
+        ("tools.x", "if TYPE_CHECKING:\n    import benchmarks.kernels"),
+        ("examples.demo", "import benchmarks"),
+    ],
+)
+def test_wrong_directions_are_found(module: str, source: str) -> None:
+    assert len(wrong_directions({module: source}, MAY_IMPORT)) == 1
+
+
+def test_importers_are_found() -> None:
+    sources = {"a": "def f():\n    from vllm.x import y", "b": "import vllm_x", "c": "import vllm"}
+    assert importers(sources, "vllm") == {"a", "c"}
+
+
+def test_relative_imports_are_found() -> None:
+    sources = {"p.a": "from . import b", "p.b": "from .a import x", "p.c": "from p import a"}
+    assert relative_imports(sources) == ["p.a", "p.b"]
+
+
+def test_what_is_too_long_is_found() -> None:
+    body = "    x = 1\n"
+    sources = {
+        "short": f'def f():\n    """Two\n    lines."""\n{body * 60}',
+        "body": f"class A:\n    def f():\n        class B: pass\n{('    ' + body) * 60}",
+        "file": "x = 1\n" * 401,
+    }
+    assert too_long(sources, MAX_FILE, MAX_BODY) == ["body:f", "file"]
+
+
+# --- what is installed
 
 
 def test_importing_is_cheap_and_touches_nothing() -> None:
     """No kernel compiler, no engine, no model library just for importing the three packages."""
-    script = ("import sys, qamw_kernels.codec, qamw_kernels.format, qamw_vllm, offline_quantize.cli, offline_quantize.evaluate\n"
-              "print([m for m in ('triton', 'vllm', 'transformers', 'matplotlib') if m in sys.modules])")
-    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    script = (
+        "import sys\n"
+        "import qamw_kernels.codec.encode, qamw_kernels.codec.decode\n"
+        "import qamw_kernels.format.codebook, qamw_kernels.format.weight\n"
+        "import qamw_vllm, offline_quantize.cli, offline_quantize.evaluation.run\n"
+        "heavy = ('triton', 'vllm', 'transformers', 'matplotlib')\n"
+        "print([module for module in heavy if module in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     assert loaded == "[]"
 
 
@@ -50,12 +201,22 @@ def test_no_package_named_kernels() -> None:
 
 
 def test_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT]
-    subprocess.run(command, check=True, capture_output=True)
+    """Built from a copy: an old build folder could put files of the past into the wheel."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("kernels", "offline_quantize", "qamw_vllm", "tests", "tools", "benchmarks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=unwanted)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+    subprocess.run([*command, copy], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == set(PACKAGES)
-    data = {"qamw_kernels/codebooks.safetensors", "offline_quantize/calibration.txt", "offline_quantize/calibration.LICENSE.md"}
-    assert data <= set(names)
-    for package, folder in PACKAGES.items():
-        assert {f"{package}/{file.relative_to(folder).as_posix()}" for file in folder.rglob("*.py")} <= set(names)
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    modules = {
+        f"{package}/{file.relative_to(FOLDERS[package]).as_posix()}"
+        for package in PACKAGES
+        for file in FOLDERS[package].rglob("*.py")
+    }
+    assert names == modules | PACKAGE_DATA

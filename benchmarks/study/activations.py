@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from offline_quantize.model.structure import Linear, Structure, on_linear_inputs, record_layer_calls
+from offline_quantize.model.structure import InputGroup, Structure
+from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
 
 BATCH = 4  # windows per forward call
 
@@ -31,30 +32,44 @@ def products(so_far: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def layer_statistics(model: Any, structure: Structure, tokens: torch.Tensor,
-                     fold: Fold) -> Iterator[list[tuple[list[Linear], torch.Tensor]]]:
-    """For every decoder layer its input groups, each with the statistic of its input over ``tokens`` [n, T].
+def layer_statistics(
+    model: Any,
+    structure: Structure,
+    tokens: torch.Tensor,
+    fold: Fold,
+) -> Iterator[list[tuple[InputGroup, torch.Tensor]]]:
+    """For every decoder layer its input groups, each with the statistic of its input.
 
-    Layers run in the model's own dtype. What the caller does to a layer before it asks for the next is seen by all later ones.
+    Layers run in the model's own dtype. What the caller changes in a layer before it asks for the
+    next one is seen by all later layers.
+
+    Args:
+        tokens: [n, T] int64.
     """
     layers = model.get_submodule(structure.layers_name)
     calls = [record_layer_calls(model, layers, batch) for batch in tokens.split(BATCH)]
-    hidden = [batch[0][0] for batch in calls]
-    for i, (layer, groups) in enumerate(zip(layers, structure.layers, strict=True)):
-        prefix = f"{structure.layers_name}.{i}."
-        readers = {group[0].name.removeprefix(prefix): list(group) for group in groups}
+    hidden = [batch[0].hidden for batch in calls]
+    for i, (module, layer) in enumerate(zip(layers, structure.layers, strict=True)):
+        readers = {group.name.removeprefix(f"{layer.name}."): group for group in layer.groups}
         statistics: dict[str, torch.Tensor] = {}
 
-        def note(name: str, x: torch.Tensor, readers: dict = readers, statistics: dict = statistics) -> None:
+        def note(
+            name: str,
+            x: torch.Tensor,
+            readers: dict[str, InputGroup] = readers,
+            statistics: dict[str, torch.Tensor] = statistics,
+        ) -> None:
             if name in readers:
                 statistics[name] = fold(statistics.get(name), x.flatten(0, -2).float())
 
-        with on_linear_inputs(layer, note):
-            _run(layer, i, hidden, calls)
+        layer_calls = [batch[i] for batch in calls]
+        with on_linear_inputs(module, note):
+            _run(module, hidden, layer_calls)
         yield [(readers[name], statistic) for name, statistic in statistics.items()]
-        hidden = _run(layer, i, hidden, calls)
+        hidden = _run(module, hidden, layer_calls)
 
 
-def _run(layer: Any, index: int, hidden: list[torch.Tensor], calls: list[list[tuple]]) -> list[torch.Tensor]:
-    outs = [layer(h, *batch[index][1], **batch[index][2]) for h, batch in zip(hidden, calls, strict=True)]
-    return [out[0] if isinstance(out, tuple) else out for out in outs]
+def _run(layer: Any, hidden: list[torch.Tensor], calls: list[LayerCall]) -> list[torch.Tensor]:
+    """The outputs of a decoder layer for the hidden states [batch, T, hidden size] of batches."""
+    outputs = [layer(h, *call.args, **call.kwargs) for h, call in zip(hidden, calls, strict=True)]
+    return [output[0] if isinstance(output, tuple) else output for output in outputs]

@@ -1,6 +1,7 @@
-"""Rivals of the 2D codebook on the same rotated coordinates: scalar Lloyd-Max and polar coding, both of the unit Gaussian.
+"""Scalar Lloyd-Max and polar coding of the coordinates that QAM-W's 2D codebook codes.
 
-The tables are Lloyd-Max fits from closed integrals, by fixed-point and Newton iteration in float64, the same every time.
+Both are made for the unit Gaussian. The tables are Lloyd-Max fits from closed integrals, by
+fixed-point and Newton iteration in float64, the same every time.
 """
 
 import functools
@@ -14,6 +15,9 @@ from qamw_kernels.codec.rotation import unrotate
 
 FAR = 40.0  # no mass beyond it in float64
 
+Integrals = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""x -> integrals of a density p and of x p up to x."""
+
 
 def gaussian_integrals(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrals of p and x p of the unit normal up to ``x``."""
@@ -21,13 +25,27 @@ def gaussian_integrals(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rayleigh_integrals(r: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integrals of p and r p of the unit Rayleigh, the radius of a unit circular Gaussian, up to ``r``."""
+    """Integrals of p and r p of the unit Rayleigh up to ``r``.
+
+    It is the distribution of the radius of a unit circular Gaussian.
+    """
     tail = torch.exp(-r.square() / 2)
     return -tail, math.sqrt(math.pi / 2) * torch.erf(r / math.sqrt(2)) - r * tail
 
 
-def lloyd_max(start: torch.Tensor, low: float, integrals: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points [L] that are the means of their nearest-point cells, and the cells' masses [L]; float64."""
+def lloyd_max(
+    start: torch.Tensor,
+    low: float,
+    integrals: Integrals,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points that are the means of their nearest-point cells.
+
+    Args:
+        start: [L], where the iteration begins.
+        low: the lower end of the distribution.
+    Returns:
+        The points [L] and the masses [L] of their cells, float64.
+    """
     ends = torch.tensor([low, FAR], dtype=torch.float64)
 
     def cells(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,9 +56,10 @@ def lloyd_max(start: torch.Tensor, low: float, integrals: Callable) -> tuple[tor
     points = start.double()
     for _ in range(500):
         points = cells(points)[0]
-    for _ in range(8):  # Newton: the plain iteration crawls near the end
+    identity = torch.eye(len(points), dtype=torch.float64)
+    for _ in range(8):  # Newton, because the plain iteration becomes slow near the end
         slope = torch.autograd.functional.jacobian(lambda x: cells(x)[0], points)
-        points = points + torch.linalg.solve(torch.eye(len(points), dtype=torch.float64) - slope, cells(points)[0] - points)
+        points = points + torch.linalg.solve(identity - slope, cells(points)[0] - points)
     return cells(points)
 
 
@@ -62,20 +81,24 @@ def rings(amplitude_bits: int) -> tuple[torch.Tensor, float]:
 def polar_nmse(index_bits: int, amplitude_bits: int) -> float:
     """Error per coordinate of rings with the other bits of a pair as uniform phase.
 
-    A cell is a sector of a ring; its centroid lies at the ring's mean radius times sin(h) / h, h half the sector's angle.
-    With that shrinkage the radius that parts two rings is still midway between their means, so the rings do not depend on the phases.
+    A cell is a sector of a ring. Its centroid lies at the ring's mean radius times sin(h) / h,
+    where h is half the sector's angle. With that shrinkage the radius between two rings is still
+    midway between their means, so the rings do not depend on the phases.
     """
     return 1 - shrinkage(index_bits - amplitude_bits) ** 2 * rings(amplitude_bits)[1] / 2
 
 
 def shrinkage(phase_bits: int) -> float:
-    """Mean cosine of the angle to the middle of a sector, 2**phase_bits of which make the circle."""
+    """Mean cosine of the angle to the middle of one of 2**phase_bits sectors of the circle."""
     half = math.pi / 2**phase_bits
     return math.sin(half) / half
 
 
 def best_amplitude_bits(index_bits: int) -> int:
-    """The amplitude's share of the bits of a pair that gives the least error; a quarter circle is the widest sector tried."""
+    """How many of a pair's bits are best spent on the amplitude.
+
+    The widest sector that is tried is a quarter circle.
+    """
     return min(range(min(7, index_bits - 1)), key=lambda bits: polar_nmse(index_bits, bits))
 
 
@@ -96,9 +119,21 @@ def code_polar(coordinates: torch.Tensor, index_bits: int) -> torch.Tensor:
     return torch.stack((amplitude * angle.cos(), amplitude * angle.sin()), -1).flatten(-2)
 
 
-def code_rotated(weight: torch.Tensor, rotation_block_size: int, code: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """QAM-W without calibration, with ``code`` in place of its codebook: [N, K] to [N, K] float32."""
+def code_rotated(
+    weight: torch.Tensor,
+    rotation_block_size: int,
+    code: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """QAM-W without calibration, with another code in place of its codebook.
+
+    Args:
+        weight: [N, K] float32.
+        code: coordinates [N, K] -> decoded coordinates.
+    Returns:
+        The decoded weight [N, K] float32.
+    """
     input_scales = make_input_scales(weight.shape[1])
     coordinates, row_norms = to_coordinates(weight, rotation_block_size, input_scales)
     factors = row_factors(coordinates, code)[:, None]
-    return unrotate(code(coordinates / factors), rotation_block_size) * factors * row_norms[:, None] * input_scales.float()
+    decoded = unrotate(code(coordinates / factors), rotation_block_size)
+    return decoded * factors * row_norms[:, None] * input_scales.float()

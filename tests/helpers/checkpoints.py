@@ -1,28 +1,76 @@
-"""What tests read of a checkpoint directory."""
+"""What tests read of a checkpoint directory, and what they damage in it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from qamw_kernels.codec.encode import QuantizedWeight, decode_weight
+from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.weight import QuantizedWeight
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: t for file in sorted(directory.glob("*.safetensors")) for name, t in load_file(file).items()}
+    """All tensors of a checkpoint by name."""
+    return {
+        name: tensor
+        for file in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
-    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+    """The bytes of all files of a directory by path."""
+    return {
+        path.relative_to(directory).as_posix(): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def quantized_weight(directory: Path, module: str) -> QuantizedWeight:
+    """What a QAM-W checkpoint stores of one linear layer."""
+    tensors = tensors_of(directory)
+    config = json.loads((directory / "config.json").read_text())
+    qamw_format = QamwFormat.from_dict(config["quantization_config"])
+    input_scales = tensors[f"{module}.input_scales"]
+    return QuantizedWeight(
+        tensors[f"{module}.qweight"],
+        tensors[f"{module}.row_norms"],
+        input_scales,
+        qamw_format.rotation_block_size_of(module, len(input_scales)),
+    )
 
 
 def decoded(directory: Path, module: str) -> torch.Tensor:
-    tensors = tensors_of(directory)
-    fmt = QamwFormat.from_dict(json.loads((directory / "config.json").read_text())["quantization_config"])
-    scales = tensors[f"{module}.input_scales"]
-    block = fmt.rotation_block_size_of(module, len(scales))
-    return decode_weight(QuantizedWeight(tensors[f"{module}.qweight"], tensors[f"{module}.row_norms"], scales, block))
+    """The weight [N, K] float32 that a QAM-W checkpoint stands for."""
+    return decode_weight(quantized_weight(directory, module))
+
+
+def change_tensor(
+    directory: Path,
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor | None],
+) -> None:
+    """Replace one tensor of a checkpoint, or drop it where ``change`` returns None."""
+    for file in directory.glob("*.safetensors"):
+        tensors = load_file(file)
+        if name in tensors:
+            changed = change(tensors.pop(name))
+            kept = tensors if changed is None else {**tensors, name: changed}
+            save_file(kept, file, metadata={"format": "pt"})
+            return
+    raise AssertionError(f"{directory} has no {name}")
+
+
+def change_quantization_config(directory: Path, **changes: Any) -> None:
+    """Change entries of ``quantization_config`` in a checkpoint's config.json."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"].update(changes)
+    file.write_text(json.dumps(config))

@@ -1,12 +1,25 @@
-"""Start vLLM on one model after another and print what it computes: ``engine_script.py JOBS``, a JSON array of
+"""Start vLLM on one model after another and print what it computes.
 
-    {"model": directory, "options": keywords of LLM, "prompts": lists of token ids, "max_tokens": n,
+``python -m tests.helpers.engine_script JOBS``, where JOBS is a JSON array of
+
+    {"model": directory,
+     "options": keywords of LLM,
+     "prompts": lists of token ids,
+     "max_tokens": n,
      "reload": directory of a checkpoint whose weights take the place of the first ones,
-     "regex": what every answer must match, "lora": directory of an adapter, "logprobs": false where the engine cannot give them}
+     "regex": what every answer must match,
+     "lora": directory of an adapter,
+     "logprobs": false where the engine cannot give them}
 
-The last line on stdout is a JSON array of {"logprobs": per prompt, of every token after the first, "tokens": per prompt,
-the greedy continuation, "graphs" that torch.compile made in this process, "graph_breaks"} or, where the engine refused
-to start, {"error": message}. A process of its own, so that no state of the engine reaches the tests.
+All but "model" and "prompts" may be left out. The last line on stdout is a JSON array of
+
+    {"logprobs": of every prompt, those of every token after the first,
+     "tokens": of every prompt, the greedy continuation,
+     "graphs": number of graphs that torch.compile made in this process,
+     "graph_breaks": number of its graph breaks}
+
+or, where the engine refused to start, {"error": message}. The engine runs in this process of its
+own, so that none of its state reaches the tests.
 """
 
 import gc
@@ -14,30 +27,62 @@ import json
 import sys
 from typing import Any
 
+OPTIONS = {
+    "enforce_eager": True,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "max_num_seqs": 4,
+    "disable_log_stats": True,
+}
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    from torch._dynamo.utils import counters
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+
+def sampling_parameters(job: dict[str, Any]) -> Any:
+    """Greedy, with or without the log-probabilities of the prompt."""
+    from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
+    structure = StructuredOutputsParams(regex=job["regex"]) if "regex" in job else None
+    return SamplingParams(
+        temperature=0,
+        max_tokens=job.get("max_tokens", 8),
+        prompt_logprobs=0 if job.get("logprobs", True) else None,
+        ignore_eos=structure is None,
+        structured_outputs=structure,
+    )
+
+
+def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
+    """Log-probability of every token of a prompt after the first."""
+    return [
+        entry[token].logprob
+        for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
+    ]
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """Start the engine for one job, and stop it again."""
+    from torch._dynamo.utils import counters
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
     counters.clear()
-    options = {"enforce_eager": True, "max_model_len": 256, "max_num_batched_tokens": 256, "max_num_seqs": 4,
-               "disable_log_stats": True, **job.get("options", {})}
-    llm = LLM(model=job["model"], **options)
+    llm = LLM(model=job["model"], **{**OPTIONS, **job.get("options", {})})
     if "reload" in job:
         llm.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"]})
-    structure = StructuredOutputsParams(regex=job["regex"]) if "regex" in job else None
-    scored = job.get("logprobs", True)
-    parameters = SamplingParams(temperature=0, max_tokens=job.get("max_tokens", 8), prompt_logprobs=0 if scored else None,
-                                ignore_eos=structure is None, structured_outputs=structure)
-    lora = LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None
-    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], parameters, use_tqdm=False, lora_request=lora)
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in job["prompts"]],
+        sampling_parameters(job),
+        use_tqdm=False,
+        lora_request=LoRARequest("adapter", 1, job["lora"]) if "lora" in job else None,
+    )
+    logprobs = None
+    if job.get("logprobs", True):
+        logprobs = [prompt_logprobs(p, out) for p, out in zip(job["prompts"], outputs, strict=True)]
     result = {
-        "logprobs": [[entry[token].logprob for token, entry in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-                     for prompt, output in zip(job["prompts"], outputs, strict=True)] if scored else None,
+        "logprobs": logprobs,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "graphs": counters["stats"]["unique_graphs"], "graph_breaks": sum(counters["graph_break"].values()),
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
     }
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -50,7 +95,7 @@ def main() -> None:
     for job in json.loads(sys.argv[1]):
         try:
             results.append(run(job))
-        except Exception as error:  # reported, the test judges it
+        except Exception as error:  # the test judges it
             results.append({"error": f"{type(error).__name__}: {error}"})
     print(json.dumps(results), flush=True)
 

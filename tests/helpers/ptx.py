@@ -1,7 +1,8 @@
-"""Executes PTX on the CPU: what a kernel without an interpreter computes can be checked without a GPU.
+"""Executes PTX on the CPU: a kernel that has no interpreter can be checked without a GPU.
 
-All threads of a program run in step, so races are not seen, and branches must be uniform. The instructions are those that the kernels'
-tests meet; any other is an error. Accesses out of bounds and misaligned ones are errors too. After the PTX ISA reference.
+All threads of a program run in step, so races are not seen, and branches must be uniform. The
+instructions are those that the tests of the kernels meet; any other is an error. Accesses out of
+bounds and misaligned ones are errors too. Written after the PTX ISA reference.
 """
 
 import re
@@ -18,11 +19,24 @@ U32 = np.uint32
 
 # Of two operands of one unsigned type.
 BINARY: dict[str, Callable[[Array, Array], Array]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor,
-    "min": np.minimum, "max": np.maximum, "shl": np.left_shift, "shr": np.right_shift,
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+    "min": np.minimum,
+    "max": np.maximum,
+    "shl": np.left_shift,
+    "shr": np.right_shift,
 }
 COMPARE: dict[str, Callable[[Array, Array], Array]] = {
-    "gt": np.greater, "lt": np.less, "ge": np.greater_equal, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
+    "gt": np.greater,
+    "lt": np.less,
+    "ge": np.greater_equal,
+    "le": np.less_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
 }
 
 
@@ -33,6 +47,10 @@ def bf16_to_float(bits: Array) -> Array:
 def float_to_bf16(values: Array) -> Array:
     bits = values.view(U32)
     return ((bits + U32(0x7FFF) + (bits >> U32(16) & U32(1))) >> U32(16)).astype(np.uint16)
+
+
+Instruction = tuple[str | None, list[str], list[str]]
+"""Predicate, opcode and its modifiers, operands."""
 
 
 class Machine:
@@ -50,7 +68,7 @@ class Machine:
         required = re.search(r"\.reqntid (\d+)", ptx)
         assert required
         self.threads = int(required[1])
-        self.code: list[tuple[str | None, list[str], list[str]]] = []  # predicate, opcode and its modifiers, operands
+        self.code: list[Instruction] = []
         self.labels: dict[str, int] = {}
         for line in body[: body.index("\n}")].splitlines():
             text = line.split("//")[0].strip()
@@ -60,15 +78,22 @@ class Machine:
                 operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
                 self.code.append((match[1], match[2].split("."), operands))
 
-    def run(self, memory: Sequence[tuple[int, Array]], arguments: Sequence[int], grid: tuple[int, int], shared_bytes: int,
-            table_bytes: int) -> None:
+    def run(
+        self,
+        memory: Sequence[tuple[int, Array]],
+        arguments: Sequence[int],
+        grid: tuple[int, int],
+        shared_bytes: int,
+        table_bytes: int,
+    ) -> None:
         """Run all programs, one after the other.
 
         Args:
             memory: (address, bytes [n] uint8) of every buffer.
             arguments: one integer per parameter: addresses and sizes.
         """
-        self.memory, self.grid, self.shared_bytes, self.table_bytes = memory, grid, shared_bytes, table_bytes
+        self.memory, self.grid = memory, grid
+        self.shared_bytes, self.table_bytes = shared_bytes, table_bytes
         self.look_ups = self.look_up_conflicts = 0
         self.arguments = dict(zip(self.parameters, arguments, strict=True))
         for y in range(grid[1]):
@@ -81,8 +106,11 @@ class Machine:
     def _run_program(self, x: int, y: int) -> None:
         self.shared, self.table = np.zeros(self.shared_bytes, np.uint8), -1
         self.registers: dict[str, Array] = {
-            "%tid.x": np.arange(self.threads, dtype=U32), "%ctaid.x": self._all(x), "%ctaid.y": self._all(y),
-            "%nctaid.x": self._all(self.grid[0]), "global_smem": self._all(SHARED),
+            "%tid.x": np.arange(self.threads, dtype=U32),
+            "%ctaid.x": self._all(x),
+            "%ctaid.y": self._all(y),
+            "%nctaid.x": self._all(self.grid[0]),
+            "global_smem": self._all(SHARED),
         }
         at = 0
         while True:
@@ -104,7 +132,8 @@ class Machine:
         if operand in self.registers:
             value = self.registers[operand]
             return value if value.dtype == bool else value.astype(UNSIGNED[bits])
-        return self._all(int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0), bits)
+        number = int(operand[2:], 16) if operand.startswith("0f") else int(operand, 0)
+        return self._all(number, bits)
 
     def _read_float(self, operand: str) -> Array:
         return self._read(operand).view(np.float32)
@@ -129,9 +158,11 @@ class Machine:
         elif name == "mov":
             self._move(target, sources[0], bits)
         elif kind == "pred":
-            self._write(target, BINARY[name](self.registers[sources[0]], self.registers[sources[1]]))
+            a, b = (self.registers[source] for source in sources)
+            self._write(target, BINARY[name](a, b))
         elif name == "selp":
-            self._write(target, np.where(self.registers[sources[2]], self._read(sources[0], bits), self._read(sources[1], bits)))
+            a, b = (self._read(source, bits) for source in sources[:2])
+            self._write(target, np.where(self.registers[sources[2]], a, b))
         elif name == "setp":
             dtype = SIGNED[bits] if kind[0] == "s" else UNSIGNED[bits]
             a, b = (self._read(source, bits).view(dtype) for source in sources)
@@ -148,7 +179,10 @@ class Machine:
     def _integer(self, opcode: list[str], kind: str, bits: int, sources: list[str]) -> Array:
         name, signed = opcode[0], kind[0] == "s"
         if name in ("mad", "mul") and opcode[1] == "wide":
-            a, b = (self._read(s).view(np.int32 if signed else U32).astype(np.int64).view(np.uint64) for s in sources[:2])
+            a, b = (
+                self._read(s).view(np.int32 if signed else U32).astype(np.int64).view(np.uint64)
+                for s in sources[:2]
+            )
             return a * b + (self._read(sources[2], 64) if name == "mad" else np.uint64(0))
         a = self._read(sources[0], bits)
         if name == "shfl":
@@ -161,10 +195,13 @@ class Machine:
             return a * b + self._read(sources[2], bits)
         if name == "bfe":
             return (a >> b) & ((U32(1) << self._read(sources[2])) - U32(1))
-        if name == "shf":  # of the 64 bits b:a, the upper word after a shift to the left, the lower one after one to the right
+        if name == "shf":
+            # Of the 64 bits b:a, the upper word after a shift to the left, the lower one after a
+            # shift to the right.
             both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
             shift = (self._read(sources[2]) & U32(31)).astype(np.uint64)
-            return ((both << shift) >> np.uint64(32) if opcode[1] == "l" else both >> shift).astype(U32)
+            shifted = (both << shift) >> np.uint64(32) if opcode[1] == "l" else both >> shift
+            return shifted.astype(U32)
         if signed and name in ("min", "max", "shr"):
             return BINARY[name](a.view(SIGNED[bits]), b.view(SIGNED[bits])).view(UNSIGNED[bits])
         return BINARY[name](a, b)
@@ -176,20 +213,28 @@ class Machine:
             return self._read(source, 16).view(np.float16).astype(np.float32).view(U32)
         if kind == "f32":
             value = self._read_float(source)
-            return float_to_bf16(value) if to == "bf16" else value.astype(np.float16).view(np.uint16)
+            if to == "bf16":
+                return float_to_bf16(value)
+            return value.astype(np.float16).view(np.uint16)
         bits, wide = int(kind[1:]), int(to[1:])
         value = self._read(source, bits)
-        return (value.view(SIGNED[bits]).astype(SIGNED[wide]) if kind[0] == "s" else value).astype(UNSIGNED[wide])
+        if kind[0] == "s":
+            value = value.view(SIGNED[bits]).astype(SIGNED[wide])
+        return value.astype(UNSIGNED[wide])
 
     def _move(self, target: str, source: str, bits: int) -> None:
         half = bits // 2
         if source.startswith("{"):
-            low, high = (self._read(part.strip(), half).astype(UNSIGNED[bits]) for part in source[1:-1].split(","))
+            low, high = (
+                self._read(part.strip(), half).astype(UNSIGNED[bits])
+                for part in source[1:-1].split(",")
+            )
             self._write(target, low | high << UNSIGNED[bits](half))
         elif target.startswith("{"):
             value = self._read(source, bits)
             for i, part in enumerate(target[1:-1].split(",")):
-                self._write(part.strip(), (value >> UNSIGNED[bits](half * i)).astype(UNSIGNED[half]))
+                shifted = value >> UNSIGNED[bits](half * i)
+                self._write(part.strip(), shifted.astype(UNSIGNED[half]))
         else:
             self._write(target, self._read(source, bits))
 
@@ -198,31 +243,40 @@ class Machine:
         place, names = operands[::-1] if load else operands
         base, _, offset = place[1:-1].replace(" ", "").partition("+")
         if space == "param":
-            return self._write(names, self._all(self.arguments[base], bits))
+            self._write(names, self._all(self.arguments[base], bits))
+            return
         registers = [name.strip() for name in names.strip("{}").split(",")]
-        address, size = self.registers[base].astype(np.int64) + int(offset or 0), len(registers) * bits // 8
-        if space == "shared" and not load and self.table < 0:
-            self.table = int(address.min())
-        if space == "shared" and load and size == 4 and ((self.table <= address) & (address < self.table + self.table_bytes)).all():
-            self.look_ups += 1
-            banks = (address // 4 % 32).reshape(-1, 32)
-            self.look_up_conflicts = max(self.look_up_conflicts, *(int(np.bincount(lanes).max()) for lanes in banks))
+        size = len(registers) * bits // 8
+        address = self.registers[base].astype(np.int64) + int(offset or 0)
+        if space == "shared":
+            self._note_look_up(address, load, size)
         if not self.mask.any():
-            return None
+            return
         start, buffer = self._buffer(int(address[self.mask].min()))
         at = address[self.mask] - start
-        assert at.max() + size <= len(buffer), f"{opcode}: {at.max() + size - len(buffer)} bytes past the end of a buffer"
+        beyond = at.max() + size - len(buffer)
+        assert beyond <= 0, f"{opcode}: {beyond} bytes past the end of a buffer"
         assert not (address[self.mask] % size).any(), f"{opcode}: misaligned"
         bytes_at = at[:, None] + np.arange(size)
-        if not load:
+        if load:
+            values = np.zeros((self.threads, len(registers)), UNSIGNED[bits])
+            values[self.mask] = buffer[bytes_at].view(UNSIGNED[bits])
+            for i, register in enumerate(registers):
+                self._write(register, values[:, i])
+        else:
             values = np.stack([self._read(register, bits) for register in registers], 1)
             buffer[bytes_at] = np.ascontiguousarray(values[self.mask]).view(np.uint8)
-            return None
-        values = np.zeros((self.threads, len(registers)), UNSIGNED[bits])
-        values[self.mask] = buffer[bytes_at].view(UNSIGNED[bits])
-        for i, register in enumerate(registers):
-            self._write(register, values[:, i])
-        return None
+
+    def _note_look_up(self, address: Array, load: bool, size: int) -> None:
+        """Count an access to shared memory that is a look-up in the table, and its conflicts."""
+        if not load and self.table < 0:
+            self.table = int(address.min())
+        inside = (self.table <= address) & (address < self.table + self.table_bytes)
+        if load and size == 4 and inside.all():
+            self.look_ups += 1
+            banks = (address // 4 % 32).reshape(-1, 32)
+            most = max(int(np.bincount(lanes).max()) for lanes in banks)
+            self.look_up_conflicts = max(self.look_up_conflicts, most)
 
     def _buffer(self, address: int) -> tuple[int, Array]:
         for start, buffer in ((SHARED, self.shared), *self.memory):
@@ -231,17 +285,24 @@ class Machine:
         raise AssertionError(f"nothing is stored at address {address:#x}")
 
     def _multiply_matrices(self, opcode: list[str], operands: list[str]) -> None:
-        """m16n8k16: lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8, columns g, and k = 2 t, 2 t + 1, 2 t + 8, 2 t + 9."""
+        """m16n8k16: lane (g, t) = (lane / 4, lane % 4) holds rows g and g + 8, and columns g.
+
+        Of k it holds 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+        """
         assert opcode[3:6] == ["m16n8k16", "row", "col"], opcode
         d, a, b, c = ([name.strip() for name in operand[1:-1].split(",")] for operand in operands)
 
         def halves(names: list[str]) -> Array:  # [warp, g, t, register, half]
             words = np.stack([self._read(name) for name in names], 1).reshape(-1, 8, 4, len(names))
             bits = np.stack([words & U32(0xFFFF), words >> U32(16)], -1).astype(np.uint16)
-            return bf16_to_float(bits) if opcode[7] == "bf16" else bits.view(np.float16).astype(np.float32)
+            if opcode[7] == "bf16":
+                return bf16_to_float(bits)
+            return bits.view(np.float16).astype(np.float32)
 
-        left = halves(a).reshape(-1, 8, 4, 2, 2, 2).transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)  # registers: k + 8, row + 8
+        left = halves(a).reshape(-1, 8, 4, 2, 2, 2)  # registers: k + 8, row + 8
+        left = left.transpose(0, 4, 1, 3, 2, 5).reshape(-1, 16, 16)
         right = halves(b).transpose(0, 3, 2, 4, 1).reshape(-1, 16, 8)
-        sums = (left @ right).reshape(-1, 2, 8, 4, 2).transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)  # row + 8, column
+        sums = (left @ right).reshape(-1, 2, 8, 4, 2)  # row + 8, column
+        sums = sums.transpose(0, 2, 3, 1, 4).reshape(self.threads, 4)
         for i, name in enumerate(d):
             self._write(name, (self._read_float(c[i]) + sums[:, i]).astype(np.float32).view(U32))

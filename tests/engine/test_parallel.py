@@ -1,0 +1,47 @@
+"""Several ranks compute what one computes."""
+
+import pytest
+
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.request import QuantizeRequest
+from tests.helpers.engine import TWO_RANKS, assert_matches
+from tests.helpers.models import tiny_model
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.mark.parametrize("tp_size", [2, 4])
+def test_tensor_parallel_agrees(tp_size, run, checkpoint, tiny_results):
+    """Four ranks share two kv heads."""
+    options = {"dtype": "float32", **TWO_RANKS, "tensor_parallel_size": tp_size}
+    ((result,), _) = run([{"model": str(checkpoint("llama")), "options": options}])
+    assert_matches(result, checkpoint("llama"), 1e-3)
+    assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+def test_pipeline_parallel_agrees(run, checkpoint, tiny_results):
+    """Two stages, of a quantized checkpoint and of a plain one that is quantized while loading.
+
+    vLLM's CPU engine has room for what a stage hands on only when it compiles.
+    """
+    options = {
+        "dtype": "float32",
+        "distributed_executor_backend": "mp",
+        "pipeline_parallel_size": 2,
+        "enforce_eager": False,
+        "compilation_config": {"mode": 1, "backend": "eager"},
+    }
+    plain = checkpoint("llama").parent / "model"
+    for model, more in ((checkpoint("llama"), {}), (plain, {"quantization": "qamw"})):
+        ((result,), _) = run([{"model": str(model), "options": options | more}])
+        assert_matches(result, checkpoint("llama"), 1e-3)
+        assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+def test_eight_ranks(run, tmp_path):
+    """Each has one packing unit of every row-parallel layer."""
+    model = tiny_model(tmp_path / "model", "llama", hidden_size=512, num_attention_heads=8)
+    quantize(model, tmp_path / "quantized", QuantizeRequest(calibration=None))
+    options = {"dtype": "float32", **TWO_RANKS, "tensor_parallel_size": 8}
+    ((result,), _) = run([{"model": str(tmp_path / "quantized"), "options": options}])
+    assert_matches(result, tmp_path / "quantized", 1e-3)
