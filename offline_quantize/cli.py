@@ -147,6 +147,31 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="bits per weight, 3 to 6 (default 5.5): what the indices take on average for 3, "
         "3.5 ... 6, what the quantized layers take with all that is stored for any other value",
     )
+    _add_calibration_options(command)
+    add(
+        "--tp-max",
+        type=int,
+        default=8,
+        help="widest tensor parallelism to prepare for (default 8)",
+    )
+    add(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave linear layers of this glob pattern as they are; may be repeated",
+    )
+    add(
+        "--quantize-lm-head",
+        action="store_true",
+        help="also the head that makes logits, at 6 bits per weight; it gets a weight of its own "
+        "where it shared that of the embeddings",
+    )
+
+
+def _add_calibration_options(command: argparse.ArgumentParser) -> None:
+    """What a calibration text is read for."""
+    add = command.add_argument
     add(
         "--calibration",
         default="default",
@@ -174,25 +199,6 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="mixed: more bits for layers, more weight for tokens whose errors cost more, found by "
         "a pass forwards and backwards (default with calibration); uniform: the same for all, in "
         "half the time",
-    )
-    add(
-        "--tp-max",
-        type=int,
-        default=8,
-        help="widest tensor parallelism to prepare for (default 8)",
-    )
-    add(
-        "--ignore",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave linear layers of this glob pattern as they are; may be repeated",
-    )
-    add(
-        "--quantize-lm-head",
-        action="store_true",
-        help="also the head that makes logits, at 6 bits per weight; it gets a weight of its own "
-        "where it shared that of the embeddings",
     )
 
 
@@ -261,6 +267,11 @@ def _add_eval_options(command: argparse.ArgumentParser) -> None:
         help="what runs CKPT: transformers with decoded weights, or vLLM as it serves it",
     )
     _add_device(command)
+    _add_eval_results(command)
+
+
+def _add_eval_results(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
     add(
         "--noise-windows",
         type=_at_least(0),

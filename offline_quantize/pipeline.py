@@ -195,7 +195,7 @@ def _write_shards(run: Run, progress: Progress) -> None:
 def _write_shard(
     run: Run, shard: Shard, layers: Iterator[Quantized], quantized_head: Callable[[], Quantized]
 ) -> None:
-    """Take a shard's layers from ``layers`` and write the shard, unless it is finished."""
+    """Take a shard's layers from ``layers``, and write the shard unless it is finished."""
     content = _join(islice(layers, len(shard.layers)))
     if shard.file in run.output.files:
         return
@@ -206,7 +206,7 @@ def _write_shard(
 
 
 def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
-    """Every decoder layer in turn; empty where its shard is finished and nothing needs it.
+    """Every decoder layer in turn; empty where its shard is finished.
 
     With calibration, layers of finished shards are read again, up to the last one that is needed:
     the calibration tokens pass through all layers before it.
@@ -214,14 +214,12 @@ def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
     num_needed, done = _num_needed_layers(run), 0
     for shard in run.plan.shards:
         for index in shard.layers:
-            layer = run.plan.layers[index]
-            quantized = Quantized({}, [])
+            layer, quantized = run.plan.layers[index], Quantized({}, [])
             if shard.file not in run.output.files:
                 quantized = _quantize_layer(run, layer)
+                _pass_tokens(run, layer, quantized.tensors)
             elif run.calibrator and index < num_needed:
-                quantized = _read_layer(run.output, shard, layer)
-            if run.calibrator and quantized.tensors:
-                run.calibrator.finish(_decoded(run.plan, layer, quantized.tensors))
+                _pass_tokens(run, layer, _read_layer(run.output, shard, layer))
             done += layer.num_weights
             progress("quantizing", done, run.plan.num_quantized_weights)
             yield quantized
@@ -296,10 +294,16 @@ def _quantize_linears(
     return result
 
 
-def _read_layer(output: Output, shard: Shard, layer: DecoderLayer) -> Quantized:
+def _read_layer(output: Output, shard: Shard, layer: DecoderLayer) -> dict[str, torch.Tensor]:
     """The tensors of a layer from its finished shard."""
     names = [info.name for info in shard.tensors if info.name.startswith(f"{layer.name}.")]
-    return Quantized(output.read_shard(shard.file, names), [])
+    return output.read_shard(shard.file, names)
+
+
+def _pass_tokens(run: Run, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Carry the calibration tokens through a layer as its output ``tensors`` represent it."""
+    if run.calibrator:
+        run.calibrator.finish(_decoded(run.plan, layer, tensors))
 
 
 def _outside_layers(plan: Plan, shard: Shard, quantized_head: Callable[[], Quantized]) -> Quantized:

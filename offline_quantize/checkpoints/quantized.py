@@ -12,7 +12,7 @@ from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format import rates
-from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
+from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.weight import QuantizedWeight
@@ -62,6 +62,24 @@ class QuantizedCheckpoint:
         """All stored bytes of the quantized layers, codebooks included, in bits per weight."""
         return rates.effective_bits_per_weight(self.modules.values())
 
+    def header_faults(self, module: str) -> list[str]:
+        """Tensors of a quantized layer that have another shape or dtype than the format asks for.
+
+        Returns:
+            One line for each: its file, its name, what it is and what it should be.
+        """
+        faults = []
+        layer = self.modules[module]
+        expected = layer_tensors(layer.num_rows, layer.num_inputs, layer.index_bits)
+        for suffix, (shape, dtype) in expected.items():
+            info = self.checkpoint.tensors[f"{module}.{suffix}"]
+            if (info.shape, info.dtype) != (shape, dtype):
+                faults.append(
+                    f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, "
+                    f"expected {dtype} {list(shape)}"
+                )
+        return faults
+
     def decoded_names(self) -> dict[str, str]:
         """Name of every tensor of the model -> name of the stored tensor that holds it.
 
@@ -82,10 +100,14 @@ class QuantizedCheckpoint:
         Args:
             stored: a value of :meth:`decoded_names`.
             dtype: of a weight that was quantized, [N, K]; any other tensor stays as it is stored.
+        Raises:
+            QuantizeError: :meth:`header_faults` of the layer, one per line.
         """
         module, _, suffix = stored.rpartition(".")
         if suffix != "qweight":
             return next(self.checkpoint.load([stored]))[1]
+        if faults := self.header_faults(module):
+            raise QuantizeError("\n".join(faults))
         names = [f"{module}.{suffix}" for suffix in LAYER_TENSORS]
         qweight, row_norms, input_scales = (tensor for _, tensor in self.checkpoint.load(names))
         block_size = self.format.rotation_block_size_of(module, len(input_scales))

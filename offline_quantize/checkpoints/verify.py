@@ -21,7 +21,7 @@ from offline_quantize.files import MANIFEST, read_json, sha256_of
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.model.structure import InputGroup, find_structure
 from qamw_kernels.errors import QamwError
-from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
+from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
 
 
@@ -104,21 +104,7 @@ def _unlisted_file_faults(directory: Path, manifest: dict[str, dict[str, Any]]) 
 
 def _layer_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
     """Shapes and dtypes of a layer's tensors; if they are right, their values."""
-    return _layer_header_faults(quantized, module) or _layer_value_faults(quantized, module)
-
-
-def _layer_header_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
-    faults = []
-    shape = quantized.modules[module]
-    expected = layer_tensors(shape.num_rows, shape.num_inputs, shape.index_bits)
-    for suffix, (sizes, dtype) in expected.items():
-        info = quantized.checkpoint.tensors[f"{module}.{suffix}"]
-        if (info.shape, info.dtype) != (sizes, dtype):
-            faults.append(
-                f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, "
-                f"expected {dtype} {list(sizes)}"
-            )
-    return faults
+    return quantized.header_faults(module) or _layer_value_faults(quantized, module)
 
 
 def _layer_value_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:

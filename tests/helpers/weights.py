@@ -27,13 +27,11 @@ def random_weight(
 ) -> QuantizedWeight:
     """Random indices, row norms over four octaves and signed input scales.
 
-    The indices name every codeword as often as the size allows, and no codeword twice while
-    another is left.
+    The indices name every codeword as often as the size allows.
     """
     generator = torch.Generator().manual_seed(seed)
-    num_pairs, num_codewords = num_rows * num_inputs // 2, 2**index_bits
-    order = torch.randperm(max(num_pairs, num_codewords), generator=generator)
-    indices = (order[:num_pairs] % num_codewords).view(num_rows, -1)
+    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
+    indices = (order % 2**index_bits).view(num_rows, -1)
     row_norms = torch.rand(num_rows, generator=generator).mul(4).sub(2).exp2()
     signs = torch.randint(0, 2, (num_inputs,), generator=generator) * 2 - 1
     input_scales = (signs * (0.5 + torch.rand(num_inputs, generator=generator))).half()

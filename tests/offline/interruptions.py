@@ -68,7 +68,7 @@ def counted_writes(
                 written.append(target.relative_to(directory).as_posix())
         elif event == "open" and after_rename and len(written) - 1 == kill_at:
             # The renamed file's folder is opened next, to be synced.
-            assert arguments[0] == (directory / written[-1]).parent
+            assert Path(os.fsdecode(arguments[0])) == (directory / written[-1]).parent
             raise error
 
     with observed(observe):

@@ -1,6 +1,7 @@
 """The command line: what commands print, how errors are shown, what an interruption keeps."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 import pytest
 
+from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.inspect import inspect
 from offline_quantize.cli import main, spell_flag
 from offline_quantize.errors import Option
+from tests.helpers.models import tiny_model
 from tests.offline.interruptions import counted_writes, error_when_opened
 
 
@@ -58,6 +61,16 @@ def test_directories_that_are_no_checkpoint(
     assert message in capsys.readouterr().err
     assert main(["verify", str(tmp_path / "absent")]) == 2
     assert "absent: not a directory" in capsys.readouterr().err
+
+
+def test_tokens_without_an_embedding_are_not_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(tiny_model(tmp_path / "model", "llama", vocab_size=300))
+    options = ["--text", str(DEFAULT_TEXT), "--windows", "1", "--convention", "llama.cpp-512"]
+    assert main(["eval", model, "--reference", model, *options]) == 2
+    message = r"its tokenizer makes token 3\d\d of the text, but vocab_size in config.json is 300"
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_module_can_be_run() -> None:

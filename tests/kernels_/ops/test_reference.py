@@ -15,7 +15,7 @@ from tests.helpers.weights import random_weight
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="CPU tensors run the Triton kernels")
 
-N, K, B = 20, 192, 64
+N, K, B = 44, 192, 64  # 4,224 pairs: every codeword occurs
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)

@@ -278,8 +278,11 @@ def routed_gemm_kernel(
     )
     m_n = n < N
     acc *= tl.load(p_row_norms + expert * N + n, mask=m_n, other=0.0)[:, None]
-    p_out = p_y + slot.to(tl.int64)[None, :] * N + n[:, None]
-    tl.store(p_out, cast(acc, DTYPE), mask=m_n[:, None] & m_slot[None, :])
+    tl.store(
+        p_y + slot.to(tl.int64)[None, :] * N + n[:, None],
+        cast(acc, DTYPE),
+        mask=m_n[:, None] & m_slot[None, :],
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -334,5 +337,8 @@ def dequantize_kernel(
     row_norms = tl.load(p_row_norms + n, mask=m_n, other=0.0)
     input_scales = tl.load(p_input_scales + k).to(tl.float32)
     weight = acc * scale * row_norms[:, None] * input_scales[None, :]
-    p_out = p_weight + n.to(tl.int64)[:, None] * K + k[None, :]
-    tl.store(p_out, cast(weight, DTYPE), mask=m_n[:, None])
+    tl.store(
+        p_weight + n.to(tl.int64)[:, None] * K + k[None, :],
+        cast(weight, DTYPE),
+        mask=m_n[:, None],
+    )
