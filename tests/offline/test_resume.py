@@ -30,7 +30,11 @@ def quantize_until(kill_at: int, model: Path, out: Path, request: QuantizeReques
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after_rename", [False, True])
-@pytest.mark.parametrize("request_", [PLAIN, replace(CALIBRATED, window_tokens=128)], ids=str)
+@pytest.mark.parametrize(
+    "request_",
+    [PLAIN, replace(CALIBRATED, window_tokens=128)],
+    ids=["plain", "calibrated"],
+)
 def test_kill_and_resume_at_every_write(
     tmp_path: Path, tiny_llama: Path, request_: QuantizeRequest, after_rename: bool
 ) -> None:
