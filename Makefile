@@ -27,8 +27,9 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.demo
 
+# In two processes. Tests of the engine are in groups that share what takes long to make.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-quick: setup
 	$(BIN)/python -m pytest -m 'not engine and not slow'

@@ -6,7 +6,7 @@ import torch
 from offline_quantize.checkpoints.dequantize import dequantize
 from tests.helpers.engine import ARCHITECTURES, assert_matches, assert_same_logprobs
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

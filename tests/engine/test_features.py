@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers.engine import LORA, PROMPTS
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
 def test_features_of_vllm(run, checkpoint, dequantized, adapter):

@@ -10,7 +10,7 @@ from tests.helpers.checkpoints import change_tensor
 from tests.helpers.engine import PROMPTS, TWO_RANKS, assert_matches, kernels_of
 from tests.helpers.models import copy_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("packed")]
 
 
 @pytest.mark.parametrize("backend", ["decode", "triton"])

@@ -11,7 +11,7 @@ from tests.helpers.engine import (
     kernels_of,
 )
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("packed")]
 
 
 def test_triton_kernels_in_the_engine(run, checkpoint):

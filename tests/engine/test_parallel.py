@@ -7,7 +7,7 @@ from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.engine import TWO_RANKS, assert_matches
 from tests.helpers.models import tiny_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
 @pytest.mark.parametrize("tp_size", [2, 4])

@@ -10,7 +10,7 @@ from offline_quantize.evaluation.engines import load_model
 from tests.helpers.texts import EVALUATION_TEXT
 from tools.real_models import real_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("real")]
 
 MODELS = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")
 WINDOW, NUM_WINDOWS = 512, 3

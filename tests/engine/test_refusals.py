@@ -9,7 +9,7 @@ from tests.helpers.checkpoints import change_quantization_config, change_tensor
 from tests.helpers.engine import TWO_RANKS
 from tests.helpers.models import copy_model
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("refusals")]
 
 
 def drop(tensor: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ from benchmarks.soak.soak import soak
 from offline_quantize.evaluation.engines import load_model
 from tests.helpers.engine import reference
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("real")]
 
 QUESTION = [
     {"role": "user", "content": "What is the capital of France? Answer in one sentence."},
