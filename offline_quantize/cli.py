@@ -159,7 +159,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="leave linear layers of this glob pattern as they are; may be repeated",
+        help="leave linear layers that match this glob pattern as they are; may be repeated",
     )
     add(
         "--quantize-lm-head",
@@ -251,7 +251,7 @@ def _add_eval_options(command: argparse.ArgumentParser) -> None:
         "--windows",
         type=_at_least(1),
         metavar="N",
-        help="at most so many windows per convention (lm-eval: whole pages)",
+        help="at most this many windows per convention (lm-eval: whole pages)",
     )
     add("--bos", choices=["auto", "yes", "no"], default="auto", help=BOS_RULE)
     add(

@@ -1,4 +1,4 @@
-"""The errors of the quantizer. They name parameters of Python; the command line spells them as flags."""
+"""Errors of the quantizer name parameters of Python; the command line spells them as flags."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,8 @@ class Option:
 
     def __str__(self) -> str:
         """The spelling of Python: ``bpw=7``."""
-        return "=".join([self.name, *(f"{v:g}" if isinstance(v, float) else repr(v) for v in self.value)])
+        values = (f"{v:g}" if isinstance(v, float) else repr(v) for v in self.value)
+        return "=".join([self.name, *values])
 
 
 class QuantizeError(QamwError):

@@ -1,4 +1,4 @@
-"""Files: their names, reading them with their name in every error, writing them whole or not at all."""
+"""Files: their names, reading them with clear errors, writing them whole or not at all."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ PLOT = "qamw_report.png"
 CARD = "README.md"
 BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
 PROGRESS = ".qamw-progress.json"
-STATE = ".qamw-state"  # what a run that is resumed would else have to measure again
+STATE = ".qamw-state"  # what a run that is resumed would otherwise have to measure again
 TEMPORARY = ".partial"  # suffix of a file that is being written
 # Weights in other formats, and indices of any: what a quantized checkpoint must not carry along.
 WEIGHT_SUFFIXES = (

@@ -33,6 +33,7 @@ from qamw_kernels.format.rates import (
 )
 from qamw_kernels.format.sharding import (
     can_split_inputs,
+    can_split_rows,
     choose_rotation_block_sizes,
     possible_tensor_parallel_sizes,
 )
@@ -250,7 +251,7 @@ def _can_split(
     if linear.row_parallel:
         block_size = rotation_block_sizes[linear.num_inputs]
         return can_split_inputs(linear.num_inputs, tp, block_size)
-    return linear.num_rows % tp == 0 or linear.num_rows == structure.kv_rows  # or replicated
+    return can_split_rows(linear.num_rows, tp, structure.kv_rows)
 
 
 def _check_budget(plan: Plan) -> None:
