@@ -115,16 +115,17 @@ def evaluate(args: argparse.Namespace) -> None:
     for path in (args.json, args.plot):
         if path:
             _check_writable(path)  # known before the work, not after it
+    text, device = read_text(args.text), usable_device(args.device)  # before a download
     request = EvaluationRequest(
         reference=resolve_model(args.reference),
         checkpoints=tuple(map(resolve_model, args.checkpoints)),
-        text=read_text(args.text),
+        text=text,
         conventions=tuple(args.convention or CONVENTIONS),
         windows=args.windows,
         bos=args.bos,
         dtype=getattr(torch, args.dtype),
         engine=args.engine,
-        device=usable_device(args.device),
+        device=device,
         noise_windows=args.noise_windows,
     )
     with progress_bars(unit="window", delay=1) as progress:

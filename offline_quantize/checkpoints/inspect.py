@@ -43,12 +43,20 @@ def _report_entries(directory: Path) -> dict[str, dict[str, Any]]:
     layers = read_json(path).get("layers")
     if not isinstance(layers, list) or not all(isinstance(e, dict) and "name" in e for e in layers):
         raise QuantizeError(f"{path}: layers must be an array of objects that have a name")
+    for entry in layers:
+        for figure in ("sqnr_db", "output_nmse"):
+            if not isinstance(entry.get(figure), int | float | None):
+                raise QuantizeError(
+                    f"{path}: {figure} of {entry['name']} must be a number, got {entry[figure]!r}"
+                )
     return {entry["name"]: entry for entry in layers}
 
 
 def _in_order_of_numbers(module: str) -> list[tuple[bool, int | str]]:
     """Sort key: layer 2 before layer 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else part) for part in module.split(".")]
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else part) for part in module.split(".")
+    ]
 
 
 def _layer_line(quantized: QuantizedCheckpoint, module: str, entry: dict[str, Any]) -> str:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.dequantize import dequantize
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
@@ -161,14 +160,18 @@ def adapter(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def real_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """name -> a real model, quantized at 5.5 bpw, made once; the largest without calibration."""
+    """name -> a real model, quantized at 5.5 bpw, made once.
+
+    The largest without calibration, the others with little: what is tested is how they are served.
+    """
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "quantized"
-            calibration = None if "qwen" in name else DEFAULT_TEXT
-            request = QuantizeRequest(bpw=5.5, calibration=calibration)
+            request = QuantizeRequest(bpw=5.5, calibration_tokens=2048)
+            if "qwen" in name:
+                request = QuantizeRequest(bpw=5.5, calibration=None)
             quantize(real_model(name), made[name], request)
         return made[name]
 

@@ -20,6 +20,9 @@ def test_layers_with_and_without_a_report(tmp_path: Path, calibrated: Path) -> N
     (copy / REPORT).write_text('{"layers": 3}')
     with pytest.raises(QuantizeError, match=f"{REPORT}: layers must be an array of objects"):
         inspect(copy)
+    (copy / REPORT).write_text('{"layers": [{"name": "x", "sqnr_db": "30"}]}')
+    with pytest.raises(QuantizeError, match=f"{REPORT}: sqnr_db of x must be a number, got '30'"):
+        inspect(copy)
     (copy / REPORT).unlink()
     without = inspect(copy).split("\n")
     assert without[-1] == with_report[-1]
