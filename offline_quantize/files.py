@@ -77,7 +77,6 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     temporary = path.with_name(path.name + TEMPORARY)
     write(temporary)
-    temporary.chmod(0o644)  # safetensors writes files that only their owner can read
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

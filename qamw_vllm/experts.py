@@ -33,7 +33,6 @@ from qamw_vllm.state import (
     LoadSummary,
     mark_ready,
     register_tiled_weight,
-    register_weight_stand_in,
     state_of,
     tiled_weight_of,
 )
@@ -211,9 +210,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
             self.moe_kernel = self._plain.moe_kernel
             self.moe_quant_config = self._plain.moe_quant_config
         else:
-            device = layer.w2_row_norms.device
-            register_weight_stand_in(layer, "w2_weight_packed", self.params_dtype, device)
-            warm_up_once(self.format, self.params_dtype, device, experts=True)
+            warm_up_once(self.format, self.params_dtype, layer.w2_tiles.device, experts=True)
         mark_ready(layer)
         if self.summary.add_layer(shapes):
             logger.info("QAM-W: %s. %s", self.summary, self.describe())

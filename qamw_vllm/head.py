@@ -7,6 +7,7 @@ from torch.nn import Parameter
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
 from qamw_kernels.format.config import QamwFormat, layer_tensors
+from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend
 from qamw_vllm.linear import QamwLinearMethod
 from qamw_vllm.loading.linear import LayerLoader, Loader
@@ -20,8 +21,6 @@ class QamwHeadMethod(QamwLinearMethod):
         prefix: the head's name in vLLM; the others are those of :class:`QamwLinearMethod`.
     """
 
-    stand_in_name = "weight"
-
     def __init__(
         self,
         prefix: str,
@@ -34,6 +33,14 @@ class QamwHeadMethod(QamwLinearMethod):
 
     def make_plain_method(self) -> UnquantizedEmbeddingMethod:
         return UnquantizedEmbeddingMethod()
+
+    def use(self, layer: Any, weight: QuantizedWeight) -> None:
+        super().use(layer, weight)
+        if self.backend != "decode":
+            # LoRA on the head (vllm/lora/utils.py) reads dtype and device of its plain weight.
+            # Empty, and not a parameter: vLLM's reload neither loads nor copies it.
+            stand_in = torch.empty(0, dtype=self.params_dtype, device=weight.qweight.device)
+            layer.register_buffer("weight", stand_in, persistent=False)
 
     def create_weights(
         self,

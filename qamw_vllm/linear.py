@@ -30,7 +30,6 @@ from qamw_vllm.state import (
     LoadSummary,
     mark_ready,
     register_tiled_weight,
-    register_weight_stand_in,
     state_of,
     tiled_weight_of,
 )
@@ -54,8 +53,6 @@ class QamwLinearMethod(LinearMethodBase):
         summary: of all layers of the model in this process.
         backend: None for that of this machine, see :func:`choose_backend`.
     """
-
-    stand_in_name = "weight_packed"  # see register_weight_stand_in
 
     def __init__(
         self,
@@ -171,9 +168,7 @@ class QamwLinearMethod(LinearMethodBase):
             self._plain.process_weights_after_loading(layer)
         else:
             register_tiled_weight(layer, TiledWeight.of(weight))
-            device = weight.qweight.device
-            register_weight_stand_in(layer, self.stand_in_name, self.params_dtype, device)
-            warm_up_once(self.format, self.params_dtype, device)
+            warm_up_once(self.format, self.params_dtype, weight.qweight.device)
         mark_ready(layer)
         if self.summary.add_layer([QuantizedShape(*weight.shape, weight.index_bits)]):
             logger.info("QAM-W: %s. %s", self.summary, self.describe())

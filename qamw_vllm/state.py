@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from enum import Enum
 from typing import Any
 
-import torch
 from torch.nn import Parameter
 
 from qamw_kernels.format.rates import QuantizedShape
@@ -39,8 +38,22 @@ def mark_ready(layer: Any) -> None:
 
 
 def register_tiled_weight(layer: Any, weight: TiledWeight, prefix: str = "") -> None:
-    """Give the layer a packed weight, whose tensors are called ``<prefix>tiles`` and so on."""
-    for name in ("tiles", "row_norms", "input_scales"):
+    """Give the layer a packed weight, whose tensors are called ``<prefix>tiles`` and so on.
+
+    The tiles have a second name, ``<prefix>qweight``, by which vLLM 0.24 to 0.33 knows them. It was
+    the name of the planes that they replace; nothing here reads it. Who does:
+
+    - offloading to the CPU (``device_loading_context``, ``offloader/``) moves back what has the
+      name of a parameter that it moved to the GPU for the processing. PyTorch lists a parameter
+      under its first name only, so this one comes first;
+    - LoRA (``lora/layers/utils.py``) asks for the device of ``qweight``, of experts ``w2_qweight``;
+    - latent attention (``get_and_maybe_dequant_weights``) asks for the device of ``qweight``, then
+      it multiplies the layer with the identity matrix.
+    """
+    tiles = Parameter(weight.tiles, requires_grad=False)
+    layer.register_parameter(f"{prefix}qweight", tiles)
+    layer.register_parameter(f"{prefix}tiles", tiles)
+    for name in ("row_norms", "input_scales"):
         parameter = Parameter(getattr(weight, name), requires_grad=False)
         layer.register_parameter(prefix + name, parameter)
     layer.register_buffer(f"{prefix}quadrant_words", weight.quadrant_words, persistent=False)
@@ -58,30 +71,6 @@ def tiled_weight_of(layer: Any, rotation_block_size: int, prefix: str = "") -> T
         getattr(layer, f"{prefix}quadrant_words"),
         rotation_block_size,
     )
-
-
-def register_weight_stand_in(
-    layer: Any,
-    name: str,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Give a layer without a plain weight an empty tensor, for code of vLLM that asks for one.
-
-    What asks for it, in vLLM 0.24 to 0.33, and what it reads of it:
-
-    - LoRA (``vllm/lora/layers/utils.py``, ``base_linear.py``): the device of a layer's ``weight``,
-      ``weight_packed`` or ``qweight``, of experts ``w2_weight``, ``w2_weight_packed`` or
-      ``w2_qweight``;
-    - LoRA on the head (``vllm/lora/utils.py``): dtype and device of ``weight``, no other name;
-    - latent attention (``get_and_maybe_dequant_weights``): the device of ``weight``, ``qweight``
-      or ``weight_packed``, then it multiplies the layer with the identity matrix.
-
-    Linear layers and experts take the name with ``weight_packed``, so that code which wants to
-    compute with a plain ``weight`` finds none and fails. The tensor is empty and not a parameter,
-    so that vLLM's reload neither loads nor copies it.
-    """
-    layer.register_buffer(name, torch.empty(0, dtype=dtype, device=device), persistent=False)
 
 
 class LoadSummary:

@@ -102,10 +102,9 @@ WORDS: Words = {
     ),
     "vllm.model_executor.parameter": ("output_dim", "input_dim", "weight_loader"),
     f"{QUANTIZATION}.base_config": ("uses_meta_device",),
-    f"{QUANTIZATION}.utils.quant_utils": ("weight_packed",),
+    f"{QUANTIZATION}.utils.quant_utils": ("qweight",),
     RELOAD: ("_already_called_process_weights_after_loading",),
-    "vllm.lora.layers.base_linear": ("weight_packed",),
-    "vllm.lora.layers.utils": ("weight_packed", "w2_weight_packed"),
+    "vllm.lora.layers.utils": ("qweight", "w2_qweight"),
     f"{EXPERTS}.routed_experts": (
         "global_num_experts",
         "local_num_experts",

@@ -167,7 +167,12 @@ class Output:
     def _commit(self, file: str, write: Callable[[Path], Any]) -> Path:
         path = self.directory / file
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
+
+        def write_readable(temporary: Path) -> None:
+            write(temporary)
+            temporary.chmod(0o644)  # safetensors writes files that only their owner can read
+
+        write_atomically(path, write_readable)
         return path
 
 

@@ -108,7 +108,7 @@ def test_packed_layer_holds_no_decoded_tensor(rank: Rank) -> None:
     load(layer, "qkv_proj", make_checkpoint("qkv_proj"))
     shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
     assert shapes == {
-        "tiles": tiled_shape(512, K, BITS),
+        "qweight": tiled_shape(512, K, BITS),  # vLLM's name of the tiles
         "row_norms": (512,),
         "input_scales": (K,),
     }

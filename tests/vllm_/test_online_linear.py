@@ -85,7 +85,7 @@ def test_quantized_while_loading(
                 shard = [SHARD_IDS[kind][position]] if kind in SHARD_IDS else []
                 plain.weight.weight_loader(plain.weight, weight, *shard)
         tensors = dict(packed.named_parameters())
-        assert tensors.keys() == {"tiles", "row_norms", "input_scales"}
+        assert tensors.keys() == {"qweight", "row_norms", "input_scales"}
         assert tensors.keys() == dict(plain.named_parameters()).keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, plain.get_parameter(name)), name

@@ -86,11 +86,23 @@ def test_what_vllm_asks_of_a_layer_for_lora_and_latent_attention(rank: Rank) -> 
     matrices = make_checkpoint("fc")
     load(layer, "fc", matrices)
     assert not hasattr(layer, "weight")
-    assert not hasattr(layer, "qweight")
     assert lora_device_of(layer) == torch.device("cpu")
     layer.input_size_per_partition = K
     weight = get_and_maybe_dequant_weights(layer, torch.float32)
     torch.testing.assert_close(weight, matrices[0]["weight"], rtol=1e-4, atol=1e-4)
+
+
+def test_offloading_finds_the_tiles_by_the_name_of_the_planes(rank: Rank) -> None:
+    """vLLM moves a parameter back to the CPU by its name, and exchanges its data."""
+    layer = make_layer("fc", make_config("triton"))
+    moved = {name for name, _ in layer.named_parameters()}
+    load(layer, "fc", make_checkpoint("fc"))
+    found = {name: p for name, p in layer.named_parameters() if name in moved}
+    assert found["qweight"] is layer.tiles
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(2))
+    expected = layer.quant_method.apply(layer, x)
+    found["qweight"].data = torch.zeros_like(layer.tiles)
+    assert not torch.equal(layer.quant_method.apply(layer, x), expected)
 
 
 def test_one_line_describes_what_was_loaded(rank: Rank, log_lines: list[str]) -> None:
