@@ -1,6 +1,5 @@
-"""Files: their names, reading them with clear errors, writing them whole or not at all."""
+"""Files: their names, and writing them whole or not at all."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from offline_quantize.errors import QuantizeError
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MANIFEST = "qamw_manifest.json"
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"
 CARD = "README.md"
@@ -40,32 +38,9 @@ WEIGHT_SUFFIXES = (
 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object.
-
-    Raises:
-        QuantizeError: no such file, or no JSON object; names the file.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QuantizeError(f"{path}: no such file") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise QuantizeError(f"{path}: {error}") from None
-    if not isinstance(value, dict):
-        raise QuantizeError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
-
-
 def json_bytes(value: Any) -> bytes:
     """JSON as this package writes it: indented, UTF-8, with a newline at the end."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:

@@ -8,6 +8,10 @@ class QamwError(Exception):
     """
 
 
+class FileError(QamwError, ValueError):
+    """A file that is not there, cannot be read or is not what its name promises."""
+
+
 class FormatError(QamwError, ValueError):
     """A checkpoint, or a request to write one, that the format cannot express."""
 

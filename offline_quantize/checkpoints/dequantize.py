@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
-from offline_quantize.files import BASE_CARD, CARD, MANIFEST, PLOT, REPORT, check_disk
+from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_disk
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.output.directory import Output
 from offline_quantize.planning.shards import MAX_SHARD_BYTES, make_shards
 from offline_quantize.progress import Progress, silent
+from qamw_kernels.format.manifest import MANIFEST
 
 
 def dequantize(

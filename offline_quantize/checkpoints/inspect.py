@@ -5,7 +5,8 @@ from typing import Any
 
 from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import REPORT, read_json
+from offline_quantize.files import REPORT
+from qamw_kernels.files import read_json
 from qamw_kernels.format.rates import nominal_bits_per_weight
 
 HEADER = (

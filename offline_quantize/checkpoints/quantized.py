@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import CONFIG, PROGRESS, read_json
+from offline_quantize.files import CONFIG, PROGRESS
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.errors import FormatError
+from qamw_kernels.files import read_json
 from qamw_kernels.format import rates
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors
 from qamw_kernels.format.packing import UNIT_INPUTS

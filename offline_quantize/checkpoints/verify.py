@@ -17,11 +17,12 @@ from offline_quantize.checkpoints.quantized import (
     open_quantized,
 )
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import MANIFEST, read_json, sha256_of
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.model.structure import InputGroup, find_structure
 from qamw_kernels.errors import QamwError
+from qamw_kernels.files import read_json, sha256_of
 from qamw_kernels.format.config import LAYER_TENSORS
+from qamw_kernels.format.manifest import MANIFEST
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES, read_json
+from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from qamw_kernels.files import read_json
 from qamw_kernels.format.weight import check_finite
 
 _DTYPES = {

@@ -18,16 +18,15 @@ from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import (
     CONFIG,
     INDEX,
-    MANIFEST,
     PROGRESS,
     STATE,
     TEMPORARY,
     json_bytes,
-    read_json,
-    sha256_of,
     sync,
     write_atomically,
 )
+from qamw_kernels.files import read_json, sha256_of
+from qamw_kernels.format.manifest import MANIFEST
 
 
 def another_request(directory: Path) -> QuantizeError:

@@ -6,11 +6,12 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
-from offline_quantize.files import BASE_CARD, CARD, MANIFEST, PLOT, REPORT, json_bytes
+from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, json_bytes
 from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
 from offline_quantize.output.report import LayerReport, Report, plot
 from offline_quantize.planning.plan import Plan
+from qamw_kernels.format.manifest import MANIFEST
 
 
 def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:

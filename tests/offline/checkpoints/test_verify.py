@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX, MANIFEST, PROGRESS, sha256_of
+from offline_quantize.files import INDEX, PROGRESS
+from qamw_kernels.files import sha256_of
+from qamw_kernels.format.manifest import MANIFEST
 from tests.helpers.models import copy_model
 
 MODULE = "model.layers.0.self_attn.k_proj"  # reads what q_proj and v_proj read

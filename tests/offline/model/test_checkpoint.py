@@ -12,7 +12,7 @@ from offline_quantize.files import INDEX, SINGLE
 from offline_quantize.model.checkpoint import Checkpoint, resolve_model
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
-from qamw_kernels.errors import TensorError
+from qamw_kernels.errors import QamwError, TensorError
 from tests.helpers.models import copy_model
 
 
@@ -25,7 +25,7 @@ def model(tiny_llama: Path, tmp_path: Path) -> Path:
 def assert_refused(model: Path, message: str) -> None:
     """The quantizer refuses a model, and writes nothing."""
     out = model.with_name("out")
-    with pytest.raises(QuantizeError, match=message):
+    with pytest.raises(QamwError, match=message):
         quantize(model, out, QuantizeRequest(calibration=None))
     assert not out.exists()
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, INDEX, MANIFEST, PROGRESS, STATE, sha256_of
+from offline_quantize.files import CONFIG, INDEX, PROGRESS, STATE
 from offline_quantize.output.directory import Output
+from qamw_kernels.files import sha256_of
+from qamw_kernels.format.manifest import MANIFEST
 
 TENSORS = {"a": torch.arange(4.0)}
 

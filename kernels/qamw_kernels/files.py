@@ -1,0 +1,83 @@
+"""Reading files of a checkpoint: nobody knows who made them, so nothing is taken for granted.
+
+A checkpoint may have been put together by anyone. What is read is a regular file, of a size that
+its kind can have, and a message names it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from qamw_kernels.errors import FileError
+
+MAX_JSON_BYTES = 256 * 2**20
+"""The index of a model with a million tensors is smaller; config.json by far."""
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """Open a regular file to read it; links to one are followed.
+
+    Raises:
+        FileError: there is none, or it is of another kind: a FIFO would never end.
+    """
+    try:
+        # O_NONBLOCK, because opening a FIFO would wait for a writer; regular files ignore it.
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file") from None
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}") from None
+    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+    if kind != stat.S_IFREG:
+        file.close()
+        raise FileError(f"{path}: {_KINDS.get(kind, 'no file')}, expected a regular file")
+    return file
+
+
+def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Parse a JSON object.
+
+    Args:
+        max_bytes: that the file may have.
+    Raises:
+        FileError: no such file, no regular one, too large, or no JSON object of valid Unicode.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise FileError(f"{path}: {size} bytes, expected at most {max_bytes} of JSON")
+        content = file.read()
+    try:
+        text = content.decode("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # half a surrogate pair is valid JSON, but nothing can write it
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise FileError(f"{path}: JSON that is nested too deeply") from None
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a regular file's bytes, in hexadecimal.
+
+    Raises:
+        FileError: see :func:`open_regular`.
+    """
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,107 @@
+"""qamw_manifest.json: size and SHA-256 of every file of a checkpoint, see kernels/FORMAT.md."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from qamw_kernels.errors import FormatError
+from qamw_kernels.files import read_json, sha256_of
+
+MANIFEST = "qamw_manifest.json"
+MANIFEST_VERSION = 1
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a manifest knows of one file.
+
+    Attributes:
+        sha256: of its bytes, in hexadecimal.
+        num_bytes: its size.
+    """
+
+    sha256: str
+    num_bytes: int
+
+    @staticmethod
+    def of(path: Path) -> "FileEntry":
+        """The entry of a file as it is now.
+
+        Raises:
+            FileError: no regular file that can be read.
+        """
+        return FileEntry(sha256_of(path), path.stat().st_size)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of an entry."""
+        return {"sha256": self.sha256, "bytes": self.num_bytes}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A validated manifest.
+
+    Attributes:
+        files: path inside the directory -> entry, of every file but the manifest itself.
+        sources: the same of the shards that were quantized; empty where nobody recorded them.
+    """
+
+    files: Mapping[str, FileEntry]
+    sources: Mapping[str, FileEntry] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file."""
+        content: dict[str, Any] = {"manifest_version": MANIFEST_VERSION}
+        content["files"] = {name: self.files[name].to_dict() for name in sorted(self.files)}
+        if self.sources:
+            content["sources"] = {n: self.sources[n].to_dict() for n in sorted(self.sources)}
+        return content
+
+    @staticmethod
+    def read(directory: Path) -> "Manifest":
+        """Read and validate the manifest of a checkpoint directory.
+
+        Raises:
+            FileError: there is none, or it is no JSON object.
+            FormatError: another version, an unknown key, or an entry that no file can have.
+        """
+        path = directory / MANIFEST
+        content = read_json(path)
+        version = content.get("manifest_version")
+        if type(version) is not int or version != MANIFEST_VERSION:
+            raise FormatError(
+                f"{path}: manifest_version {version!r} is not supported, "
+                f"this reader knows {MANIFEST_VERSION}"
+            )
+        if unknown := sorted(set(content) - {"manifest_version", "files", "sources"}):
+            raise FormatError(f"{path}: unknown keys {unknown}")
+        files = _entries(path, "files", content.get("files"))
+        return Manifest(files, _entries(path, "sources", content.get("sources", {})))
+
+
+def _entries(path: Path, key: str, entries: Any) -> dict[str, FileEntry]:
+    if not isinstance(entries, dict):
+        raise FormatError(f"{path}: {key} must be a JSON object, got {type(entries).__name__}")
+    return {name: _entry(path, name, entry) for name, entry in entries.items()}
+
+
+def _entry(path: Path, name: str, entry: Any) -> FileEntry:
+    if not _is_inside(name):
+        raise FormatError(f"{path}: {name!r} is not the path of a file inside the directory")
+    if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
+        raise FormatError(f"{path}: {name} must have bytes and sha256 and nothing else")
+    size, digest = entry["bytes"], entry["sha256"]
+    if type(size) is not int or size < 0:
+        raise FormatError(f"{path}: bytes of {name} must be an integer, got {size!r}")
+    if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
+        raise FormatError(f"{path}: sha256 of {name} must be 64 hexadecimal digits, got {digest!r}")
+    return FileEntry(digest, size)
+
+
+def _is_inside(name: str) -> bool:
+    parts: Iterable[str] = PurePosixPath(name).parts
+    return bool(name) and not name.startswith("/") and ".." not in parts and "\\" not in name
