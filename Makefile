@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-quick lint format codebooks check-memory study study-report \
+.PHONY: setup demo test test-matrix test-quick lint format codebooks check-memory study study-report \
 	kernels-report bench-cpu bench-serve soak check-versions
 
 setup: $(VENV)/.ready
@@ -29,10 +29,14 @@ demo: setup
 
 # In two processes. Tests of the engine are in groups that share what takes long to make.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not matrix'
+
+# The combinations that make test leaves out.
+test-matrix: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m matrix
 
 test-quick: setup
-	$(BIN)/python -m pytest -m 'not engine and not slow'
+	$(BIN)/python -m pytest -m 'not engine and not slow and not matrix'
 
 # What CI checks; .pre-commit-config.yaml runs the same commands before a commit.
 lint: setup

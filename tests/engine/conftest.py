@@ -36,7 +36,9 @@ def cpu_engine() -> None:
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Small, offline, and without traces outside the test's folder."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    if "PYTEST_XDIST_WORKER" in os.environ:  # then this folder's parent is that of the whole run
+        cache = cache.parent.parent / "cache"  # vLLM inspects every model class only once
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -1,5 +1,7 @@
 """Weights that are quantized while loading, and weights that are loaded again."""
 
+from itertools import islice
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from tests.helpers.models import copy_model
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("packed")]
 
 
-@pytest.mark.parametrize("backend", ["decode", "triton"])
+@pytest.mark.parametrize("backend", ["decode", pytest.param("triton", marks=pytest.mark.matrix)])
 def test_weights_are_reloaded(backend, run, checkpoint, with_head, tmp_path):
     """Layer by layer, other weights replace the first ones: of linears, heads and experts."""
     jobs, others = [], []
@@ -50,12 +52,19 @@ def large_weights(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_quantized_while_loading(tp_size, run, checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    "tp_size, num_jobs",
+    [
+        pytest.param(1, 5, id="alone"),
+        pytest.param(2, 1, id="two ranks"),
+        pytest.param(2, 3, id="two ranks, more models", marks=pytest.mark.matrix),
+    ],
+)
+def test_quantized_while_loading(tp_size, num_jobs, run, checkpoint, tmp_path):
     """As ``qamw quantize --calibration none`` makes it; at 5.5 bits per weight and other rates."""
     jobs, expected = [], []
     rates = {"llama": 5.5, "mixtral": 5.5, "qwen2": 4.0, "phi3": 5.5, "qwen2_moe": 3.0}
-    for architecture, bpw in rates.items():
+    for architecture, bpw in islice(rates.items(), num_jobs):
         source = checkpoint(architecture).parent / "model"
         plain = copy_model(source, tmp_path / f"{architecture}-plain")
         if architecture == "llama":  # the first rank's inputs raise the norm of this row
@@ -74,6 +83,6 @@ def test_quantized_while_loading(tp_size, run, checkpoint, tmp_path):
     if tp_size == 1:
         results, _ = run(jobs)
     else:  # two ranks need a process for every job
-        results = [run([job])[0][0] for job in jobs[:3]]
-    for result, directory in zip(results, expected, strict=False):
+        results = [run([job])[0][0] for job in jobs]
+    for result, directory in zip(results, expected, strict=True):
         assert_matches(result, directory, 1e-3)

@@ -39,11 +39,10 @@ def test_triton_kernels_in_the_engine(run, checkpoint):
 @pytest.mark.parametrize(
     "architecture, options",
     [
-        ("mixtral", TWO_RANKS),
-        ("mixtral", {**TWO_RANKS, "enable_expert_parallel": True}),
-        ("qwen2_moe", {}),
+        pytest.param("mixtral", TWO_RANKS, id="cut", marks=pytest.mark.matrix),
+        pytest.param("mixtral", {**TWO_RANKS, "enable_expert_parallel": True}, id="distributed"),
+        pytest.param("qwen2_moe", {}, id="beside a shared one", marks=pytest.mark.matrix),
     ],
-    ids=["cut", "distributed", "beside a shared one"],
 )
 def test_experts_on_packed_weights(architecture, options, run, checkpoint):
     """Two ranks hold half of every expert each, or every other expert."""
@@ -57,8 +56,15 @@ def test_experts_on_packed_weights(architecture, options, run, checkpoint):
     assert_matches(result, checkpoint(architecture), 1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, TWO_RANKS], ids=["alone", "two ranks"])
-@pytest.mark.parametrize("backend", ["decode", "triton"])
+@pytest.mark.parametrize(
+    "backend, options",
+    [
+        pytest.param("decode", {}, id="decoded"),
+        pytest.param("decode", TWO_RANKS, id="decoded, two ranks", marks=pytest.mark.matrix),
+        pytest.param("triton", {}, id="packed", marks=pytest.mark.matrix),
+        pytest.param("triton", TWO_RANKS, id="packed, two ranks"),
+    ],
+)
 def test_quantized_head(backend, options, run, with_head):
     job = {
         "model": str(with_head),

@@ -10,7 +10,7 @@ from tests.helpers.models import tiny_model
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
-@pytest.mark.parametrize("tp_size", [2, 4])
+@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.matrix)])
 def test_tensor_parallel_agrees(tp_size, run, checkpoint, tiny_results):
     """Four ranks share two kv heads."""
     options = {"dtype": "float32", **TWO_RANKS, "tensor_parallel_size": tp_size}
@@ -19,8 +19,16 @@ def test_tensor_parallel_agrees(tp_size, run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
-def test_pipeline_parallel_agrees(run, checkpoint, tiny_results):
-    """Two stages, of a quantized checkpoint and of a plain one that is quantized while loading.
+@pytest.mark.parametrize(
+    "source, more",
+    [
+        ("quantized", {}),
+        pytest.param("model", {"quantization": "qamw"}, marks=pytest.mark.matrix),
+    ],
+    ids=["quantized", "while loading"],
+)
+def test_pipeline_parallel_agrees(source, more, run, checkpoint, tiny_results):
+    """Two stages, of a quantized checkpoint or of a plain one that is quantized while loading.
 
     vLLM's CPU engine has room for what a stage hands on only when it compiles.
     """
@@ -30,14 +38,14 @@ def test_pipeline_parallel_agrees(run, checkpoint, tiny_results):
         "pipeline_parallel_size": 2,
         "enforce_eager": False,
         "compilation_config": {"mode": 1, "backend": "eager"},
+        **more,
     }
-    plain = checkpoint("llama").parent / "model"
-    for model, more in ((checkpoint("llama"), {}), (plain, {"quantization": "qamw"})):
-        ((result,), _) = run([{"model": str(model), "options": options | more}])
-        assert_matches(result, checkpoint("llama"), 1e-3)
-        assert result["tokens"] == tiny_results["llama"]["tokens"]
+    ((result,), _) = run([{"model": str(checkpoint("llama").parent / source), "options": options}])
+    assert_matches(result, checkpoint("llama"), 1e-3)
+    assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
+@pytest.mark.matrix
 def test_eight_ranks(run, tmp_path):
     """Each has one packing unit of every row-parallel layer."""
     model = tiny_model(tmp_path / "model", "llama", hidden_size=512, num_attention_heads=8)

@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
+LITTLE_CALIBRATION = QuantizeRequest(calibration_tokens=2048, max_shard_bytes=SMALL_SHARDS)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -25,6 +25,7 @@ own, so that none of its state reaches the tests.
 import gc
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 OPTIONS = {
@@ -59,12 +60,24 @@ def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
     ]
 
 
+def import_model_classes(job: dict[str, Any]) -> None:
+    """Import the model class here: vLLM would inspect it in a new process, which takes long."""
+    from vllm import ModelRegistry
+
+    config = json.loads((Path(job["model"]) / "config.json").read_text())
+    for architecture in config["architectures"]:
+        if architecture in ModelRegistry.models:
+            model_class = ModelRegistry.models[architecture].load_model_cls()
+            ModelRegistry.register_model(architecture, model_class)
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """Start the engine for one job, and stop it again."""
     from torch._dynamo.utils import counters
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
+    import_model_classes(job)
     counters.clear()
     llm = LLM(model=job["model"], **{**OPTIONS, **job.get("options", {})})
     if "reload" in job:

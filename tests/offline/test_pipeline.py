@@ -20,7 +20,7 @@ from offline_quantize.output.report import Report
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.errors import TensorError
-from tests.helpers.checkpoints import SMALL_SHARDS, decoded, files_of, tensors_of
+from tests.helpers.checkpoints import LITTLE_CALIBRATION, decoded, files_of, tensors_of
 from tests.helpers.models import copy_model, tiny_model
 from tests.offline.interruptions import file_size_limit
 
@@ -121,7 +121,7 @@ def test_one_layer_over_two_shards_and_other_dtypes(tmp_path: Path, tiny_llama: 
 
 
 def test_same_request_same_bytes(tiny_llama: Path, calibrated: Path, tmp_path: Path) -> None:
-    quantize(tiny_llama, tmp_path / "again", QuantizeRequest(max_shard_bytes=SMALL_SHARDS))
+    quantize(tiny_llama, tmp_path / "again", LITTLE_CALIBRATION)
     assert files_of(tmp_path / "again") == files_of(calibrated)
 
 
