@@ -25,7 +25,18 @@ from tests.kernels_.ops.triton_checks.common import (
 
 
 @pytest.mark.parametrize("num_tokens", [18, 129])
-@pytest.mark.parametrize("dtype, rotation_block_size", itertools.product(DTYPES, (64, 512)))
+@pytest.mark.parametrize(
+    "dtype, rotation_block_size",
+    [
+        *itertools.product(DTYPES, [64]),
+        (torch.bfloat16, 512),
+        *(
+            pytest.param(dtype, 512, marks=pytest.mark.matrix)
+            for dtype in DTYPES
+            if dtype != torch.bfloat16
+        ),
+    ],
+)
 def test_linear_end_to_end(dtype: torch.dtype, rotation_block_size: int, num_tokens: int) -> None:
     """18 tokens are multiplied with the packed weight; 129 with the decoded one."""
     weight = random_weight(NUM_ROWS, 1536, 11, rotation_block_size)
