@@ -13,27 +13,46 @@ from tests.helpers.engine import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("packed")]
 
+# Per step: the engine tries the largest one when it starts, and the interpreter is slow.
+FEW_TOKENS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
+COMPILED = {"enforce_eager": False}
 
-def test_triton_kernels_in_the_engine(run, checkpoint):
-    """Fused by vLLM, fused on disk, with biases; once in bfloat16, once compiled."""
-    architectures = ["llama", "phi3", "qwen2", "llama", "llama"]
-    dtypes = ["float32", "float32", "float32", "bfloat16", "float32"]
+
+@pytest.mark.parametrize(
+    "cases",
+    [
+        pytest.param([("qwen2", "bfloat16", {}), ("llama", "float32", COMPILED)], id="two"),
+        pytest.param(
+            [("llama", "float32", {}), ("phi3", "float32", {}), ("llama", "bfloat16", {})],
+            id="more",
+            marks=pytest.mark.matrix,
+        ),
+    ],
+)
+def test_triton_kernels_in_the_engine(cases, run, checkpoint):
+    """Fused by vLLM, fused on disk, with biases; once compiled."""
     jobs = [
         {
             "model": str(checkpoint(architecture)),
-            "options": {"dtype": dtype},
+            "options": {"dtype": dtype, **FEW_TOKENS, **options},
             "prompts": PROMPTS[:1],
         }
-        for architecture, dtype in zip(architectures, dtypes, strict=True)
+        for architecture, dtype, options in cases
     ]
-    jobs[0]["prompts"] = PROMPTS  # the interpreter is slow, so a long prompt only once
-    jobs[-1]["options"] |= {"enforce_eager": False, "max_num_batched_tokens": 64}
     results, printed = run(jobs, **kernels_of("triton"))
     assert "They stay packed; Triton kernels run in the interpreter" in printed
-    for architecture, dtype, result in zip(architectures, dtypes, results, strict=True):
-        tolerance = 1e-3 if dtype == "float32" else 0.1
-        assert_matches(result, checkpoint(architecture), tolerance)
-    assert (results[-1]["graphs"], results[-1]["graph_breaks"]) == (1, 0)
+    for (architecture, dtype, options), result in zip(cases, results, strict=True):
+        assert_matches(result, checkpoint(architecture), 1e-3 if dtype == "float32" else 0.1)
+        if options == COMPILED:
+            assert (result["graphs"], result["graph_breaks"]) == (1, 0)
+
+
+@pytest.mark.matrix
+def test_many_tokens_on_packed_weights(run, checkpoint):
+    """More than the packed product takes at once: the weights are decoded into a workspace."""
+    job = {"model": str(checkpoint("llama")), "options": {"dtype": "float32"}, "prompts": PROMPTS}
+    ((result,), _) = run([job], **kernels_of("triton"))
+    assert_matches(result, checkpoint("llama"), 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -49,7 +68,7 @@ def test_experts_on_packed_weights(architecture, options, run, checkpoint):
     job = {
         "model": str(checkpoint(architecture)),
         "prompts": PROMPTS[:1],
-        "options": {"dtype": "float32", **options},
+        "options": {"dtype": "float32", **FEW_TOKENS, **options},
     }
     ((result,), printed) = run([job], **kernels_of("triton"))
     assert "They stay packed" in printed
@@ -69,7 +88,7 @@ def test_quantized_head(backend, options, run, with_head):
     job = {
         "model": str(with_head),
         "prompts": PROMPTS[:1],
-        "options": {"dtype": "float32", **options},
+        "options": {"dtype": "float32", **FEW_TOKENS, **options},
     }
     ((result,), _) = run([job], **kernels_of(backend))
     assert_matches(result, with_head, 1e-3)
@@ -79,7 +98,7 @@ def test_lora_on_packed_weights(run, with_head, adapter):
     job = {
         "model": str(with_head),
         "prompts": PROMPTS[:1],
-        "options": {"dtype": "float32", **LORA},
+        "options": {"dtype": "float32", **FEW_TOKENS, **LORA},
         "lora": adapter,
     }
     ((decoded,), _) = run([job])
