@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from qamw_kernels.errors import FileError
+from qamw_kernels.errors import FileError, TensorError
 from qamw_kernels.format.config import QUANT_METHOD
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.loading.formats import CHECKED_FORMATS
@@ -33,6 +33,8 @@ logger = init_logger(f"vllm.{__name__}")
 
 class QamwModelLoader(DefaultModelLoader):
     """The default loader, for which a QAM-W model must be whole and as its manifest says."""
+
+    _tracked = False  # whether the model that is being loaded is a QAM-W model
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
@@ -50,14 +52,44 @@ class QamwModelLoader(DefaultModelLoader):
         """Load a model.
 
         Raises:
-            ValueError: names the weights that the checkpoint lacks.
+            TensorError: names the weights that the checkpoint lacks.
         """
         # Draft models share weights with the model that they draft for. Those are not in their
         # checkpoints; and nothing that a draft says gets out unless the model agrees.
         tracked = model_config.quantization == QUANT_METHOD and model_config.runner_type != "draft"
-        if tracked and self.enable_weights_track is None and verification_is_on():
+        self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
+        if self._tracked:
             self.enable_weights_track = True
         super().load_weights(model, model_config)
+
+    def track_weights_loading(
+        self,
+        model: torch.nn.Module,
+        loaded_weights: set[str] | None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Compare the weights of a model with those that were loaded."""
+        if not self._tracked or loaded_weights is None:
+            super().track_weights_loading(model, loaded_weights, *args, **options)
+            return
+        from qamw_vllm.experts import QamwMoEMethod  # kernels: not in every process
+        from qamw_vllm.linear import QamwLinearMethod
+
+        # Quantized layers know themselves what they lack, and by its name in the checkpoint.
+        quantized = {
+            f"{name}.{parameter}"
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "quant_method", None), QamwLinearMethod | QamwMoEMethod)
+            for parameter, _ in module.named_parameters()
+        }
+        try:
+            super().track_weights_loading(model, loaded_weights | quantized, *args, **options)
+        except ValueError as error:
+            raise TensorError(
+                f"{error}. They would hold what happened to be in memory; {VERIFY_VARIABLE}=0 "
+                "serves the model all the same"
+            ) from None
 
     def _check(self, model_config: Any) -> None:
         if not verification_is_on():

@@ -53,7 +53,7 @@ def check_load_format(load_format: str) -> None:
 def fill_with_dummy_values(
     qweight: torch.Tensor, row_norms: torch.Tensor, input_scales: torch.Tensor
 ) -> None:
-    """Random codewords, in weights as large as the plain ones of vLLM's dummy models.
+    """Random codewords, in weights about as large as the plain ones of vLLM's dummy models.
 
     The tensors are of any shape, with the dtypes of the format.
     """
