@@ -53,7 +53,7 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
         plain: f"the checkpoint lacks {weight}.weight",
         integers: f"{weight}.weight is torch.int16, expected bfloat16, float16 or float32",
         router: "not initialized from checkpoint: {'model.layers.0.block_sparse_moe.gate.weight'}",
-        dropped: "model.layers.1.mlp.gate_up_proj.row_norms",
+        dropped: "the checkpoint lacks model.layers.1.mlp.up_proj.row_norms",
         poisoned: (
             "model.layers.0.self_attn.o_proj.row_norms: "
             "expected finite values, not negative, got nan in row 5"
@@ -62,7 +62,7 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
         other: "codebooks: this version of qamw ships",
         embedding: "not initialized from checkpoint: {'model.embed_tokens.weight'}",
         norm: "not initialized from checkpoint: {'model.norm.weight'}",
-        changed: "model.safetensors: SHA-256",
+        changed: "model-00001-of-00001.safetensors: SHA-256",
     }
     jobs = [{"model": str(model), "options": {"quantization": "qamw"}} for model in cases]
     results, _ = run(jobs)
