@@ -51,21 +51,22 @@ class Digests:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         order = sorted(files, key=lambda file: -(directory / file).stat().st_size)
         with ThreadPoolExecutor(min(cores, _MOST_THREADS)) as pool:
-            digests = pool.map(lambda file: self._of_file(directory, file), order)
-            found = dict(zip(order, digests, strict=True))
-        return [found[file] for file in files]
+            digests = list(pool.map(lambda file: self._of_file(directory, file), order))
+        self.num_hashed += sum(hashed for _, hashed in digests)
+        found = dict(zip(order, digests, strict=True))
+        return [found[file][0] for file in files]
 
-    def _of_file(self, directory: Path, file: str) -> str:
+    def _of_file(self, directory: Path, file: str) -> tuple[str, bool]:
+        """The digest, and whether it was computed now."""
         stamp = _stamp(directory / file)
         known = self.known.get(file)
         digest = str(known.get("sha256")) if isinstance(known, dict) else ""
         if known == {**stamp, "sha256": digest}:
-            return digest
+            return digest, False
         digest = sha256_of(directory / file)
         if _stamp(directory / file) == stamp:  # else it is being written
             self.known[file] = {**stamp, "sha256": digest}
-        self.num_hashed += 1
-        return digest
+        return digest, True
 
 
 @contextmanager
@@ -81,19 +82,17 @@ def remembered_digests(cache: Path, directory: Path) -> Iterator[Digests]:
     stem = cache / hashlib.sha256(os.fsencode(directory)).hexdigest()[:32]
     memory = stem.with_suffix(".json")
     with ExitStack() as stack:
+        usable = True
         try:
             cache.mkdir(parents=True, exist_ok=True)
             stack.enter_context(FileLock(stem.with_suffix(".lock")))
         except OSError as error:
+            usable = False
             _warn(cache, error)
-            yield Digests({})
-            return
-        digests = Digests(_read(memory, directory))
-        try:
-            yield digests
-        finally:
-            if digests.num_hashed:
-                _write(memory, directory, digests.known)
+        digests = Digests(_read(memory, directory) if usable else {})
+        yield digests
+        if usable and digests.num_hashed:  # also of files that will be refused
+            _write(memory, directory, digests.known)
 
 
 def _stamp(path: Path) -> dict[str, int]:

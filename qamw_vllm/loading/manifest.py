@@ -113,7 +113,8 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     _refuse(directory, faults)  # before anything is hashed: it takes no time
     cache = cache or Path(envs.VLLM_CACHE_ROOT) / "qamw"
     with remembered_digests(cache, directory) as digests:
-        _refuse(directory, _digest_faults(directory, served, digests))
+        faults = _digest_faults(directory, served, digests)
+    _refuse(directory, faults)
     num_bytes = sum(entry.num_bytes for entry in served.values())
     return Checked(len(served), num_bytes, digests.num_hashed, time.perf_counter() - start)
 
