@@ -1,9 +1,11 @@
 """Which layers of a model are quantized: vLLM's view of ``quantization_config``."""
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import (
     QuantizationConfig,
     QuantizeMethodBase,
@@ -11,6 +13,8 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
+from qamw_vllm.loading.formats import check_load_format, current_load_format
+from qamw_vllm.loading.manifest import check_checkpoint, has_weights, verification_is_on
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.state import LoadSummary
 
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
     from qamw_vllm.backend import Backend
+
+logger = init_logger(f"vllm.{__name__}")
 
 _NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
@@ -58,6 +64,19 @@ class QamwConfig(QuantizationConfig):
         self.backend = backend
         self.summary = LoadSummary()
         self._ignore = frozenset(format.ignore)
+        self._install_loader()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a worker."""
+        self.__dict__.update(state)
+        self._install_loader()
+
+    @staticmethod
+    def _install_loader() -> None:
+        """Before this process makes a loader: it makes one for the model that this config is of."""
+        from qamw_vllm.loader import install
+
+        install()
 
     def __repr__(self) -> str:
         if self.online_plan:
@@ -113,6 +132,23 @@ class QamwConfig(QuantizationConfig):
         )
         self._ignore = frozenset(self.format.ignore)
 
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """Check a checkpoint in a directory, before engine and workers are started.
+
+        One from the hub is checked by the loader, which downloads it; a directory without weights
+        is not: its model may get random ones.
+
+        Raises:
+            FileError: it is not as its manifest says.
+        """
+        directory = Path(model_name)
+        if self.online_plan or not directory.is_dir() or not has_weights(directory):
+            return
+        if verification_is_on():
+            logger.info("QAM-W: %s", check_checkpoint(directory))
+
     def parts_of(self, prefix: str) -> tuple[str, ...]:
         """The modules of the checkpoint that a vLLM module holds.
 
@@ -151,7 +187,8 @@ class QamwConfig(QuantizationConfig):
         heads in many ways.
 
         Raises:
-            FormatError: layers that vLLM fuses are not quantized alike.
+            FormatError: layers that vLLM fuses are not quantized alike, or the load format is none
+                that they can be loaded with.
         """
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
@@ -159,6 +196,7 @@ class QamwConfig(QuantizationConfig):
 
         from qamw_vllm.head import QamwHeadMethod
 
+        check_load_format(current_load_format())
         if isinstance(layer, RoutedExperts):
             return self._method_of_experts(layer, prefix.removesuffix(".routed_experts"))
         if isinstance(layer, ParallelLMHead) and prefix in self.format.layer_index_bits:

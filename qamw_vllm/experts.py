@@ -190,7 +190,11 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self.use(layer, experts)
 
     def use(self, layer: Any, experts: dict[str, list[QuantizedWeight]]) -> None:
-        """Give the layer the experts of this rank, w13 and w2, as ``apply`` uses them."""
+        """Give the layer the experts of this rank, w13 and w2, as ``apply`` uses them.
+
+        Raises:
+            TensorError: they are decoded, and the layer's dtype cannot hold a value.
+        """
         shapes: list[QuantizedShape] = []
         for stem, weights in experts.items():
             matrices = _MATRICES[stem]
@@ -199,7 +203,8 @@ class QamwMoEMethod(FusedMoEMethodBase):
                 shape = QuantizedShape(num_rows // matrices, num_inputs, weight.index_bits)
                 shapes += [shape] * matrices
             if self.backend == "decode":
-                decoded = torch.stack([decode_rows(w, self.params_dtype) for w in weights])
+                name, dtype = f"{self.prefix}: {stem}", self.params_dtype
+                decoded = torch.stack([decode_rows(w, dtype, name) for w in weights])
                 layer.register_parameter(f"{stem}_weight", Parameter(decoded, requires_grad=False))
             else:
                 register_tiled_weight(layer, TiledWeight.of_experts(weights), f"{stem}_")

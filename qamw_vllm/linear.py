@@ -160,10 +160,14 @@ class QamwLinearMethod(LinearMethodBase):
         self.use(layer, weight)
 
     def use(self, layer: Any, weight: QuantizedWeight) -> None:
-        """Give the layer its weight, or this rank's part of it, in the form that ``apply`` uses."""
+        """Give the layer its weight, or this rank's part of it, in the form that ``apply`` uses.
+
+        Raises:
+            TensorError: it is decoded, and the layer's dtype cannot hold a value.
+        """
         # Plain parameters: vLLM's own classes only matter while loading.
         if self.backend == "decode":
-            decoded = decode_rows(weight, self.params_dtype)
+            decoded = decode_rows(weight, self.params_dtype, self.prefix)
             layer.register_parameter("weight", Parameter(decoded, requires_grad=False))
             self._plain.process_weights_after_loading(layer)
         else:

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
+from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.loading.linear import check_stored_tensor
 from qamw_vllm.parallel import slice_of_rank
 
@@ -49,6 +50,7 @@ class ExpertsLoader:
         shapes: dict[str, tuple[int, int, int]],
     ) -> None:
         self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, shapes
+        self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
 
     def wrap(self, load_weights: LayerLoadWeights) -> LayerLoadWeights:
@@ -104,13 +106,18 @@ class ExpertsLoader:
         return True if return_success else None
 
     def check_loaded(self) -> None:
-        """Refuse experts that are incomplete or hold impossible values.
+        """Refuse experts that are incomplete or hold impossible values; a dummy model's get values.
 
         Afterwards the arrivals are forgotten, so that a later reload is checked too.
 
         Raises:
             TensorError: names the tensor, what was expected and what was found.
         """
+        if self.dummy:
+            for stem in _DIVIDED:
+                parameters = (getattr(self.layer, f"{stem}_{suffix}") for suffix in LAYER_TENSORS)
+                fill_with_dummy_values(*(parameter.data for parameter in parameters))
+            return
         numbers = {
             self.layer._map_global_expert_id_to_local_expert_id(expert): expert
             for expert in range(self.layer.global_num_experts)

@@ -18,9 +18,11 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
+from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
+from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.parallel import slice_of_rank
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -53,6 +55,7 @@ class LayerLoader:
         self.names = parts if len(parts) == num_shards else parts[:1] * num_shards
         self.index_bits = index_bits
         self.num_inputs = num_inputs
+        self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[str, int]] = set()
 
     def shards_of(self, shard_id: ShardId) -> tuple[int, ...]:
@@ -76,6 +79,8 @@ class LayerLoader:
             shards = self.shards_of(loaded_shard_id)
             if tensor in LAYER_TENSORS:
                 self._check(tensor, loaded_weight, shards)
+            elif tensor == "weight":  # of a plain checkpoint
+                check_source_dtype(f"{self.names[shards[0]]}.weight", loaded_weight.dtype)
             if loaded_shard_id is None:  # not every loader of vLLM takes a shard id
                 load(param, loaded_weight)
             else:
@@ -98,13 +103,15 @@ class LayerLoader:
             param.data[shard].copy_(loaded)
 
     def check_complete(self, tensors: tuple[str, ...]) -> None:
-        """Refuse a layer that lacks one of these tensors, or its bias.
+        """Refuse a layer that lacks one of these tensors, or its bias; not of a dummy model.
 
         Afterwards the arrivals are forgotten, so that a later reload is checked too.
 
         Raises:
             TensorError: names what is missing.
         """
+        if self.dummy:
+            return
         if getattr(self.layer, "bias", None) is not None:
             tensors = (*tensors, "bias")
         missing = {
@@ -120,12 +127,15 @@ class LayerLoader:
     def check_loaded(self) -> None:
         """Refuse a layer that is incomplete or holds impossible values.
 
-        Indices need no check: every pattern of ``index_bits`` bits is a codeword.
+        Indices need no check: every pattern of ``index_bits`` bits is a codeword. A layer of a
+        dummy model gets values.
 
         Raises:
             TensorError: names the tensor, what was expected and what was found.
         """
         self.check_complete(LAYER_TENSORS)
+        if self.dummy:
+            fill_with_dummy_values(*(getattr(self.layer, name).data for name in LAYER_TENSORS))
         try:
             check_row_norms(self.layer.row_norms.data)
         except TensorError as error:

@@ -8,12 +8,14 @@ from torch.nn import Parameter
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
+from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend, BackendError
 from qamw_vllm.experts import STEMS, QamwMoEMethod
 from qamw_vllm.loading.experts import join_first
+from qamw_vllm.loading.formats import loads_dummy_weights
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.parallel import num_ranks, tensor_parallel_sizes_of_model
@@ -43,6 +45,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         super().__init__(layer, prefix, unknown_yet, summary, backend)
         self.plan = plan
         self._tp_sizes = tensor_parallel_sizes_of_model()
+        self._dummy = loads_dummy_weights()
         self._arrived: set[tuple[int, str]] = set()  # expert, shard id
 
     def create_weights(
@@ -81,7 +84,11 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         initialize_online_processing(layer)
 
     def _record_arrivals(self, load: Callable[..., bool | None]) -> Callable[..., bool | None]:
-        """vLLM's loader of one tensor of one expert, with a note of what arrived."""
+        """vLLM's loader of one tensor of one expert, checked, with a note of what arrived.
+
+        Raises (from the loader):
+            TensorError: a weight of another dtype than those that ``qamw quantize`` reads.
+        """
 
         def loader(
             param: Parameter,
@@ -91,6 +98,8 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             expert_id: int,
             return_success: bool = False,
         ) -> bool | None:
+            name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.weight"
+            check_source_dtype(name, loaded_weight.dtype)
             self._arrived.add((expert_id, shard_id))
             return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
@@ -111,7 +120,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             f"{self.prefix}.{expert}.{name}.weight"
             for expert in range(layer.global_num_experts)
             for shard, name in self.names.items()
-            if (expert, shard) not in self._arrived
+            if (expert, shard) not in self._arrived and not self._dummy
         ]
         if missing:
             raise TensorError(f"the checkpoint lacks {join_first(missing)}")

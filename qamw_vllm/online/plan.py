@@ -20,6 +20,10 @@ _OTHER_MODALITY = re.compile("vision|visual|audio")
 class OnlinePlan:
     """What is quantized and how: as ``qamw quantize --calibration none`` does it.
 
+    Except for layers that vLLM replicates on every rank: they stay as they are. Most are routers,
+    which nobody quantizes; others are the ``q_a_proj`` and ``kv_a_proj_with_mqa`` of MiniCPM3 and
+    the ``per_layer_*`` of Gemma 4, which ``qamw quantize`` does quantize.
+
     Args:
         bits_per_weight: 3, 3.5 ... 6, of every layer.
         sum_over_ranks: sums a tensor over the tensor-parallel ranks.

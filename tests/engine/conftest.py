@@ -88,15 +88,8 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
         {"model": str(checkpoint(architecture)), "options": {"dtype": "float32"}}
         for architecture in ARCHITECTURES
     ]
-    # Once as users do it: bfloat16, the method given by name, and vLLM's own tracking of what was
-    # loaded.
-    tracked = {"enable_weights_track": True}
-    jobs.append(
-        {
-            "model": str(checkpoint("llama")),
-            "options": {"quantization": "qamw", "model_loader_extra_config": tracked},
-        }
-    )
+    # Once as users do it: bfloat16, and the method given by name.
+    jobs.append({"model": str(checkpoint("llama")), "options": {"quantization": "qamw"}})
     # torch.compile, with more requests than the engine takes at once: batches of many sizes.
     jobs.append(
         {
@@ -105,9 +98,15 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
             "options": {"dtype": "float32", "enforce_eager": False},
         }
     )
+    # Random weights: instead of those of a checkpoint, and of a plain one.
+    experts = checkpoint("mixtral")
+    for model in (experts, experts.parent / "model"):
+        options = {"load_format": "dummy", "quantization": "qamw"}
+        jobs.append({"model": str(model), "options": options})
     results, printed = run(jobs)
     assert "Decoded to torch.float32 while loading" in printed
-    return dict(zip([*ARCHITECTURES, "llama-bfloat16", "llama-compiled"], results, strict=True))
+    names = ("llama-bfloat16", "llama-compiled", "mixtral-dummy", "mixtral-plain-dummy")
+    return dict(zip([*ARCHITECTURES, *names], results, strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,11 @@ def test_compiled_engine(tiny_results, checkpoint):
     assert (result["graphs"], result["graph_breaks"]) == (1, 0)
 
 
+@pytest.mark.parametrize("model", ["mixtral-dummy", "mixtral-plain-dummy"])
+def test_random_weights(model, tiny_results):
+    assert torch.tensor(tiny_results[model]["logprobs"][0]).isfinite().all()
+
+
 def test_latent_attention_and_grouped_experts(run, checkpoint):
     """DeepSeek-V3, which vLLM computes in its own way: compared with its plain model in vLLM.
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from tests.helpers.checkpoints import change_quantization_config, change_tensor
+from tests.helpers.checkpoints import change_quantization_config, change_tensor, sign
 from tests.helpers.engine import TWO_RANKS
 from tests.helpers.models import copy_model
 
@@ -21,6 +21,7 @@ def nan_in_row_5(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
+    """Some by their manifest, and those with a manifest that fits the damage by what arrives."""
     good, good_experts = checkpoint("llama"), checkpoint("mixtral")
     dropped = copy_model(good, tmp_path / "dropped")
     change_tensor(dropped, "model.layers.1.mlp.up_proj.row_norms", drop)
@@ -33,11 +34,25 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
     weight = "model.layers.1.block_sparse_moe.experts.2.w3"
     expert = copy_model(good_experts, tmp_path / "expert")
     change_tensor(expert, f"{weight}.input_scales", drop)
+    router = copy_model(good_experts, tmp_path / "router")
+    change_tensor(router, "model.layers.0.block_sparse_moe.gate.weight", drop)
+    embedding = copy_model(good, tmp_path / "embedding")
+    change_tensor(embedding, "model.embed_tokens.weight", drop)
+    for signed in (dropped, poisoned, mixed, other, expert, router, embedding):
+        sign(signed)
     plain = copy_model(good_experts.parent / "model", tmp_path / "plain")
     change_tensor(plain, f"{weight}.weight", drop)
+    integers = copy_model(good_experts.parent / "model", tmp_path / "integers")
+    change_tensor(integers, f"{weight}.weight", lambda tensor: tensor.to(torch.int16))
+    norm = copy_model(good.parent / "model", tmp_path / "norm")
+    change_tensor(norm, "model.norm.weight", drop)
+    changed = copy_model(good, tmp_path / "changed")
+    change_tensor(changed, "model.norm.weight", lambda tensor: tensor.roll(1))
     cases = {  # experts first: vLLM does not start with them behind an engine that failed
         expert: f"the checkpoint lacks {weight}.input_scales",
         plain: f"the checkpoint lacks {weight}.weight",
+        integers: f"{weight}.weight is torch.int16, expected bfloat16, float16 or float32",
+        router: "not initialized from checkpoint: {'model.layers.0.block_sparse_moe.gate.weight'}",
         dropped: "the checkpoint lacks model.layers.1.mlp.up_proj.row_norms",
         poisoned: (
             "model.layers.0.self_attn.o_proj.row_norms: "
@@ -45,6 +60,9 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
         ),
         mixed: "model.layers.0.mlp.gate_up_proj: vLLM fuses these modules",
         other: "codebooks: this version of qamw ships",
+        embedding: "not initialized from checkpoint: {'model.embed_tokens.weight'}",
+        norm: "not initialized from checkpoint: {'model.norm.weight'}",
+        changed: "model-00001-of-00001.safetensors: SHA-256",
     }
     jobs = [{"model": str(model), "options": {"quantization": "qamw"}} for model in cases]
     results, _ = run(jobs)
@@ -55,6 +73,7 @@ def test_damaged_checkpoints_are_refused(run, checkpoint, tmp_path):
 def test_impossible_tensor_parallel_size_is_refused(run, checkpoint, tmp_path):
     damaged = copy_model(checkpoint("llama"), tmp_path / "model")
     change_quantization_config(damaged, rotation_block_sizes={"256": 256, "512": 256})
+    sign(damaged)
     ((result,), printed) = run([{"model": str(damaged), "options": TWO_RANKS}])
     assert "error" in result
     assert re.search(

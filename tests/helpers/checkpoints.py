@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_kernels.format.weight import QuantizedWeight
 
 SMALL_SHARDS = 150_000  # bytes: several shards even for a tiny model
@@ -76,3 +77,14 @@ def change_quantization_config(directory: Path, **changes: Any) -> None:
     config = json.loads(file.read_text())
     config["quantization_config"].update(changes)
     file.write_text(json.dumps(config))
+
+
+def sign(directory: Path) -> None:
+    """Have the manifest list every file as it is now."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    entries = {
+        path.relative_to(directory).as_posix(): FileEntry.of(path)
+        for path in files
+        if path.name != MANIFEST
+    }
+    (directory / MANIFEST).write_text(json.dumps(Manifest(entries).to_dict()))

@@ -109,3 +109,17 @@ def test_incomplete_and_damaged_weights_are_refused() -> None:
     message = r"model.layers.0.o_proj.weight\[3, 5\] is nan: every weight must be finite"
     with pytest.raises(TensorError, match=message):
         layer.weight.weight_loader(layer.weight, damaged)
+
+
+@pytest.mark.usefixtures("rank")
+@pytest.mark.parametrize("dtype", [torch.int16, torch.float64, torch.float8_e4m3fn])
+def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
+    """As by ``qamw quantize``; vLLM would convert them."""
+    config = QamwConfig()
+    config.packed_modules_mapping = PARTS
+    layer = make_layer("gate_up_proj", config)
+    message = f"model.layers.0.up_proj.weight is {dtype}, expected bfloat16, float16 or float32"
+    with pytest.raises(TensorError, match=message):
+        weight = torch.ones(512, K).to(dtype)
+        layer.weight.weight_loader(layer.weight, weight, 1)
+        layer.weight.weight_loader(layer.weight, weight, 0)

@@ -25,6 +25,9 @@ from qamw_kernels.format.weight import QuantizedWeight, check_finite, check_inpu
 Code = Callable[[torch.Tensor], torch.Tensor]
 """A function of coordinates [n, K] float32: of their indices, or of what coding leaves of them."""
 
+SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of weights that are quantized. Anything else is packed, scaled or of another format."""
+
 ENCODE_CHUNK = 1 << 18
 """Weights encoded at once: bounds the temporaries and keeps them in cache."""
 
@@ -46,6 +49,16 @@ class InputShard:
 
     num_inputs: int
     add_up: Callable[[torch.Tensor], torch.Tensor]
+
+
+def check_source_dtype(name: str, dtype: torch.dtype) -> None:
+    """Check the dtype in which a checkpoint stores the weight ``name``.
+
+    Raises:
+        TensorError: none of SOURCE_DTYPES.
+    """
+    if dtype not in SOURCE_DTYPES:
+        raise TensorError(f"{name} is {dtype}, expected bfloat16, float16 or float32")
 
 
 def make_input_scales(

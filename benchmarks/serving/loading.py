@@ -1,0 +1,97 @@
+"""What it costs to check a checkpoint while it is loaded.
+
+``python -m benchmarks.serving.loading CKPT``. The model is loaded again and again in one process,
+in turn without the check, with a check that hashes every file, and with one that knows them from
+before. All files are read once before, so they come from the page cache. The line that is printed
+last has medians, in seconds.
+"""
+
+import argparse
+import gc
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.serving.server import ENVIRONMENT
+from qamw_vllm.loading.manifest import VERIFY_VARIABLE
+
+WAYS = ("unchecked", "hashed", "known")
+
+
+def start_one_rank(folder: Path) -> None:
+    """What a worker of vLLM does before it loads a model."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder / 'rendezvous'}", 0, "gloo")
+        initialize_model_parallel()
+
+
+def load(checkpoint: Path) -> float:
+    """Seconds from the arguments of an engine to a model that is ready to run."""
+    from vllm.config import set_current_vllm_config
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model
+
+    start = time.perf_counter()
+    arguments = EngineArgs(
+        model=str(checkpoint),
+        quantization="qamw",
+        enforce_eager=True,
+        max_model_len=256,
+        use_tqdm_on_load=False,
+    )
+    config = arguments.create_engine_config()
+    with set_current_vllm_config(config):
+        model = get_model(vllm_config=config)
+    seconds = time.perf_counter() - start
+    del model, config
+    gc.collect()
+    return seconds
+
+
+def measure(checkpoint: Path, rounds: int, cache: Path) -> dict[str, list[float]]:
+    """Seconds that loading took, one figure for each round and way.
+
+    Args:
+        cache: vLLM's.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    load(checkpoint)  # libraries, page cache
+    for _ in range(rounds):
+        for way in WAYS:
+            if way == "hashed":
+                shutil.rmtree(cache / "qamw", ignore_errors=True)
+            os.environ[VERIFY_VARIABLE] = "0" if way == "unchecked" else "1"
+            seconds[way].append(load(checkpoint))
+            print(f"{way:>9}: {seconds[way][-1]:.2f} s", flush=True)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a QAM-W checkpoint")
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["VLLM_CACHE_ROOT"] = folder
+        start_one_rank(Path(folder))
+        seconds = measure(args.checkpoint, args.rounds, Path(folder))
+    medians = {way: statistics.median(figures) for way, figures in seconds.items()}
+    files = args.checkpoint.glob("*.safetensors")
+    print(
+        f"{sum(file.stat().st_size for file in files) / 1e9:.2f} GB of weights: "
+        + ", ".join(
+            f"{way} {median:.2f} s ({median / medians['unchecked'] - 1:+.1%})"
+            for way, median in medians.items()
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""vLLM's default loader, which lets incomplete and changed checkpoints pass when quantized.
+
+vLLM tracks which weights a checkpoint has brought, but for unquantized models only, unless
+``--model-loader-extra-config '{"enable_weights_track": true}'`` asks for it: a quantized model
+without its embeddings, norms or router would serve what happened to be in memory. No plugin is
+asked before the loader has read that option. But vLLM lets plugins register loaders: this one
+takes the place of the default loader in processes that serve a QAM-W model; for other models it is
+the default loader.
+"""
+
+import logging
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from vllm import envs
+from vllm.config import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+from qamw_kernels.errors import FileError, TensorError
+from qamw_kernels.format.config import QUANT_METHOD
+from qamw_kernels.format.manifest import MANIFEST
+from qamw_vllm.loading.formats import CHECKED_FORMATS
+from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class QamwModelLoader(DefaultModelLoader):
+    """The default loader, for which a QAM-W model must be whole and as its manifest says."""
+
+    _tracked = False  # whether the model that is being loaded is a QAM-W model
+
+    def get_all_weights(
+        self, model_config: Any, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """What a checkpoint holds, when it is loaded for the first time and when it is reloaded.
+
+        Raises:
+            FileError: see :func:`check_checkpoint`.
+        """
+        if model_config.quantization == QUANT_METHOD and is_packed(model_config.hf_config):
+            self._check(model_config)
+        return super().get_all_weights(model_config, model)
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Load a model.
+
+        Raises:
+            TensorError: names the weights that the checkpoint lacks.
+        """
+        # Draft models share weights with the model that they draft for. Those are not in their
+        # checkpoints; and nothing that a draft says gets out unless the model agrees.
+        tracked = model_config.quantization == QUANT_METHOD and model_config.runner_type != "draft"
+        self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
+        if self._tracked:
+            self.enable_weights_track = True
+        super().load_weights(model, model_config)
+
+    def track_weights_loading(
+        self,
+        model: torch.nn.Module,
+        loaded_weights: set[str] | None,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        """Compare the weights of a model with those that were loaded."""
+        if not self._tracked or loaded_weights is None:
+            super().track_weights_loading(model, loaded_weights, *args, **options)
+            return
+        from qamw_vllm.experts import QamwMoEMethod  # kernels: not in every process
+        from qamw_vllm.linear import QamwLinearMethod
+
+        # Quantized layers know themselves what they lack, and by its name in the checkpoint.
+        quantized = {
+            f"{name}.{parameter}"
+            for name, module in model.named_modules()
+            if isinstance(getattr(module, "quant_method", None), QamwLinearMethod | QamwMoEMethod)
+            for parameter, _ in module.named_parameters()
+        }
+        try:
+            super().track_weights_loading(model, loaded_weights | quantized, *args, **options)
+        except ValueError as error:
+            raise TensorError(
+                f"{error}. They would hold what happened to be in memory; {VERIFY_VARIABLE}=0 "
+                "serves the model all the same"
+            ) from None
+
+    def _check(self, model_config: Any) -> None:
+        if not verification_is_on():
+            return
+        is_local = Path(model_config.model).is_dir()
+        directory = Path(model_config.model) if is_local else self._download(model_config)
+        checked = check_checkpoint(directory)
+        # A directory was checked before the engine was started, and that was logged.
+        level = logging.INFO if checked.num_hashed or not is_local else logging.DEBUG
+        logger.log(level, "QAM-W: %s", checked)
+
+    def _download(self, model_config: Any) -> Path:
+        """The directory that vLLM loads a model of the hub from.
+
+        It makes sure that the manifest is there: vLLM does not ask for it.
+        """
+        repo, revision = model_config.model, model_config.revision
+        if envs.VLLM_USE_MODELSCOPE:
+            raise FileError(
+                f"{repo}: with VLLM_USE_MODELSCOPE, only directories can be compared with their "
+                f"{MANIFEST}. Download it and serve the directory, or set {VERIFY_VARIABLE}=0"
+            )
+        self.download_model(model_config)
+        cache = self.load_config.download_dir
+        try:
+            hf_hub_download(repo, "config.json", revision=revision, cache_dir=cache)
+            return Path(hf_hub_download(repo, MANIFEST, revision=revision, cache_dir=cache)).parent
+        except EntryNotFoundError as error:
+            raise FileError(
+                f"{repo}: no {MANIFEST}, so nobody can tell whether it is what was quantized "
+                f"({error}). Its author makes one with 'qamw verify --sign'; {VERIFY_VARIABLE}=0 "
+                "serves it unchecked"
+            ) from None
+
+
+def is_packed(hf_config: Any) -> bool:
+    """Whether a model's config.json is that of a QAM-W checkpoint, not of a plain one."""
+    text_config = getattr(hf_config, "text_config", None)
+    for config in (hf_config, text_config):
+        if settings := getattr(config, "quantization_config", None):
+            return "index_bits" in settings
+    return False
+
+
+def install() -> None:
+    """Have this process load with :class:`QamwModelLoader`; once is enough."""
+    plain = [name for name in CHECKED_FORMATS if _loader_class(name) is DefaultModelLoader]
+    # vLLM warns of every loader that takes another one's place: meant for those by mistake.
+    registry = logging.getLogger("vllm.model_executor.model_loader")
+    level = registry.level
+    registry.setLevel(logging.ERROR)
+    for name in plain:
+        register_model_loader(name)(QamwModelLoader)
+    registry.setLevel(level)
+
+
+def _loader_class(load_format: str) -> type | None:
+    try:
+        return type(get_model_loader(LoadConfig(load_format=load_format)))
+    except ValueError:  # a format of another release
+        return None

@@ -1,0 +1,160 @@
+"""Whether a checkpoint is as its manifest lists it: what ``qamw verify`` refuses is not served.
+
+vLLM reads whatever the files hold. A flipped bit of an index, two tensors of one shape that were
+exchanged, another ``rotation_block_sizes`` in config.json: all of that loads, and the model is
+another one. So every file that is read when a model is served must have the size and SHA-256 that
+the quantizer recorded.
+
+Documentation is left out: people edit the model card of a published checkpoint, and remove plots,
+without changing the model. So is what a directory of the hub's cache does not hold, except for
+weights: vLLM fetches there what it needs.
+"""
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm import envs
+from vllm.logger import init_logger
+
+from qamw_kernels.errors import FileError
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
+from qamw_vllm.loading.digests import Digests, remembered_digests
+
+logger = init_logger(f"vllm.{__name__}")
+
+VERIFY_VARIABLE = "QAMW_VERIFY"
+
+_WEIGHTS = ".safetensors"
+# vLLM reads these, so no manifest may leave them out.
+_READ_BY_NAME = ("config.json", "model.safetensors.index.json")
+_DOCUMENTATION = re.compile(
+    r"(^|/)(\.[^/]+|[^/]+\.(md|png|jpe?g|gif|svg|pdf)|(licen[cs]e|notice)[^/]*|qamw_report\.json)$",
+    re.IGNORECASE,
+)
+_FAULTS_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was compared with a manifest, and found equal.
+
+    Attributes:
+        num_hashed: files whose bytes were read; the others were known from before.
+        seconds: that it took.
+    """
+
+    num_files: int
+    num_bytes: int
+    num_hashed: int
+    seconds: float
+
+    def __str__(self) -> str:
+        how = f"{self.seconds:.1f} s" if self.num_hashed else "known from before"
+        return (
+            f"{self.num_files} files, {self.num_bytes / 1e9:.2f} GB: "
+            f"as {MANIFEST} lists them ({how})"
+        )
+
+
+def verification_is_on() -> bool:
+    """Whether checkpoints are checked; a warning says so if they are not."""
+    if os.environ.get(VERIFY_VARIABLE) != "0":
+        return True
+    logger.warning_once(
+        "QAM-W: %s=0, so nothing is compared with %s, and weights that a checkpoint lacks may go "
+        "unnoticed",
+        VERIFY_VARIABLE,
+        MANIFEST,
+    )
+    return False
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights; a model of random ones needs none."""
+    return any(directory.glob(f"*{_WEIGHTS}"))
+
+
+def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
+    """Compare all files that serving reads with the manifest.
+
+    Args:
+        directory: of a QAM-W checkpoint.
+        cache: a folder for digests that were computed before; None for one in vLLM's.
+    Raises:
+        FileError: there is no manifest; or with every file that is missing, differs, or is read
+            though the manifest does not list it.
+        FormatError: the manifest cannot be understood.
+    """
+    start = time.perf_counter()
+    if not (directory / MANIFEST).is_file():
+        raise FileError(
+            f"{directory}: no {MANIFEST}, so nobody can tell whether it is what was quantized. "
+            f"{_way_out(directory)}"
+        )
+    listed = Manifest.read(directory).files
+    served = {file: entry for file, entry in listed.items() if not _DOCUMENTATION.search(file)}
+    if directory.parent.name == "snapshots":  # in the hub's cache
+        served = {
+            file: entry
+            for file, entry in served.items()
+            if file.endswith(_WEIGHTS) or (directory / file).exists()
+        }
+    faults = [
+        *(
+            fault
+            for file, entry in served.items()
+            for fault in _size_faults(directory, file, entry)
+        ),
+        *(f"{file}: not in {MANIFEST}" for file in _read_files(directory) if file not in listed),
+    ]
+    _refuse(directory, faults)  # before anything is hashed: it takes no time
+    cache = cache or Path(envs.VLLM_CACHE_ROOT) / "qamw"
+    with remembered_digests(cache, directory) as digests:
+        faults = _digest_faults(directory, served, digests)
+    _refuse(directory, faults)
+    num_bytes = sum(entry.num_bytes for entry in served.values())
+    return Checked(len(served), num_bytes, digests.num_hashed, time.perf_counter() - start)
+
+
+def _size_faults(directory: Path, file: str, entry: FileEntry) -> list[str]:
+    path = directory / file
+    if not path.exists():
+        return [f"{file}: missing"]
+    if (size := path.stat().st_size) != entry.num_bytes:
+        return [f"{file}: {size} bytes, {MANIFEST} says {entry.num_bytes}"]
+    return []
+
+
+def _digest_faults(directory: Path, served: dict[str, FileEntry], digests: Digests) -> list[str]:
+    found = zip(served.items(), digests.of(directory, list(served)), strict=True)
+    return [
+        f"{file}: SHA-256 {digest}, {MANIFEST} says {entry.sha256}"
+        for (file, entry), digest in found
+        if digest != entry.sha256
+    ]
+
+
+def _read_files(directory: Path) -> list[str]:
+    """Files that vLLM's loader finds by itself, whatever a manifest lists."""
+    by_name = [file for file in _READ_BY_NAME if (directory / file).exists()]
+    return by_name + sorted(path.name for path in directory.glob(f"*{_WEIGHTS}"))
+
+
+def _refuse(directory: Path, faults: list[str]) -> None:
+    if not faults:
+        return
+    more = len(faults) - _FAULTS_SHOWN
+    lines = "\n  ".join(faults[:_FAULTS_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+    raise FileError(
+        f"{directory}: changed since it was quantized:\n  {lines}\n{_way_out(directory)}"
+    )
+
+
+def _way_out(directory: Path) -> str:
+    return (
+        f"If you trust it: 'qamw verify --sign {directory}' checks it and writes {MANIFEST} anew; "
+        f"{VERIFY_VARIABLE}=0 serves it unchecked"
+    )
