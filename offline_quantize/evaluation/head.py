@@ -43,17 +43,25 @@ class Head:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocabulary] float32 of last hidden states [n, hidden size]."""
-        # Slow to import. Heads of models with experts read more fields of it than others.
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
         states = hidden[None].to(self.device, torch.float32)
-        output = MoeModelOutputWithPast(
-            last_hidden_state=states  # type: ignore[arg-type]  # any tensor will do
-        )
+        output = _LastStates(states)
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
         with replaced_forward([self._model.base_model], lambda _: lambda *args, **kwargs: output):
             logits: torch.Tensor = self._model(input_ids=ids).logits[0]
         return logits
+
+
+class _LastStates:
+    """What a base model puts out: of all fields that heads ask for, only the last states."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 def _load_head(directory: Path, device: torch.device) -> Any:

@@ -5,7 +5,7 @@ receive the very same tensor object form an input group: they share input scales
 vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +144,8 @@ class Structure:
         num_kv_heads: the same, of keys and values.
         kv_rows: rows of a key projection, which vLLM replicates rather than cuts when there are
             more ranks than key heads.
-        parameter_names: every tensor that a checkpoint must have.
+        tensors: every parameter -> the tensor with its values, which differs where it is tied.
         head: the linear that makes logits.
-        head_source: the tensor with the head's weight, which may be that of the embeddings.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
     """
@@ -156,11 +155,20 @@ class Structure:
     num_heads: int | None
     num_kv_heads: int | None
     kv_rows: int | None
-    parameter_names: tuple[str, ...]
+    tensors: Mapping[str, str]
     head: Linear
-    head_source: str
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Every tensor that a checkpoint must have."""
+        return tuple(dict.fromkeys(self.tensors.values()))
+
+    @property
+    def head_source(self) -> str:
+        """The tensor with the head's weight, which may be that of the embeddings."""
+        return self.tensors[self.head.weight_name]
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all decoder layers; not the head."""
@@ -190,14 +198,12 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
                 f"unsupported architecture {type(model).__name__}: {error}"
             ) from error
         layers.append(DecoderLayer(f"{layers_name}.{index}", index, groups))
-    head = _head(model)
     return Structure(
         layers_name,
         tuple(layers),
         *_attention_heads(model.config.get_text_config()),
-        tuple(dict.fromkeys(tensors.values())),
-        head,
-        tensors[head.weight_name],
+        tensors,
+        _head(model),
         stored_twice(model, stored),
         type(model).__name__,
     )
