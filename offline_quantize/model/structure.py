@@ -151,6 +151,7 @@ class Structure:
             more ranks than key heads.
         tensors: every parameter -> the tensor with its values, which differs where it is tied.
         head: the linear that makes logits.
+        embeddings: the tensor of the embeddings.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
     """
@@ -162,6 +163,7 @@ class Structure:
     kv_rows: int | None
     tensors: Mapping[str, str]
     head: Linear
+    embeddings: str
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
 
@@ -209,6 +211,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         *_attention_heads(model.config.get_text_config()),
         tensors,
         _head(model),
+        tensors[f"{_name_of(model, model.get_input_embeddings())}.weight"],
         stored_twice(model, stored),
         type(model).__name__,
     )
@@ -320,6 +323,10 @@ def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
 
 def _head(model: Any) -> Linear:
     output = model.get_output_embeddings()
-    name = next(name for name, module in model.named_modules() if module is output)
+    name = _name_of(model, output)
     rows, inputs = output.weight.shape
     return Linear(name, rows, inputs, row_parallel=False, reads=name)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is wanted)
