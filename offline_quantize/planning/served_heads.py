@@ -82,7 +82,8 @@ class _Sources:
         found = [path for path in paths if name in _classes(path)]
         heads = [head for path in found for head in self._heads(path, name, set())]
         if found and not heads:
-            return NO_HEAD
+            nodes = [_classes(path)[name] for path in found]
+            return None if any(map(_wraps_any_model, nodes)) else NO_HEAD
         return next((fault for fault in map(_fault_of_call, heads) if fault), None)
 
     def _heads(self, path: Path, name: str, seen: set[tuple[Path, str]]) -> list[ast.Assign]:
@@ -128,6 +129,16 @@ def _fault_of_call(assignment: ast.Assign) -> str | None:
         if isinstance(last, ast.Constant) and last.value == target.attr:
             return None
     return NO_NAME
+
+
+def _wraps_any_model(node: ast.ClassDef) -> bool:
+    """Whether another model class is built inside, which depends on the checkpoint."""
+    calls = [part for part in ast.walk(node) if _calls(part, "init_vllm_registered_model")]
+    return any(
+        "architectures" not in {keyword.arg for keyword in call.keywords}
+        for call in calls
+        if isinstance(call, ast.Call)
+    )
 
 
 def _calls(node: ast.AST, name: str) -> bool:

@@ -26,7 +26,11 @@ _TEXT_GENERATION_MODELS = {
     "Dotted": ("one", "Dotted"),
     "Folder": ("vllm.models.folder", "Folder"),
 }
-_MULTIMODAL_MODELS = {"Wrapper": ("two", "Wrapper"), "HeadlessWrapper": ("two", "HeadlessWrapper")}
+_MULTIMODAL_MODELS = {
+    "Wrapper": ("two", "Wrapper"),
+    "HeadlessWrapper": ("two", "HeadlessWrapper"),
+    "AnyWrapper": ("two", "AnyWrapper"),
+}
 """
 CLASS = """
 class {name}:
@@ -54,6 +58,10 @@ class Wrapper:
 class HeadlessWrapper:
     def __init__(self):
         self.language_model = init_vllm_registered_model(architectures=["Headless"])
+
+class AnyWrapper:
+    def __init__(self):
+        self.language_model = init_vllm_registered_model(hf_config=config)
 """
 FAULTS = {
     "Folder": NO_CONFIG,
@@ -82,8 +90,11 @@ def write_sources(root: Path) -> Path:
 
 def test_faults_are_found_in_sources(tmp_path: Path) -> None:
     sources = write_sources(tmp_path / "vllm")
-    assert unserved_heads(sources, ["Wrapper", "HeadlessWrapper", "Unknown"]) == FAULTS
-    assert fault_of_head("Good", sources) is fault_of_head("Heir", sources) is None
+    assert (
+        unserved_heads(sources, ["Wrapper", "HeadlessWrapper", "AnyWrapper", "Unknown"]) == FAULTS
+    )
+    assert fault_of_head("Good", sources) is None
+    assert fault_of_head("Heir", sources) is None
     assert fault_of_head("Unknown", sources) is None
 
 
