@@ -329,4 +329,5 @@ def _head(model: Any) -> Linear:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
+    names = {id(module): name for name, module in model.named_modules()}
+    return names[id(wanted)]

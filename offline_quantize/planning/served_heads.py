@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeGuard
 
 UNSERVED_HEADS = Path(__file__).with_name("unserved_heads.json")
 NO_HEAD = "which has no head and makes logits with the embeddings"
@@ -95,7 +96,7 @@ class _Sources:
         if own := [part for part in ast.walk(node) if _is_head(part)]:
             return own
         imported = _imports(path, self._root)
-        heads = []
+        heads: list[ast.Assign] = []
         for part in ast.walk(node):
             if isinstance(part, ast.Name):
                 heads += self._heads(imported.get(part.id, path), part.id, seen)
@@ -106,7 +107,7 @@ class _Sources:
         return heads
 
 
-def _is_head(node: ast.AST) -> bool:
+def _is_head(node: ast.AST) -> TypeGuard[ast.Assign]:
     """Whether this is ``self.<name> = ParallelLMHead(...)``, perhaps one of two choices."""
     return (
         isinstance(node, ast.Assign)
@@ -170,7 +171,7 @@ def _classes(path: Path) -> dict[str, ast.ClassDef]:
 @functools.cache
 def _imports(path: Path, root: Path) -> dict[str, Path]:
     """Name that is imported from a file of vLLM -> that file."""
-    found = {}
+    found: dict[str, Path] = {}
     for node in _parsed(path).body:
         if not isinstance(node, ast.ImportFrom) or not node.module:
             continue
