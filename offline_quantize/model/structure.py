@@ -329,5 +329,5 @@ def _head(model: Any) -> Linear:
 
 
 def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    names = {id(module): name for name, module in model.named_modules()}
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
     return names[id(wanted)]
