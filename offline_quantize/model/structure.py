@@ -5,20 +5,25 @@ receive the very same tensor object form an input group: they share input scales
 vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
 from offline_quantize.model.experts import Experts
-from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
+from offline_quantize.model.tied import parameter_tensors, stored_parameters, stored_twice
+from offline_quantize.model.tracing import (
+    LayerCall,
+    head_input,
+    on_linear_inputs,
+    record_layer_calls,
+)
 from qamw_kernels.format.config import role_of
 
 # Of a decoder layer's parameters: below it, the weights that matter are not nn.Linear.
@@ -144,9 +149,11 @@ class Structure:
         num_kv_heads: the same, of keys and values.
         kv_rows: rows of a key projection, which vLLM replicates rather than cuts when there are
             more ranks than key heads.
-        parameter_names: every tensor that a checkpoint must have.
+        tensors: every parameter -> the tensor with its values, which differs where it is tied.
         head: the linear that makes logits.
-        head_source: the tensor with the head's weight, which may be that of the embeddings.
+        embeddings: the tensor of the embeddings.
+        stored_twice: pairs of tensors that config.json says are one.
+        architecture: the model's class in transformers.
     """
 
     layers_name: str
@@ -154,9 +161,21 @@ class Structure:
     num_heads: int | None
     num_kv_heads: int | None
     kv_rows: int | None
-    parameter_names: tuple[str, ...]
+    tensors: Mapping[str, str]
     head: Linear
-    head_source: str
+    embeddings: str
+    stored_twice: tuple[tuple[str, str], ...]
+    architecture: str
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Every tensor that a checkpoint must have."""
+        return tuple(dict.fromkeys(self.tensors.values()))
+
+    @property
+    def head_source(self) -> str:
+        """The tensor with the head's weight, which may be that of the embeddings."""
+        return self.tensors[self.head.weight_name]
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all decoder layers; not the head."""
@@ -164,14 +183,16 @@ class Structure:
             yield from layer.linears()
 
 
-def find_structure(directory: Path) -> Structure:
-    """Analyze the model of a checkpoint directory; reads config.json only.
+def find_structure(checkpoint: Checkpoint) -> Structure:
+    """Analyze the model of a plain or QAM-W checkpoint; no tensor is read.
 
     Raises:
         QuantizeError: the architecture is not known, cannot be traced, or has most of its weights
             elsewhere than in ``nn.Linear`` of repeated layers.
     """
-    model = build_empty_model(directory)
+    model = build_empty_model(checkpoint)
+    stored = stored_parameters(checkpoint)
+    tensors = parameter_tensors(model, stored)
     layers_name, modules = decoder_layers(model)
     calls = _layer_calls(model, layers_name, modules)
     row_parallel = _row_parallel_names(model.config)
@@ -184,31 +205,38 @@ def find_structure(directory: Path) -> Structure:
                 f"unsupported architecture {type(model).__name__}: {error}"
             ) from error
         layers.append(DecoderLayer(f"{layers_name}.{index}", index, groups))
-    head, head_source, parameter_names = _head_and_parameters(model)
     return Structure(
         layers_name,
         tuple(layers),
         *_attention_heads(model.config.get_text_config()),
-        parameter_names,
-        head,
-        head_source,
+        tensors,
+        _head(model),
+        tensors[f"{_name_of(model, model.get_input_embeddings())}.weight"],
+        stored_twice(model, stored),
+        type(model).__name__,
     )
 
 
 def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[LayerCall]:
-    """How the model calls its decoder layers, which are on the meta device, with four tokens."""
+    """How the model calls its decoder layers, which are on the meta device, with four tokens.
+
+    Raises:
+        QuantizeError: the model cannot be called with decoder layers that pass their input
+            through, as in calibration.
+    """
     # Weights outside the layers are needed to call the model: one zero stands for all of a weight.
     set_parameters(
         model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
     )
     calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    head_input(model, layers, calls[-1].hidden)
     layers.to("meta")
     return calls
 
 
 def _row_parallel_names(config: Any) -> set[str] | None:
     """Last parts of the names of linears whose inputs may be cut; None: any linear's may be."""
-    plan = getattr(config, "base_model_tp_plan", None)
+    plan = type(config).base_model_tp_plan  # config.json may have anything there
     if not plan:
         return None
     # Not whole names: plans leave out whole blocks (shared experts, the attention of some models).
@@ -222,10 +250,8 @@ def _input_groups(
     """The input groups of one decoder layer."""
     modules = _quantizable(layer)
     _check_linear_share(layer_name, layer, modules)
-    try:
+    with explained(f"{layer_name} cannot be traced"):
         traced = _names_by_input(layer, call)
-    except Exception as error:  # whatever a layer's own code raises on meta tensors
-        raise QuantizeError(f"{layer_name} cannot be traced: {error}") from error
     groups = [[name for name in group if name in modules] for group in traced]
     called = {name for group in groups for name in group}
     groups += [[name] for name in modules if name not in called]
@@ -295,13 +321,13 @@ def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     return num_heads, num_kv_heads, kv_rows
 
 
-def _head_and_parameters(model: Any) -> tuple[Linear, str, tuple[str, ...]]:
-    """The head, the tensor with its weight, and all tensors that a checkpoint must have."""
-    names = {id(module): name for name, module in model.named_modules()}
-    output, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
-    name = names[id(output)]
+def _head(model: Any) -> Linear:
+    output = model.get_output_embeddings()
+    name = _name_of(model, output)
     rows, inputs = output.weight.shape
-    head = Linear(name, rows, inputs, row_parallel=False, reads=name)
-    source = f"{names[id(model.get_input_embeddings())]}.weight" if tied else head.weight_name
-    parameters = (name for name, _ in model.named_parameters())
-    return head, source, tuple(p for p in parameters if not (tied and p == head.weight_name))
+    return Linear(name, rows, inputs, row_parallel=False, reads=name)
+
+
+def _name_of(model: nn.Module, wanted: nn.Module) -> str:
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(wanted)]

@@ -201,7 +201,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     """
     checkpoint = Checkpoint(directory)
     _check_unquantized(checkpoint)
-    structure = find_structure(directory)
+    structure = find_structure(checkpoint)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]
     head = select_head(checkpoint, structure, request.quantize_lm_head)
@@ -237,7 +237,8 @@ def _head_rate(head: Linear | None) -> dict[str, int]:
 def _check_unquantized(checkpoint: Checkpoint) -> None:
     quantization = checkpoint.config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unknown method")
+        known = quantization if isinstance(quantization, dict) else {}
+        method = known.get("quant_method", "an unknown method")
         raise QuantizeError(
             f"{checkpoint.directory}: already quantized with {method}; "
             "start from the unquantized model"

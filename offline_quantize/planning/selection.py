@@ -9,18 +9,10 @@ import torch
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
+from offline_quantize.model.tied import any_differ
+from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
 from qamw_kernels.format.packing import UNIT_INPUTS
 
-# model_type of models that have no head in vLLM: it makes logits with the embeddings.
-SERVED_BY_EMBEDDINGS = (
-    "cohere",
-    "cohere2",
-    "cohere2_moe",
-    "gemma2",
-    "gemma3n",
-    "gemma3n_text",
-    "opt",
-)
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,16 +36,17 @@ def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> L
     """The head, if it is to be quantized.
 
     Raises:
-        QuantizeError: vLLM has no head for this model.
+        QuantizeError: vLLM could not serve it.
     """
-    model_type = checkpoint.config.get("model_type")
-    if wanted and model_type in SERVED_BY_EMBEDDINGS:
+    if not wanted:
+        return None
+    architecture = _architecture(checkpoint, structure)
+    if fault := fault_of_head(architecture):
         raise QuantizeError(
             Option("quantize_lm_head", True),
-            f": vLLM's {model_type} has no head that could be quantized, "
-            "it makes logits with the embeddings",
+            f": vLLM cannot serve a quantized head of {architecture}, {fault}",
         )
-    return structure.head if wanted else None
+    return structure.head
 
 
 def unquantized_matrices(
@@ -98,6 +91,26 @@ def check_tensors(
         _check_weight(checkpoint, linear, linear.weight_name, linears)
     if head:
         _check_weight(checkpoint, head, structure.head_source, [head])
+    _check_unserved_head(checkpoint, structure)
+
+
+def _architecture(checkpoint: Checkpoint, structure: Structure) -> str:
+    """The name that vLLM goes by."""
+    listed = checkpoint.config.get("architectures")
+    return str(listed[0]) if isinstance(listed, list) and listed else structure.architecture
+
+
+def _check_unserved_head(checkpoint: Checkpoint, structure: Structure) -> None:
+    """Refuse a head that transformers uses, but vLLM does not."""
+    embeddings, head = structure.embeddings, structure.head_source
+    architecture = _architecture(checkpoint, structure)
+    if head == embeddings or fault_of_head(architecture) != NO_HEAD:
+        return
+    if any_differ(checkpoint, [(embeddings, head)]):
+        raise QuantizeError(
+            f"{checkpoint.directory}: {head} differs from {embeddings}; transformers uses it, but "
+            f"not vLLM's {architecture}, {NO_HEAD}"
+        )
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
@@ -149,6 +162,13 @@ def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
             raise QuantizeError(
                 f"{checkpoint.directory}: no tensor {name}, "
                 f"which the architecture of config.json has{hint}"
+            )
+    for name, tensor in structure.tensors.items():
+        inside = name.startswith(f"{structure.layers_name}.")
+        if name != tensor and (inside or tensor == structure.head.weight_name):
+            raise QuantizeError(
+                f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
+                "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
             )
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.pipeline import quantize
+from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.checkpoints import change_tensor
-from tests.helpers.models import copy_model
+from tests.helpers.models import copy_model, tiny_model
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -36,3 +38,17 @@ def test_wrong_tensors_are_refused(
     with pytest.raises(QuantizeError, match=message):
         quantize(model, out, QuantizeRequest(calibration=None))
     assert not out.exists()
+
+
+def test_a_head_that_only_transformers_uses_is_refused(tmp_path: Path) -> None:
+    """vLLM makes logits with the embeddings; a copy of them does no harm."""
+    model = tiny_model(tmp_path / "model", "gemma2")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    make_plan(model)
+    head[-1, -1] += 1
+    save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
+    with pytest.raises(QuantizeError, match=r"lm_head.weight differs from .*Gemma2ForCausalLM"):
+        make_plan(model)

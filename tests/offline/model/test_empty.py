@@ -1,0 +1,66 @@
+"""Models are built of config.json only if the checkpoint can be one of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offline_quantize.errors import QuantizeError, explained
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import build_empty_model
+from offline_quantize.planning.plan import make_plan
+from tests.helpers.models import copy_model
+
+
+def changed(tiny_llama: Path, target: Path, **changes: object) -> Path:
+    model = copy_model(tiny_llama, target)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    return model
+
+
+def test_what_is_no_text_model_is_refused_in_one_line(tmp_path: Path, tiny_llama: Path) -> None:
+    wrapper = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
+    model = changed(tiny_llama, tmp_path / "model", **wrapper)
+    with pytest.raises(QuantizeError, match="llava LlavaForConditionalGeneration") as caught:
+        build_empty_model(Checkpoint(model))
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
+
+
+def test_more_layers_than_tensors_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
+    """Before they are built, which would take hours."""
+    model = changed(tiny_llama, tmp_path / "model", num_hidden_layers=1_000_000)
+    expected = "config.json: num_hidden_layers is 1000000, but the checkpoint has only 21 tensors"
+    with pytest.raises(QuantizeError, match=expected):
+        build_empty_model(Checkpoint(model))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"base_model_tp_plan": ["rowwise"]}, {"quantization_config": ["qamw"]}]
+)
+def test_values_of_another_type_are_no_traceback(
+    changes: dict[str, object], tmp_path: Path, tiny_llama: Path
+) -> None:
+    with pytest.raises(QuantizeError):
+        make_plan(changed(tiny_llama, tmp_path / "model", **changes))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+    ],
+)
+def test_memory_that_runs_out_is_no_fault_of_the_model(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, explained("unsupported architecture"):
+        raise error
+    assert caught.value is error
+
+
+def test_what_a_model_raises_becomes_one_line() -> None:
+    expected = "unsupported: ValueError: no no"
+    with pytest.raises(QuantizeError, match=expected) as caught, explained("unsupported"):
+        raise ValueError("no\n" * 999)
+    assert len(str(caught.value)) < 400
