@@ -9,7 +9,7 @@ import torch
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import CONFIG, PROGRESS
 from offline_quantize.model.checkpoint import Checkpoint
-from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
 from qamw_kernels.files import read_json
 from qamw_kernels.format import rates
@@ -103,17 +103,18 @@ class QuantizedCheckpoint:
             dtype: of a weight that was quantized, [N, K]; any other tensor stays as it is stored.
         Raises:
             QuantizeError: :meth:`header_faults` of the layer, one per line.
+            TensorError: a value that the format does not allow, or that ``dtype`` does not hold.
         """
         module, _, suffix = stored.rpartition(".")
         if suffix != "qweight":
-            return next(self.checkpoint.load([stored]))[1]
+            return next(self.checkpoint.load_finite([stored]))[1]
         if faults := self.header_faults(module):
             raise QuantizeError("\n".join(faults))
         names = [f"{module}.{suffix}" for suffix in LAYER_TENSORS]
         qweight, row_norms, input_scales = (tensor for _, tensor in self.checkpoint.load(names))
         block_size = self.format.rotation_block_size_of(module, len(input_scales))
         weight = QuantizedWeight(qweight, row_norms, input_scales, block_size)
-        return decode_weight(weight).to(dtype)
+        return decode_checked(weight, module, dtype)
 
 
 def check_finished(directory: Path) -> None:
