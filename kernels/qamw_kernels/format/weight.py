@@ -1,5 +1,6 @@
 """One quantized weight matrix as it is stored, and what its values must be."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ def largest_row_norm(
     Args:
         input_scales: [K] float16, or a part of them.
     """
-    coordinate = rotation_block_size**0.5 / 2 * float(load_quadrant(index_bits).sum(1).max())
+    coordinate = math.sqrt(rotation_block_size) / 2 * float(load_quadrant(index_bits).sum(1).max())
     scale = max(1.0, float(input_scales.abs().max()))
     rounding = 1 - 2**-16  # of log2(B) sums and three products, none of them off by 2**-24
     return torch.finfo(torch.float32).max * rounding / (coordinate * scale)
