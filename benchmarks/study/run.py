@@ -32,6 +32,7 @@ from offline_quantize.evaluation.conventions import Window, open_text
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.evaluation.head import Head, compare_window
 from offline_quantize.evaluation.metrics import Divergence, Perplexity, Scores
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import find_structure
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
@@ -90,7 +91,7 @@ def with_baseline(directory: Path, change: Quantize) -> tuple[Any, float]:
     """The model changed by one of the baselines."""
     model = load_model(directory, torch.bfloat16)
     tokens = calibration_windows(directory, DEFAULT_TEXT, MIN_TOKENS)
-    return model, change(model, find_structure(directory), tokens)
+    return model, change(model, find_structure(Checkpoint(directory)), tokens)
 
 
 def with_qamw(directory: Path, request: QuantizeRequest) -> tuple[Any, float]:

@@ -45,7 +45,7 @@ def verify(directory: Path) -> str:
         for check in TENSOR_CHECKS:
             faults += check(quantized, info)
     _refuse(faults)
-    for layer in find_structure(directory).layers:
+    for layer in find_structure(quantized.checkpoint).layers:
         for group in layer.groups:
             faults += _shared_scales_faults(quantized, group)
     _refuse(faults)

@@ -12,6 +12,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.tied import parameter_tensors, share_tensors
 
 # Of every window: [num_scored, hidden size], after the last norm.
 HiddenStates = Iterator[torch.Tensor]
@@ -26,14 +27,15 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         QuantizeError: a parameter of the model has no tensor, or a tensor no parameter.
     """
-    tensors = dict(decoded_tensors(Checkpoint(directory), dtype))
-    model = build_empty_model(directory)
+    checkpoint = Checkpoint(directory)
+    tensors = dict(decoded_tensors(checkpoint, dtype))
+    model = build_empty_model(checkpoint)
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
         return tensors[name].to(dtype) if name in tensors else old
 
     set_parameters(model, real, buffers=True)
-    model.tie_weights()
+    share_tensors(model, parameter_tensors(model, tensors))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     unknown = sorted(set(tensors) - set(model.state_dict()))
     unknown = [name for name in unknown if not _left_out(model, name)]

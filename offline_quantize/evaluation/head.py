@@ -11,6 +11,7 @@ from offline_quantize.evaluation.conventions import Window
 from offline_quantize.evaluation.metrics import Scores
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, set_parameters
+from offline_quantize.model.tied import parameter_tensors, share_tensors, stored_parameters
 from offline_quantize.model.tracing import replaced_forward
 
 # Tokens x vocabulary that are in memory at once, in each of a few float32 arrays.
@@ -42,36 +43,44 @@ class Head:
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits [n, vocabulary] float32 of last hidden states [n, hidden size]."""
-        # Slow to import. Heads of models with experts read more fields of it than others.
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
         states = hidden[None].to(self.device, torch.float32)
-        output = MoeModelOutputWithPast(
-            last_hidden_state=states  # type: ignore[arg-type]  # any tensor will do
-        )
+        output = _LastStates(states)
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=self.device)
         with replaced_forward([self._model.base_model], lambda _: lambda *args, **kwargs: output):
             logits: torch.Tensor = self._model(input_ids=ids).logits[0]
         return logits
 
 
+class _LastStates:
+    """What a base model puts out: of all fields that heads ask for, only the last states."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return (self.last_hidden_state,)[index]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _load_head(directory: Path, device: torch.device) -> Any:
     """The transformers model of a checkpoint, of which only the head has weights."""
-    model = build_empty_model(directory)
-    names = {id(module): name for name, module in model.named_modules()}
-    output = names[id(model.get_output_embeddings())]
-    wanted = {f"{output}.weight", f"{output}.bias"}
-    if model.config.get_text_config().tie_word_embeddings:
-        wanted.add(f"{names[id(model.get_input_embeddings())]}.weight")
-    tensors = dict(decoded_tensors(Checkpoint(directory), torch.float32, wanted))
+    checkpoint = Checkpoint(directory)
+    model = build_empty_model(checkpoint)
+    head = model.get_output_embeddings()
+    output = next(name for name, module in model.named_modules() if module is head)
+    sources = parameter_tensors(model, stored_parameters(checkpoint))
+    wanted = {sources[f"{output}.{name}"] for name, _ in head.named_parameters()}
+    tensors = dict(decoded_tensors(checkpoint, torch.float32, wanted))
+    if missing := sorted(wanted - set(tensors)):
+        raise QuantizeError(f"{directory}: no tensor {missing[0]}, which the logits need")
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
         return tensors[name].to(device, torch.float32) if name in tensors else old
 
     set_parameters(model, real)
-    model.tie_weights()
-    if model.get_output_embeddings().weight.is_meta:
-        raise QuantizeError(f"{directory}: none of {sorted(wanted)} found, which the logits need")
+    share_tensors(model, sources)
     return model
 
 

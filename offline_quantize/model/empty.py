@@ -1,17 +1,17 @@
 """A model without its weights: built from config.json, and given parameters one part at a time."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from offline_quantize.errors import QuantizeError
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
 
 
-def build_empty_model(directory: Path) -> Any:
+def build_empty_model(checkpoint: Checkpoint) -> Any:
     """The transformers model of config.json, with parameters on the meta device and real buffers.
 
     Experts are taken apart (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
@@ -24,7 +24,7 @@ def build_empty_model(directory: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
+            checkpoint.directory, local_files_only=True, trust_remote_code=False
         )
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ def build_empty_model(directory: Path) -> Any:
             unfuse_experts(model)
     except Exception as error:  # whatever the code of an architecture makes of a bad config.json
         raise QuantizeError(
-            f"{directory}: unsupported architecture: {type(error).__name__}: {error}"
+            f"{checkpoint.directory}: unsupported architecture: {type(error).__name__}: {error}"
         ) from None
     return model.eval()
 

@@ -10,6 +10,7 @@ from torch import nn
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.tied import parameter_tensors, share_tensors
 from offline_quantize.model.tracing import record_layer_calls, replaced_forward
 
 BATCH = 4  # windows per forward call
@@ -48,7 +49,7 @@ class LayerRunner:
             TensorError: a tensor outside the decoder layers is not finite.
         """
         self.device = device
-        self.model = build_empty_model(checkpoint.directory)
+        self.model = build_empty_model(checkpoint)
         self.layers_name, self.layers = decoder_layers(self.model)
         self._dtype = dtype
         self._load_outside_layers(checkpoint)
@@ -62,13 +63,13 @@ class LayerRunner:
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
         def stored(name: str, old: torch.Tensor) -> torch.Tensor:
-            if name in checkpoint.tensors:  # not the head, where it is tied to the embeddings
+            if name in checkpoint.tensors:
                 tensor = next(checkpoint.load_finite([name]))[1]
                 return tensor.to(self.device, self._dtype)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, stored, skip=self.layers_name, buffers=True)
-        self.model.tie_weights()
+        share_tensors(self.model, parameter_tensors(self.model, checkpoint.tensors))
 
     def load(self, index: int, weights: dict[str, torch.Tensor]) -> None:
         """Give decoder layer ``index`` its tensors, by full name."""

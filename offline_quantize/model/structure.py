@@ -5,9 +5,8 @@ receive the very same tensor object form an input group: they share input scales
 vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
 from offline_quantize.model.experts import Experts
+from offline_quantize.model.tied import parameter_tensors, stored_parameters, stored_twice
 from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
 from qamw_kernels.format.config import role_of
 
@@ -144,9 +144,10 @@ class Structure:
         num_kv_heads: the same, of keys and values.
         kv_rows: rows of a key projection, which vLLM replicates rather than cuts when there are
             more ranks than key heads.
-        parameter_names: every tensor that a checkpoint must have.
+        tensors: every parameter -> the tensor with its values, which differs where it is tied.
         head: the linear that makes logits.
-        head_source: the tensor with the head's weight, which may be that of the embeddings.
+        stored_twice: pairs of tensors that config.json says are one.
+        architecture: the model's class in transformers.
     """
 
     layers_name: str
@@ -154,9 +155,20 @@ class Structure:
     num_heads: int | None
     num_kv_heads: int | None
     kv_rows: int | None
-    parameter_names: tuple[str, ...]
+    tensors: Mapping[str, str]
     head: Linear
-    head_source: str
+    stored_twice: tuple[tuple[str, str], ...]
+    architecture: str
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """Every tensor that a checkpoint must have."""
+        return tuple(dict.fromkeys(self.tensors.values()))
+
+    @property
+    def head_source(self) -> str:
+        """The tensor with the head's weight, which may be that of the embeddings."""
+        return self.tensors[self.head.weight_name]
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all decoder layers; not the head."""
@@ -164,14 +176,16 @@ class Structure:
             yield from layer.linears()
 
 
-def find_structure(directory: Path) -> Structure:
-    """Analyze the model of a checkpoint directory; reads config.json only.
+def find_structure(checkpoint: Checkpoint) -> Structure:
+    """Analyze the model of a plain or QAM-W checkpoint; no tensor is read.
 
     Raises:
         QuantizeError: the architecture is not known, cannot be traced, or has most of its weights
             elsewhere than in ``nn.Linear`` of repeated layers.
     """
-    model = build_empty_model(directory)
+    model = build_empty_model(checkpoint)
+    stored = stored_parameters(checkpoint)
+    tensors = parameter_tensors(model, stored)
     layers_name, modules = decoder_layers(model)
     calls = _layer_calls(model, layers_name, modules)
     row_parallel = _row_parallel_names(model.config)
@@ -184,14 +198,14 @@ def find_structure(directory: Path) -> Structure:
                 f"unsupported architecture {type(model).__name__}: {error}"
             ) from error
         layers.append(DecoderLayer(f"{layers_name}.{index}", index, groups))
-    head, head_source, parameter_names = _head_and_parameters(model)
     return Structure(
         layers_name,
         tuple(layers),
         *_attention_heads(model.config.get_text_config()),
-        parameter_names,
-        head,
-        head_source,
+        tensors,
+        _head(model),
+        stored_twice(model, stored),
+        type(model).__name__,
     )
 
 
@@ -295,13 +309,8 @@ def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     return num_heads, num_kv_heads, kv_rows
 
 
-def _head_and_parameters(model: Any) -> tuple[Linear, str, tuple[str, ...]]:
-    """The head, the tensor with its weight, and all tensors that a checkpoint must have."""
-    names = {id(module): name for name, module in model.named_modules()}
-    output, tied = model.get_output_embeddings(), model.config.get_text_config().tie_word_embeddings
-    name = names[id(output)]
+def _head(model: Any) -> Linear:
+    output = model.get_output_embeddings()
+    name = next(name for name, module in model.named_modules() if module is output)
     rows, inputs = output.weight.shape
-    head = Linear(name, rows, inputs, row_parallel=False, reads=name)
-    source = f"{names[id(model.get_input_embeddings())]}.weight" if tied else head.weight_name
-    parameters = (name for name, _ in model.named_parameters())
-    return head, source, tuple(p for p in parameters if not (tied and p == head.weight_name))
+    return Linear(name, rows, inputs, row_parallel=False, reads=name)

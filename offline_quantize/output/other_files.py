@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, json_bytes
+from offline_quantize.model.tied import any_differ
 from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
 from offline_quantize.output.report import LayerReport, Report, plot
@@ -60,8 +61,8 @@ def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
 def _output_config(plan: Plan) -> dict[str, Any]:
     """The content of config.json."""
     config = plan.checkpoint.config | {"quantization_config": plan.format.to_dict()}
-    if plan.head:  # it has a weight of its own now
-        config["tie_word_embeddings"] = False
-        if "tie_word_embeddings" in config.get("text_config", {}):
+    if plan.head or any_differ(plan.checkpoint, plan.structure.stored_twice):
+        config["tie_word_embeddings"] = False  # the head has a weight of its own
+        if isinstance(config.get("text_config"), dict):
             config["text_config"] = config["text_config"] | {"tie_word_embeddings": False}
     return config

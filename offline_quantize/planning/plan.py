@@ -201,7 +201,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     """
     checkpoint = Checkpoint(directory)
     _check_unquantized(checkpoint)
-    structure = find_structure(directory)
+    structure = find_structure(checkpoint)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]
     head = select_head(checkpoint, structure, request.quantize_lm_head)

@@ -150,6 +150,13 @@ def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
                 f"{checkpoint.directory}: no tensor {name}, "
                 f"which the architecture of config.json has{hint}"
             )
+    for name, tensor in structure.tensors.items():
+        inside = name.startswith(f"{structure.layers_name}.")
+        if name != tensor and (inside or tensor == structure.head.weight_name):
+            raise QuantizeError(
+                f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
+                "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
+            )
 
 
 def _check_weight(

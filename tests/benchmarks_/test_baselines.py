@@ -10,6 +10,7 @@ import torch
 from benchmarks.study.activations import Fold, largest, layer_statistics, products, squares
 from benchmarks.study.baselines import BASELINES
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import find_structure
 from tests.helpers.models import tiny_model
 
@@ -17,7 +18,7 @@ from tests.helpers.models import tiny_model
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_layer_statistics(architecture: str, tmp_path: Path) -> None:
     directory = tiny_model(tmp_path, architecture)
-    model, structure = load_model(directory), find_structure(directory)
+    model, structure = load_model(directory), find_structure(Checkpoint(directory))
     tokens = torch.arange(20, 140).view(6, 20)  # two batches
     folds: list[tuple[Fold, Callable[[torch.Tensor], torch.Tensor]]] = [
         (products, lambda x: x.T @ x),
@@ -49,7 +50,10 @@ def test_layer_statistics(architecture: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if not name.startswith("gguf")])
 def test_only_decoder_linears_change(name: str, tiny_llama: Path) -> None:
-    model, structure = load_model(tiny_llama, torch.bfloat16), find_structure(tiny_llama)
+    model, structure = (
+        load_model(tiny_llama, torch.bfloat16),
+        find_structure(Checkpoint(tiny_llama)),
+    )
     original, baseline = load_model(tiny_llama, torch.bfloat16), BASELINES[name]
     bits = baseline.quantize(model, structure, torch.arange(20, 180).view(4, 40))
     assert baseline.rate < bits < baseline.rate + 0.7  # overheads are large in a tiny model

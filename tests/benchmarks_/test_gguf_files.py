@@ -10,12 +10,16 @@ from torch import nn
 from benchmarks.study.baselines import num_weights
 from benchmarks.study.gguf_files import gguf_names, read_gguf, write_gguf
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import find_structure
 
 
 def test_gguf_file(tiny_llama: Path, tmp_path: Path) -> None:
     """llama.cpp is given exactly the model; its file is read back, with the rate of its bytes."""
-    structure, original = find_structure(tiny_llama), load_model(tiny_llama, torch.bfloat16)
+    structure, original = (
+        find_structure(Checkpoint(tiny_llama)),
+        load_model(tiny_llama, torch.bfloat16),
+    )
     write_gguf(tmp_path / "model.gguf", original, structure)
     model = load_model(tiny_llama, torch.bfloat16)
     for linear in structure.linears():

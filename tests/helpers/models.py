@@ -82,29 +82,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Models for images and text, here without images -> the text model in them.
+WRAPPED = {"gemma4": "gemma4_text"}
+
 
 def tiny_model(directory: Path, architecture: str, **overrides: Any) -> Path:
     """Write a tiny random model in bfloat16 with a tokenizer; the same one every time.
 
     Args:
-        architecture: a key of ``ARCHITECTURES``, the ``model_type`` of transformers.
-        overrides: values of the transformers config.
+        architecture: a key of ``ARCHITECTURES`` or ``WRAPPED``, the ``model_type`` of transformers.
+        overrides: values of the transformers config of the text model.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     vocab_size = write_tiny_tokenizer(directory)
-    config = AutoConfig.for_model(
-        architecture,
-        **{
-            **SHAPE,
-            "vocab_size": vocab_size,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            **ARCHITECTURES[architecture],
-            **overrides,
-        },
-    )
+    text = WRAPPED.get(architecture, architecture)
+    values = {
+        **SHAPE,
+        "vocab_size": vocab_size,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **ARCHITECTURES[text],
+        **overrides,
+    }
+    if text != architecture:
+        values = {"text_config": values, "vision_config": None}
+    config = AutoConfig.for_model(architecture, **values)
     with torch.random.fork_rng(devices=[]):  # leaves the caller's random state as it was
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

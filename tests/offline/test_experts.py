@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import InputGroup, find_structure
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
@@ -32,7 +33,7 @@ ROUTERS = {
 def expert_groups(model: Path, architecture: str) -> tuple[InputGroup, InputGroup]:
     """The groups of all experts' gate and up matrices, and of their down matrices."""
     _, gate, _, down = NAMES[architecture]
-    groups = find_structure(model).layers[1].groups
+    groups = find_structure(Checkpoint(model)).layers[1].groups
     first, second = (
         next(group for group in groups if group.name.endswith(f"experts.0.{name}"))
         for name in (gate, down)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
+from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import find_structure
 from offline_quantize.output.report import Report
 from offline_quantize.pipeline import quantize
@@ -60,7 +61,8 @@ def test_every_architecture(architecture: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "phi3"])
 def test_input_groups(architecture: str, tmp_path: Path) -> None:
-    layer = find_structure(tiny_model(tmp_path / "model", architecture)).layers[0]
+    model = Checkpoint(tiny_model(tmp_path / "model", architecture))
+    layer = find_structure(model).layers[0]
     groups = [[linear.name.rpartition(".")[2] for linear in group] for group in layer.groups]
     if architecture == "phi3":
         assert groups == [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]]

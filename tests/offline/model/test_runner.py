@@ -22,7 +22,7 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
     num_tokens = 6 * 128  # a whole batch and a part of one
     tokens = calibration_windows(model, DEFAULT_TEXT, num_tokens, window_tokens=128)
     runner = LayerRunner(checkpoint, tokens, torch.device("cpu"), torch.float32)
-    layers = find_structure(model).layers
+    layers = find_structure(checkpoint).layers
     assert len(layers) == 2
     for layer in layers:
         runner.load(layer.index, dict(checkpoint.load(layer.tensor_names(checkpoint))))

@@ -16,7 +16,8 @@ UNCALIBRATED = QuantizeRequest(calibration=None)
 
 
 def test_input_groups_and_sizes(tiny_llama: Path) -> None:
-    structure, checkpoint = find_structure(tiny_llama), Checkpoint(tiny_llama)
+    checkpoint = Checkpoint(tiny_llama)
+    structure = find_structure(checkpoint)
     layer = structure.layers[1]
     assert (layer.name, layer.index) == ("model.layers.1", 1)
     parts = [[linear.name.rpartition(".")[2] for linear in group] for group in layer.groups]
@@ -39,7 +40,7 @@ def test_input_groups_and_sizes(tiny_llama: Path) -> None:
 
 
 def test_tied_head(tmp_path: Path) -> None:
-    structure = find_structure(tiny_model(tmp_path / "model", "gemma3_text"))
+    structure = find_structure(Checkpoint(tiny_model(tmp_path / "model", "gemma3_text")))
     assert structure.head.name == "lm_head"
     assert structure.head_source == "model.embed_tokens.weight"
     assert "lm_head.weight" not in structure.parameter_names
@@ -49,7 +50,7 @@ def test_layers_that_differ_in_their_heads(tmp_path: Path) -> None:
     """Gemma 4: transformers raises an error of its own where a width is asked for that layers do
     not share."""
     model = tiny_model(tmp_path / "model", "gemma4_text")
-    assert find_structure(model).kv_rows is None
+    assert find_structure(Checkpoint(model)).kv_rows is None
     assert quantize(model, tmp_path / "out", UNCALIBRATED).tensor_parallel_sizes
 
 
@@ -78,12 +79,12 @@ def test_experts_that_are_fused_on_disk_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         QuantizeError, match=r"nn\.Linear holds only .* the rest is in .*experts"
     ) as caught:
-        find_structure(model)
+        find_structure(Checkpoint(model))
     assert str(caught.value).startswith("unsupported architecture GraniteMoeForCausalLM: ")
 
 
 def test_experts_share_groups(tmp_path: Path) -> None:
-    structure = find_structure(tiny_model(tmp_path / "moe", "mixtral"))
+    structure = find_structure(Checkpoint(tiny_model(tmp_path / "moe", "mixtral")))
     outer, inner = structure.layers[0].groups[-2:]
     block = "model.layers.0.block_sparse_moe.experts"
     assert [x.name for x in outer] == [f"{block}.{e}.{w}" for e in range(4) for w in ("w1", "w3")]
