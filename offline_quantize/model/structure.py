@@ -19,6 +19,7 @@ from offline_quantize.model.empty import build_empty_model, decoder_layers, set_
 from offline_quantize.model.experts import Experts
 from offline_quantize.model.tied import parameter_tensors, stored_parameters, stored_twice
 from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
+from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
 
 # Of a decoder layer's parameters: below it, the weights that matter are not nn.Linear.
@@ -148,6 +149,8 @@ class Structure:
         head: the linear that makes logits.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
+        shapes: of every parameter and every buffer that a checkpoint may have.
+        unwanted: tensors of the checkpoint that are nothing of the model's.
     """
 
     layers_name: str
@@ -159,6 +162,8 @@ class Structure:
     head: Linear
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
+    shapes: Mapping[str, tuple[int, ...]]
+    unwanted: tuple[str, ...]
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -206,6 +211,8 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         _head(model),
         stored_twice(model, stored),
         type(model).__name__,
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        unwanted(model, stored),
     )
 
 
