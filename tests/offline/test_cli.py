@@ -44,7 +44,7 @@ def test_quantize_and_inspect(
     assert main(["verify", str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
     assert "14 layers" in capsys.readouterr().out
-    assert inspect(out).count("\n") == 15
+    assert inspect(out).count("\n") == 16
     report = json.loads((out / "qamw_report.json").read_text())
     assert f"{report['effective_bits_per_weight']:.3f} effective bpw" in inspect(out)
     assert main(["quantize", str(tiny_llama), str(out)]) == 2

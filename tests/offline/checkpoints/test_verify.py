@@ -240,7 +240,6 @@ def test_tensors_that_do_not_fit(
             r"up_proj\.weight has shape \[\d+, 128\], expected \[64, 128\]",
         ),
         ({"vocab_size": 20}, r"embed_tokens\.weight has shape .* expected \[20, 128\] by config"),
-        ({"attention_bias": True}, r"no tensor .*k_proj\.bias"),
     ],
 )
 def test_the_architecture_of_config_json(
