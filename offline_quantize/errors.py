@@ -1,8 +1,11 @@
 """Errors of the quantizer name parameters of Python; the command line spells them as flags."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from qamw_kernels.errors import QamwError
+
+_LONGEST_LINE = 300  # of what another library says
 
 
 class Option:
@@ -40,3 +43,32 @@ class QuantizeError(QamwError):
     def spelled(self, spell: Callable[[Option], str]) -> str:
         """The message, with every parameter as ``spell`` writes it."""
         return "".join(spell(part) if isinstance(part, Option) else part for part in self.parts)
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Make one line of whatever the code of a model raises; unless memory ran out, which is none of
+    its faults.
+
+    Args:
+        what: begins the message.
+    Raises:
+        QuantizeError: instead of any other error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        line = " ".join(f"{type(error).__name__}: {error}".split())
+        if len(line) > _LONGEST_LINE:
+            line = f"{line[:_LONGEST_LINE]} ..."
+        raise QuantizeError(f"{what}: {line}") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether Python's or torch's memory did not suffice, on the CPU or a GPU."""
+    says = ("out of memory", "not enough memory", "can't allocate memory")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in says)
+    )

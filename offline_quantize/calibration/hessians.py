@@ -5,17 +5,15 @@ With one layer in memory at a time, a model larger than memory can be calibrated
 
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
-from torch import nn
 
 from offline_quantize.encoding.feedback import shrink
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
-from offline_quantize.model.tracing import on_linear_inputs
+from offline_quantize.model.tracing import head_input, on_linear_inputs
 
 
 class _Reached(Exception):
@@ -156,17 +154,9 @@ class Calibrator:
         runner, num_tokens = self._runner, 0
         head = runner.model.get_output_embeddings()
         total = torch.zeros(head.in_features, head.in_features, device=runner.device)
-
-        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-            rows = args[0].reshape(-1, head.in_features).float()
-            total.addmm_(rows.T, rows)
-            raise _Reached
-
-        handle = head.register_forward_pre_hook(add)
         for batch in runner.hidden:
-            states = batch.to(runner.device)
-            with runner.layers_put_out(states), suppress(_Reached):
-                runner.model(inputs_embeds=states, use_cache=False)
-            num_tokens += states[..., 0].numel()
-        handle.remove()
+            states = head_input(runner.model, runner.layers, batch.to(runner.device))
+            rows = states.reshape(-1, head.in_features).float()
+            total.addmm_(rows.T, rows)
+            num_tokens += len(rows)
         return total / num_tokens

@@ -6,9 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, explained
+from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
+
+# Of modules that have tensors of their own: names in config.json, as transformers unifies them.
+_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 
 
 def build_empty_model(checkpoint: Checkpoint) -> Any:
@@ -20,22 +24,39 @@ def build_empty_model(checkpoint: Checkpoint) -> Any:
         QuantizeError: transformers does not know the architecture, or refuses its config.json.
     """
     from accelerate import init_empty_weights  # both are slow to import
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    try:
+    unsupported = f"{checkpoint.directory}: unsupported architecture"
+    with explained(unsupported):
         config = AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=False
         )
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
-            unfuse_experts(model)
-    except Exception as error:  # whatever the code of an architecture makes of a bad config.json
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        names = [config.model_type, *(config.architectures or ())]
         raise QuantizeError(
-            f"{checkpoint.directory}: unsupported architecture: {type(error).__name__}: {error}"
-        ) from None
+            f"{unsupported} {' '.join(names)}: expected one whose decoder makes text, and which "
+            "transformers' AutoModelForCausalLM knows"
+        )
+    _check_counts(checkpoint, config)
+    with explained(unsupported), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, trust_remote_code=False
+        )
+        unfuse_experts(model)
     return model.eval()
+
+
+def _check_counts(checkpoint: Checkpoint, config: Any) -> None:
+    """Refuse more layers or experts than tensors, which would take for ever to build."""
+    text = config.get_text_config()
+    num_tensors = sum(info.num_bytes > 0 for info in checkpoint.tensors.values())
+    for name in _COUNTS:
+        count = getattr(text, name, None)
+        if isinstance(count, int) and count > num_tensors:
+            raise QuantizeError(
+                f"{checkpoint.directory / CONFIG}: {name} is {count}, but the checkpoint has only "
+                f"{num_tensors} tensors that are not empty"
+            )
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

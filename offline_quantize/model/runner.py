@@ -88,12 +88,15 @@ class LayerRunner:
         set_parameters(self.layers[index], lambda _, p: torch.empty_like(p, device="meta"))
 
     def unload_embeddings_and_head(self) -> None:
-        """Let go of the weights of embeddings and head, which the decoder layers do not need."""
+        """Let go of the weights of embeddings and head, which the decoder layers do not need.
+
+        One zero takes the place of each, so that the model can still be called.
+        """
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
         done = {id(parameter) for module in ends for parameter in module.parameters()}
         set_parameters(
             self.model,
-            lambda _, p: torch.empty_like(p, device="meta") if id(p) in done else p,
+            lambda _, p: p.new_zeros(()).expand(p.shape) if id(p) in done else p,
             skip=self.layers_name,
         )
 

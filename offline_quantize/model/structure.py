@@ -13,12 +13,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
 from offline_quantize.model.experts import Experts
 from offline_quantize.model.tied import parameter_tensors, stored_parameters, stored_twice
-from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
+from offline_quantize.model.tracing import (
+    LayerCall,
+    head_input,
+    on_linear_inputs,
+    record_layer_calls,
+)
 from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
 
@@ -217,19 +222,25 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
 
 
 def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[LayerCall]:
-    """How the model calls its decoder layers, which are on the meta device, with four tokens."""
+    """How the model calls its decoder layers, which are on the meta device, with four tokens.
+
+    Raises:
+        QuantizeError: the model cannot be called with decoder layers that pass their input
+            through, as in calibration.
+    """
     # Weights outside the layers are needed to call the model: one zero stands for all of a weight.
     set_parameters(
         model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
     )
     calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    head_input(model, layers, calls[-1].hidden)
     layers.to("meta")
     return calls
 
 
 def _row_parallel_names(config: Any) -> set[str] | None:
     """Last parts of the names of linears whose inputs may be cut; None: any linear's may be."""
-    plan = getattr(config, "base_model_tp_plan", None)
+    plan = type(config).base_model_tp_plan  # config.json may have anything there
     if not plan:
         return None
     # Not whole names: plans leave out whole blocks (shared experts, the attention of some models).
@@ -243,10 +254,8 @@ def _input_groups(
     """The input groups of one decoder layer."""
     modules = _quantizable(layer)
     _check_linear_share(layer_name, layer, modules)
-    try:
+    with explained(f"{layer_name} cannot be traced"):
         traced = _names_by_input(layer, call)
-    except Exception as error:  # whatever a layer's own code raises on meta tensors
-        raise QuantizeError(f"{layer_name} cannot be traced: {error}") from error
     groups = [[name for name in group if name in modules] for group in traced]
     called = {name for group in groups for name in group}
     groups += [[name] for name in modules if name not in called]

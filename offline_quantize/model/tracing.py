@@ -1,13 +1,13 @@
 """Watching a model run: what its decoder layers are called with, and what their linears read."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, explained
 
 
 class LayerCall(NamedTuple):
@@ -39,8 +39,8 @@ def replaced_forward(
             del module.forward
 
 
-class _AllLayersCalled(Exception):
-    """Ends a call of the model: what follows the decoder layers is not wanted."""
+class _Reached(Exception):
+    """Ends a call of the model: what follows is not wanted."""
 
 
 def record_layer_calls(
@@ -62,24 +62,55 @@ def record_layer_calls(
             order.append(index)
             calls.append(LayerCall(hidden, args, kwargs))
             if len(calls) == len(layers):
-                raise _AllLayersCalled
+                raise _Reached
             return hidden
 
         return record
 
     unsupported = f"unsupported architecture {type(model).__name__}"
-    with replaced_forward(layers, recorder), torch.no_grad():
-        try:
-            model.base_model(input_ids=input_ids, use_cache=False)
-        except _AllLayersCalled:
-            pass
-        except Exception as error:  # whatever the model's own code raises
-            raise QuantizeError(f"{unsupported}: calling it fails: {error}") from error
+    with (
+        replaced_forward(layers, recorder),
+        torch.no_grad(),
+        explained(f"{unsupported}: calling it fails"),
+        suppress(_Reached),
+    ):
+        model.base_model(input_ids=input_ids, use_cache=False)
     if order != list(range(len(layers))):
         raise QuantizeError(
             f"{unsupported}: its {len(layers)} decoder layers were called as {order}"
         )
     return calls
+
+
+def head_input(model: Any, layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+    """What the head reads [batch, T, K], where the decoder layers put out ``hidden``.
+
+    Args:
+        model: needs no weights in layers and head; those of the embeddings do not matter.
+        hidden: [batch, T, hidden size].
+    Raises:
+        QuantizeError: the model cannot be called, or does not call its head.
+    """
+    reads: list[torch.Tensor] = []
+
+    def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+        reads.append(args[0])
+        raise _Reached
+
+    unsupported = f"unsupported architecture {type(model).__name__}"
+    ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+    handle = model.get_output_embeddings().register_forward_pre_hook(read)
+    with (
+        replaced_forward(layers, lambda _: lambda *args, **kwargs: hidden),
+        torch.no_grad(),
+        explained(f"{unsupported}: what follows its decoder layers fails"),
+        suppress(_Reached),
+    ):
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    if not reads:
+        raise QuantizeError(f"{unsupported}: its head is not called")
+    return reads[0]
 
 
 @contextmanager

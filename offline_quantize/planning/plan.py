@@ -237,7 +237,8 @@ def _head_rate(head: Linear | None) -> dict[str, int]:
 def _check_unquantized(checkpoint: Checkpoint) -> None:
     quantization = checkpoint.config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "an unknown method")
+        known = quantization if isinstance(quantization, dict) else {}
+        method = known.get("quant_method", "an unknown method")
         raise QuantizeError(
             f"{checkpoint.directory}: already quantized with {method}; "
             "start from the unquantized model"

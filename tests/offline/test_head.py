@@ -67,7 +67,7 @@ def test_head(architecture: str, tmp_path: Path) -> None:
     torch.testing.assert_close(Head(out, CPU).logits(states), logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gemma4_text", "gemma4"])
 def test_hessian_is_that_of_the_last_states(architecture: str, tmp_path: Path) -> None:
     """By what the last norm of the whole model puts out."""
     model = tiny_model(tmp_path / "model", architecture)
