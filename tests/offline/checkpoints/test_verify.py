@@ -230,10 +230,13 @@ def test_tensors_that_do_not_fit(
     assert "\n" not in str(error.value)  # and nothing else
 
 
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": 2 * ["full_attention"]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 2}, r"no tensor model\.layers\.1\.self_attn\.q_proj\.weight"),
+        (TWO_LAYERS, r"no tensor model\.layers\.1\.self_attn\.q_proj\.weight"),
         ({"hidden_size": 64}, r"model\.norm\.weight has shape \[128\], expected \[64\] by config"),
         (
             {"intermediate_size": 64},
@@ -243,7 +246,7 @@ def test_tensors_that_do_not_fit(
     ],
 )
 def test_the_architecture_of_config_json(
-    changes: dict[str, int], message: str, damaged: Path
+    changes: dict[str, Any], message: str, damaged: Path
 ) -> None:
     change_config(damaged, **changes)
     agreeing_manifest(damaged)
