@@ -312,7 +312,7 @@ def test_directories_that_are_no_finished_checkpoint(tmp_path: Path) -> None:
         ({"manifest_version": None}, "manifest_version None is not supported"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
         ({"files": []}, "files must be a JSON object"),
-        ({"files": {"../out": {"bytes": 1, "sha256": 64 * "0"}}}, "is not the path of a file ins"),
+        ({"files": {"../out": {"bytes": 1, "sha256": 64 * "0"}}}, "'../out' is not the path"),
         ({"files": {"a": {"bytes": 1.0, "sha256": 64 * "0"}}}, r"bytes of a must be .* got 1\.0"),
     ],
 )
