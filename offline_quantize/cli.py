@@ -94,11 +94,11 @@ def make_parser() -> argparse.ArgumentParser:
     _add_checkpoint(
         add("inspect", commands.inspect, "show what is inside a quantized checkpoint, per layer")
     )
-    _add_checkpoint(
+    _add_verify_options(
         add(
             "verify",
             commands.verify,
-            "check every byte against the manifest, every tensor against the format",
+            "check every byte against the manifest, every tensor against format and architecture",
         )
     )
     _add_eval_options(
@@ -220,6 +220,15 @@ def _add_dequantize_options(command: argparse.ArgumentParser) -> None:
         choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
         help="of the weights that were quantized (default bfloat16)",
+    )
+
+
+def _add_verify_options(command: argparse.ArgumentParser) -> None:
+    _add_checkpoint(command)
+    command.add_argument(
+        "--sign",
+        action="store_true",
+        help="write the manifest anew, where files were changed on purpose and all else is right",
     )
 
 

@@ -94,10 +94,10 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """``qamw verify CKPT``."""
+    """``qamw verify CKPT [--sign]``."""
     from offline_quantize.checkpoints.verify import verify
 
-    print(verify(args.checkpoint))
+    print(verify(args.checkpoint, args.sign))
 
 
 def evaluate(args: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
+from offline_quantize.checkpoints.verify import verify
 from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_disk
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.output.directory import Output
@@ -24,7 +25,7 @@ def dequantize(
 ) -> int:
     """Write the plain checkpoint that ``quantized`` stands for into the new directory ``out``.
 
-    One shard is in memory at a time.
+    It is verified first. One shard is in memory at a time.
 
     Args:
         dtype: of the weights that were quantized, and what config.json names; all other tensors
@@ -33,9 +34,10 @@ def dequantize(
     Returns:
         Bytes of all tensors written.
     Raises:
-        QuantizeError: not a finished QAM-W checkpoint, ``out`` is not new or empty, or the disk is
-            too small.
+        QuantizeError: ``verify`` refuses it, ``out`` is not new or empty, or the disk is too small.
+        TensorError: ``dtype`` does not hold a weight.
     """
+    verify(quantized)
     source = open_quantized(quantized)
     Output.check_target(out, quantized, resume=False)
     infos, stored_names = _decoded_infos(source, dtype), source.decoded_names()

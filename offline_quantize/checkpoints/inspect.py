@@ -1,5 +1,8 @@
 """What is inside a QAM-W checkpoint, as a table."""
 
+import os
+import reprlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,8 @@ def inspect(directory: Path) -> str:
     """One line per quantized layer, and totals, as text; errors of layers come from the report.
 
     Raises:
-        QuantizeError: not a QAM-W checkpoint, unfinished, a tensor is missing, or a report that
-            cannot be read.
+        QuantizeError: not a QAM-W checkpoint, unfinished, headers that do not fit, or a report that
+            cannot be used.
     """
     quantized = open_quantized(directory)
     entries = _report_entries(directory)
@@ -31,33 +34,52 @@ def inspect(directory: Path) -> str:
     lines.append(
         f"{len(quantized.modules)} layers, {num_weights / 1e6:.1f} M weights, "
         f"{quantized.effective_bits_per_weight:.3f} effective bpw; "
-        f"not quantized: {', '.join(quantized.format.ignore)}"
+        f"not quantized: {', '.join(map(_shown, quantized.format.ignore))}"
     )
+    lines.append("headers and report as they are; bytes and values were not checked: verify does")
     return "\n".join(lines)
 
 
 def _report_entries(directory: Path) -> dict[str, dict[str, Any]]:
     """The report's entry of every layer, by module name; empty without a report."""
     path = directory / REPORT
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     layers = read_json(path).get("layers")
-    if not isinstance(layers, list) or not all(isinstance(e, dict) and "name" in e for e in layers):
-        raise QuantizeError(f"{path}: layers must be an array of objects that have a name")
-    for entry in layers:
+    if not isinstance(layers, list):
+        raise QuantizeError(f"{path}: layers must be an array, got {type(layers).__name__}")
+    entries: dict[str, dict[str, Any]] = {}
+    for number, entry in enumerate(layers):
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or name in entries:
+            raise QuantizeError(
+                f"{path}: layers[{number}] must be an object with a name of its own"
+            )
         for figure in ("sqnr_db", "output_nmse"):
-            if not isinstance(entry.get(figure), int | float | None):
+            value = entry.get(figure)
+            if value is not None and not _is_number(value):
                 raise QuantizeError(
-                    f"{path}: {figure} of {entry['name']} must be a number, got {entry[figure]!r}"
+                    f"{path}: {figure} of {_shown(name)} must be a number, "
+                    f"got {reprlib.repr(value)}"
                 )
-    return {entry["name"]: entry for entry in layers}
+        entries[name] = entry
+    return entries
+
+
+def _is_number(value: Any) -> bool:
+    """Whether JSON has a finite number here that a float can hold; true and false are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _shown(name: str) -> str:
+    """A module's name without control characters, which a terminal would obey."""
+    return name if name.isprintable() else ascii(name)
 
 
 def _in_order_of_numbers(module: str) -> list[tuple[bool, int | str]]:
     """Sort key: layer 2 before layer 10."""
-    return [
-        (part.isdecimal(), int(part) if part.isdecimal() else part) for part in module.split(".")
-    ]
+    parts = module.split(".")
+    return [(True, int(p)) if p.isdecimal() and len(p) < 10 else (False, p) for p in parts]
 
 
 def _layer_line(quantized: QuantizedCheckpoint, module: str, entry: dict[str, Any]) -> str:
@@ -66,7 +88,7 @@ def _layer_line(quantized: QuantizedCheckpoint, module: str, entry: dict[str, An
     block_size = quantized.format.rotation_block_size_of(module, shape.num_inputs)
     sqnr, error = entry.get("sqnr_db"), entry.get("output_nmse")
     return (
-        f"{module:48} {shape.num_rows:6}x{shape.num_inputs:6} "
+        f"{_shown(module):48} {shape.num_rows:6}x{shape.num_inputs:6} "
         f"{nominal_bits_per_weight(shape.index_bits):5g} {effective:6.3f} {block_size:5} "
         f"{'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}"
     )

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import torch
 
+from offline_quantize.checkpoints.headers import find_modules, header_faults
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import CONFIG, PROGRESS
 from offline_quantize.model.checkpoint import Checkpoint
-from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
 from qamw_kernels.files import read_json
 from qamw_kernels.format import rates
-from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, layer_tensors
-from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
+from qamw_kernels.format.packing import packed_shape
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.weight import QuantizedWeight
 
 
 @dataclass(frozen=True)
 class QuantizedCheckpoint:
-    """A checkpoint whose headers show a complete set of tensors for every quantized layer.
+    """A checkpoint whose headers fit its config.json, as far as the format goes.
 
     Attributes:
         checkpoint: its directory, config.json and headers.
@@ -35,10 +36,11 @@ class QuantizedCheckpoint:
 
     @staticmethod
     def of(checkpoint: Checkpoint) -> "QuantizedCheckpoint":
-        """Validate a checkpoint's config.json and the names of its tensors.
+        """Validate a checkpoint's config.json and the headers of its tensors.
 
         Raises:
-            QuantizeError: not a QAM-W checkpoint, or a tensor of a quantized layer is missing.
+            QuantizeError: not a QAM-W checkpoint, or what
+                :func:`~offline_quantize.checkpoints.headers.header_faults` finds, one per line.
         """
         config_file = checkpoint.directory / CONFIG
         if not checkpoint.config.get("quantization_config"):
@@ -49,8 +51,9 @@ class QuantizedCheckpoint:
             fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
         except FormatError as error:
             raise QuantizeError(f"{config_file}: {error}") from None
-        modules = _find_modules(checkpoint, fmt)
-        _check_complete(checkpoint, modules)
+        modules = find_modules(checkpoint, fmt)
+        if faults := header_faults(checkpoint, fmt, modules):
+            raise QuantizeError("\n".join(faults))
         return QuantizedCheckpoint(checkpoint, fmt, modules)
 
     @property
@@ -62,24 +65,6 @@ class QuantizedCheckpoint:
     def effective_bits_per_weight(self) -> float:
         """All stored bytes of the quantized layers, codebooks included, in bits per weight."""
         return rates.effective_bits_per_weight(self.modules.values())
-
-    def header_faults(self, module: str) -> list[str]:
-        """Tensors of a quantized layer that have another shape or dtype than the format asks for.
-
-        Returns:
-            One line for each: its file, its name, what it is and what it should be.
-        """
-        faults = []
-        layer = self.modules[module]
-        expected = layer_tensors(layer.num_rows, layer.num_inputs, layer.index_bits)
-        for suffix, (shape, dtype) in expected.items():
-            info = self.checkpoint.tensors[f"{module}.{suffix}"]
-            if (info.shape, info.dtype) != (shape, dtype):
-                faults.append(
-                    f"{info.file}: {info.name} is {info.dtype} {list(info.shape)}, "
-                    f"expected {dtype} {list(shape)}"
-                )
-        return faults
 
     def decoded_names(self) -> dict[str, str]:
         """Name of every tensor of the model -> name of the stored tensor that holds it.
@@ -102,18 +87,37 @@ class QuantizedCheckpoint:
             stored: a value of :meth:`decoded_names`.
             dtype: of a weight that was quantized, [N, K]; any other tensor stays as it is stored.
         Raises:
-            QuantizeError: :meth:`header_faults` of the layer, one per line.
+            TensorError: a value that the format does not allow, or that ``dtype`` does not hold.
         """
         module, _, suffix = stored.rpartition(".")
         if suffix != "qweight":
-            return next(self.checkpoint.load([stored]))[1]
-        if faults := self.header_faults(module):
-            raise QuantizeError("\n".join(faults))
-        names = [f"{module}.{suffix}" for suffix in LAYER_TENSORS]
-        qweight, row_norms, input_scales = (tensor for _, tensor in self.checkpoint.load(names))
-        block_size = self.format.rotation_block_size_of(module, len(input_scales))
-        weight = QuantizedWeight(qweight, row_norms, input_scales, block_size)
-        return decode_weight(weight).to(dtype)
+            return next(self.checkpoint.load_finite([stored]))[1]
+        return decode_checked(self._weight(module), module, dtype)
+
+    def check_values(self, stored: str) -> None:
+        """Check one tensor of the model.
+
+        Args:
+            stored: a value of :meth:`decoded_names`.
+        Raises:
+            TensorError: a value that the format does not allow.
+        """
+        module, _, suffix = stored.rpartition(".")
+        if suffix == "qweight":
+            self._weight(module, planes=False).check(module)
+        else:
+            next(self.checkpoint.load_finite([stored]))
+
+    def _weight(self, module: str, planes: bool = True) -> QuantizedWeight:
+        """A quantized weight, for its values perhaps without the planes: any bits are indices."""
+        shape = self.modules[module]
+        names = [f"{module}.{suffix}" for suffix in LAYER_TENSORS if planes or suffix != "qweight"]
+        tensors = {name.rpartition(".")[2]: tensor for name, tensor in self.checkpoint.load(names)}
+        if not planes:
+            planes_shape = packed_shape(shape.num_rows, shape.num_inputs, shape.index_bits)
+            tensors["qweight"] = torch.empty(planes_shape, dtype=torch.int32, device="meta")
+        block_size = self.format.rotation_block_size_of(module, shape.num_inputs)
+        return QuantizedWeight(**tensors, rotation_block_size=block_size)
 
 
 def check_finished(directory: Path) -> None:
@@ -130,7 +134,7 @@ def open_quantized(directory: Path) -> QuantizedCheckpoint:
     """Open a finished QAM-W checkpoint; only config.json and headers are read.
 
     Raises:
-        QuantizeError: not a QAM-W checkpoint, unfinished, or a tensor is missing.
+        QuantizeError: unfinished, or :meth:`QuantizedCheckpoint.of` refuses it.
     """
     check_finished(directory)
     return QuantizedCheckpoint.of(Checkpoint(directory))
@@ -144,8 +148,8 @@ def effective_bits_per_weight(directory: Path) -> float | None:
     Raises:
         QuantizeError: a QAM-W checkpoint that :func:`open_quantized` refuses.
     """
-    quantization = read_json(directory / CONFIG).get("quantization_config") or {}
-    if quantization.get("quant_method") != QUANT_METHOD:
+    quantization = read_json(directory / CONFIG).get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         return None
     return open_quantized(directory).effective_bits_per_weight
 
@@ -164,7 +168,8 @@ def decoded_tensors(
     Yields:
         Name and tensor.
     Raises:
-        QuantizeError: quantized with another method, or a tensor is missing.
+        QuantizeError: quantized with another method, or :meth:`QuantizedCheckpoint.of` refuses it.
+        TensorError: a value of a QAM-W checkpoint that the format does not allow.
     """
     if not checkpoint.config.get("quantization_config"):
         names = [name for name in checkpoint.tensors if wanted is None or name in wanted]
@@ -174,29 +179,3 @@ def decoded_tensors(
     for name, stored in quantized.decoded_names().items():
         if wanted is None or name in wanted:
             yield name, quantized.decoded_tensor(stored, dtype)
-
-
-def _find_modules(checkpoint: Checkpoint, fmt: QamwFormat) -> dict[str, QuantizedShape]:
-    """Shape and rate of every module that has a ``qweight``."""
-    modules = {}
-    for name, info in checkpoint.tensors.items():
-        if not name.endswith(".qweight"):
-            continue
-        if len(info.shape) != 3 or 0 in info.shape:
-            raise QuantizeError(
-                f"{info.file}: {name} has shape {list(info.shape)}, "
-                f"expected [index_bits, N, K / {UNIT_INPUTS}]"
-            )
-        module = name.removesuffix(".qweight")
-        num_rows, num_inputs = info.shape[1], info.shape[2] * UNIT_INPUTS
-        modules[module] = QuantizedShape(num_rows, num_inputs, fmt.index_bits_of(module))
-    if not modules:
-        raise QuantizeError(f"{checkpoint.directory}: no quantized layer found")
-    return modules
-
-
-def _check_complete(checkpoint: Checkpoint, modules: Collection[str]) -> None:
-    for name in modules:
-        for suffix in LAYER_TENSORS:
-            if f"{name}.{suffix}" not in checkpoint.tensors:
-                raise QuantizeError(f"{checkpoint.directory}: {name}.{suffix} is missing")

@@ -1,58 +1,69 @@
 """Whether every byte and every tensor of a QAM-W checkpoint is as it should be.
 
 Every check returns a list of faults, each one line that names the file and the tensor. Later checks
-build on earlier ones: files as the manifest lists them, then tensors as the format describes them,
-then input scales that layers share.
+build on earlier ones: files as the manifest lists them; headers as the format describes them; the
+tensors that the architecture wants; values; then input scales that layers share.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from offline_quantize.checkpoints.listing import differences, find_files
 from offline_quantize.checkpoints.quantized import (
     QuantizedCheckpoint,
     check_finished,
     open_quantized,
 )
-from offline_quantize.errors import QuantizeError
-from offline_quantize.model.checkpoint import TensorInfo
-from offline_quantize.model.structure import InputGroup, find_structure
+from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.files import INDEX, json_bytes, write_atomically
+from offline_quantize.model.structure import InputGroup, Structure, find_structure
 from qamw_kernels.errors import QamwError
-from qamw_kernels.files import read_json, sha256_of
-from qamw_kernels.format.config import LAYER_TENSORS
-from qamw_kernels.format.manifest import MANIFEST
-from qamw_kernels.format.weight import check_input_scales, check_row_norms
+from qamw_kernels.files import read_json
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
 
-def verify(directory: Path) -> str:
-    """Check every file against the manifest and every tensor against the format.
+def verify(directory: Path, sign: bool = False) -> str:
+    """Check every file against the manifest, every tensor against format and architecture.
 
+    Args:
+        sign: write the manifest anew, where all else is as it should be: of a checkpoint whose
+            files were changed on purpose.
     Returns:
-        A line that describes what was checked.
+        Lines that describe what was checked, and what is new in the manifest.
     Raises:
         QuantizeError: with every fault found, one per line.
     """
-    manifest = _read_manifest(directory)
-    _refuse(_listed_file_faults(directory, manifest) + _unlisted_file_faults(directory, manifest))
-
+    if not directory.is_dir():
+        raise QuantizeError(f"{directory}: not a directory")
+    check_finished(directory)
+    manifest = _read_manifest(directory, sign)
+    files, faults = find_files(directory)
+    changes = differences(directory, manifest, files)
+    if sign:
+        _refuse(faults)
+    elif faults or changes:
+        raise QuantizeError(
+            "\n".join(faults + changes),
+            "\nwhat was changed on purpose, qamw verify with ",
+            Option("sign", True),
+            " lists anew, if all else is as it should be",
+        )
     quantized = open_quantized(directory)
-    faults = []
-    for module in quantized.modules:
-        faults += _layer_faults(quantized, module)
-    for info in quantized.checkpoint.tensors.values():
-        for check in TENSOR_CHECKS:
-            faults += check(quantized, info)
-    _refuse(faults)
-    for layer in find_structure(quantized.checkpoint).layers:
-        for group in layer.groups:
-            faults += _shared_scales_faults(quantized, group)
-    _refuse(faults)
-    return (
-        f"{directory}: {len(manifest)} files and {len(quantized.checkpoint.tensors)} tensors, "
+    _refuse(_shard_faults(quantized, files))
+    structure = find_structure(quantized.checkpoint)
+    _refuse(_architecture_faults(quantized, structure))
+    _refuse(_value_faults(quantized))
+    groups = (group for layer in structure.layers for group in layer.groups)
+    _refuse([fault for group in groups for fault in _shared_scales_faults(quantized, group)])
+    lines = [
+        f"{directory}: {len(files)} files and {len(quantized.checkpoint.tensors)} tensors, "
         f"{len(quantized.modules)} quantized layers: all as they should be"
-    )
+    ]
+    if sign:
+        lines += changes or [f"{MANIFEST}: nothing to change"]
+        _write_manifest(directory, files, manifest)
+    return "\n".join(lines)
 
 
 def _refuse(faults: list[str]) -> None:
@@ -60,116 +71,79 @@ def _refuse(faults: list[str]) -> None:
         raise QuantizeError("\n".join(faults))
 
 
-def _read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """File name -> {"bytes", "sha256"}."""
-    if not directory.is_dir():
-        raise QuantizeError(f"{directory}: not a directory")
-    check_finished(directory)
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise QuantizeError(f"{directory}: no {MANIFEST}, this is not a QAM-W checkpoint")
-    files = read_json(path).get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry) for entry in files.values()
-    ):
-        raise QuantizeError(f"{path}: files must map every name to its bytes and sha256")
-    return files
+def _read_manifest(directory: Path, sign: bool) -> Manifest:
+    """That of the directory; an empty one where it is yet to be written."""
+    if (directory / MANIFEST).exists():
+        return Manifest.read(directory)
+    if sign:
+        return Manifest({})
+    raise QuantizeError(f"{directory}: no {MANIFEST}, this is not a QAM-W checkpoint")
 
 
-def _listed_file_faults(directory: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:
-    """Files that are missing or have other bytes than the manifest lists."""
-    faults = []
-    for file, entry in manifest.items():
-        path = directory / file
-        if ".." in path.parts or Path(file).is_absolute():
-            faults.append(f"{directory / MANIFEST}: {file} is outside the directory")
-        elif not path.is_file():
-            faults.append(f"{path}: missing")
-        elif (size := path.stat().st_size) != entry["bytes"]:
-            faults.append(f"{path}: {size} bytes, the manifest says {entry['bytes']}")
-        elif (digest := sha256_of(path)) != entry["sha256"]:
-            faults.append(f"{path}: SHA-256 {digest}, the manifest says {entry['sha256']}")
+def _write_manifest(directory: Path, files: set[str], old: Manifest) -> None:
+    entries = {name: FileEntry.of(directory / name) for name in files}
+    content = json_bytes(Manifest(entries, old.sources).to_dict())
+    write_atomically(directory / MANIFEST, lambda path: path.write_bytes(content))
+
+
+def _shard_faults(quantized: QuantizedCheckpoint, files: set[str]) -> list[str]:
+    """Shards that are not listed, and what some readers would load of them and others not.
+
+    Args:
+        files: that the manifest lists.
+    """
+    directory, tensors = quantized.directory, quantized.checkpoint.tensors
+    shards = {info.file for info in tensors.values()}
+    faults = [f"{directory / f}: a shard that is not in {MANIFEST}" for f in shards - files]
+    weights = {file for file in files if file.endswith(".safetensors")}
+    faults += [f"{directory / file}: not in {INDEX}" for file in weights - shards]
+    if (directory / INDEX).is_file():
+        indexed = set(read_json(directory / INDEX)["weight_map"])
+        faults += [
+            f"{tensors[name].file}: {name} is not in {INDEX}" for name in set(tensors) - indexed
+        ]
+    return sorted(faults)
+
+
+def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -> list[str]:
+    """Tensors that the model of config.json wants and that are not there, or have other shapes.
+
+    Then tensors that it does not want, and quantized ones where it has no linear layer.
+    """
+    stored, tensors = quantized.decoded_names(), quantized.checkpoint.tensors
+    faults = [
+        f"{quantized.directory}: no tensor {name}, which the architecture of config.json has"
+        for name in structure.parameter_names
+        if name not in stored
+    ]
+    linears = {linear.name for linear in structure.linears()} | {structure.head.name}
+    for name, held_by in stored.items():
+        info, module = tensors[held_by], name.removesuffix(".weight")
+        shape, wanted = info.shape, structure.shapes.get(name)
+        if module in quantized.modules:
+            layer = quantized.modules[module]
+            shape = layer.num_rows, layer.num_inputs
+            if module not in linears:
+                faults.append(f"{info.file}: {held_by} is of no linear layer of config.json's")
+        elif name in structure.unwanted:
+            faults.append(f"{info.file}: {name} is of no parameter of config.json's architecture")
+        if wanted is not None and shape != wanted:
+            faults.append(
+                f"{info.file}: {name} has shape {list(shape)}, expected {list(wanted)} by "
+                "config.json"
+            )
     return faults
 
 
-def _unlisted_file_faults(directory: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:
-    """Files that the manifest does not list, except hidden ones: .gitattributes, .cache."""
-    present = set()
-    for path in directory.rglob("*"):
-        relative = path.relative_to(directory)
-        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
-            present.add(relative.as_posix())
-    unlisted = sorted(present - set(manifest) - {MANIFEST})
-    return [f"{directory / file}: not in the manifest" for file in unlisted]
-
-
-def _layer_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
-    """Shapes and dtypes of a layer's tensors; if they are right, their values."""
-    return quantized.header_faults(module) or _layer_value_faults(quantized, module)
-
-
-def _layer_value_faults(quantized: QuantizedCheckpoint, module: str) -> list[str]:
-    checkpoint, num_inputs = quantized.checkpoint, quantized.modules[module].num_inputs
-    names = [f"{module}.row_norms", f"{module}.input_scales"]
-    (_, row_norms), (_, input_scales) = checkpoint.load(names)
-    checks: dict[str, Callable[[], object]] = {
-        "row_norms": lambda: check_row_norms(row_norms),
-        "input_scales": lambda: check_input_scales(input_scales),
-        "qweight": lambda: quantized.format.rotation_block_size_of(module, num_inputs),
-    }
+def _value_faults(quantized: QuantizedCheckpoint) -> list[str]:
+    """Values that the format does not allow."""
     faults = []
-    for suffix, check in checks.items():
+    for stored in quantized.decoded_names().values():
         try:
-            check()
+            quantized.check_values(stored)
         except QamwError as error:
-            file = checkpoint.tensors[f"{module}.{suffix}"].file
-            faults.append(f"{file}: {module}: {error}")
+            faults.append(f"{quantized.checkpoint.tensors[stored].file}: {error}")
     return faults
-
-
-def _orphan_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
-    """A part of a quantized layer that has no ``qweight``."""
-    module, _, suffix = info.name.rpartition(".")
-    if suffix not in LAYER_TENSORS or module in quantized.modules:
-        return []
-    return [f"{info.file}: {info.name} belongs to no quantized layer: {module}.qweight is missing"]
-
-
-def _twice_stored_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
-    """A plain weight of a layer that is quantized."""
-    module, _, suffix = info.name.rpartition(".")
-    if suffix != "weight" or module not in quantized.modules:
-        return []
-    return [f"{info.file}: {info.name} is stored beside {module}.qweight"]
-
-
-def _unlisted_matrix_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
-    """A plain matrix that a reader would look for as a quantized one."""
-    module, _, suffix = info.name.rpartition(".")
-    if suffix != "weight" or len(info.shape) != 2:
-        return []
-    if module in quantized.modules or module in quantized.format.ignore:
-        return []
-    return [f"{info.file}: {info.name} is neither quantized nor in config.json's ignore list"]
-
-
-def _not_finite_faults(quantized: QuantizedCheckpoint, info: TensorInfo) -> list[str]:
-    """A plain tensor with a value that is not finite."""
-    if info.name.rpartition(".")[2] in LAYER_TENSORS:
-        return []
-    try:
-        next(quantized.checkpoint.load_finite([info.name]))
-    except QamwError as error:
-        return [f"{info.file}: {error}"]
-    return []
-
-
-TENSOR_CHECKS: tuple[Callable[[QuantizedCheckpoint, TensorInfo], list[str]], ...] = (
-    _orphan_faults,
-    _twice_stored_faults,
-    _unlisted_matrix_faults,
-    _not_finite_faults,
-)
 
 
 def _shared_scales_faults(quantized: QuantizedCheckpoint, group: InputGroup) -> list[str]:

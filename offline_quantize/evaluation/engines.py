@@ -1,6 +1,5 @@
 """What runs a model: an engine yields the last hidden states of windows, which are small."""
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from offline_quantize.checkpoints.quantized import decoded_tensors
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.empty import build_empty_model, set_parameters
 from offline_quantize.model.tied import parameter_tensors, share_tensors
+from offline_quantize.model.wanted import unwanted
 
 # Of every window: [num_scored, hidden size], after the last norm.
 HiddenStates = Iterator[torch.Tensor]
@@ -37,31 +37,15 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     set_parameters(model, real, buffers=True)
     share_tensors(model, parameter_tensors(model, tensors))
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    unknown = sorted(set(tensors) - set(model.state_dict()))
-    unknown = [name for name in unknown if not _left_out(model, name)]
+    unknown = unwanted(model, tensors)
     faults = []
     if missing:
         faults.append(f"no tensor for {missing[:3]}")
     if unknown:
-        faults.append(f"no parameter for {unknown[:3]}")
+        faults.append(f"no parameter for {list(unknown[:3])}")
     if faults:
         raise QuantizeError(f"{directory}: {', '.join(faults)}")
     return model
-
-
-def _left_out(model: Any, name: str) -> bool:
-    """Whether transformers too leaves a tensor of a checkpoint out.
-
-    So it does with old rotary tables, and with layers behind the last that predict further tokens.
-    """
-    layers_name, layers = decoder_layers(model)
-    layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.", name)
-    ignored = model._keys_to_ignore_on_load_unexpected or ()
-    return (
-        name.endswith("rotary_emb.inv_freq")
-        or (layer is not None and int(layer[1]) >= len(layers))
-        or any(re.search(pattern, name) for pattern in ignored)
-    )
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from offline_quantize.model.tracing import (
     on_linear_inputs,
     record_layer_calls,
 )
+from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
 
 # Of a decoder layer's parameters: below it, the weights that matter are not nn.Linear.
@@ -154,6 +155,8 @@ class Structure:
         embeddings: the tensor of the embeddings.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
+        shapes: of every parameter and every buffer that a checkpoint may have.
+        unwanted: tensors of the checkpoint that are nothing of the model's.
     """
 
     layers_name: str
@@ -166,6 +169,8 @@ class Structure:
     embeddings: str
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
+    shapes: Mapping[str, tuple[int, ...]]
+    unwanted: tuple[str, ...]
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
@@ -214,6 +219,8 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         tensors[f"{_name_of(model, model.get_input_embeddings())}.weight"],
         stored_twice(model, stored),
         type(model).__name__,
+        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
+        unwanted(model, stored),
     )
 
 

@@ -47,6 +47,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
     "phi3": {"original_max_position_embeddings": 512},
+    "gpt_bigcode": {},
+    "mamba2": {"num_heads": 8, "head_dim": 64, "state_size": 16, "n_groups": 1, "chunk_size": 16},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
     "qwen3_moe": {
         "head_dim": 64,

@@ -13,7 +13,7 @@ from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.inspect import inspect
 from offline_quantize.cli import main, spell_flag
 from offline_quantize.errors import Option
-from tests.helpers.models import tiny_model
+from tests.helpers.models import copy_model, tiny_model
 from tests.offline.interruptions import counted_writes, error_when_opened
 
 
@@ -44,13 +44,23 @@ def test_quantize_and_inspect(
     assert main(["verify", str(out)]) == 0
     assert main(["inspect", str(out)]) == 0
     assert "14 layers" in capsys.readouterr().out
-    assert inspect(out).count("\n") == 15
+    assert inspect(out).count("\n") == 16
     report = json.loads((out / "qamw_report.json").read_text())
     assert f"{report['effective_bits_per_weight']:.3f} effective bpw" in inspect(out)
     assert main(["quantize", str(tiny_llama), str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["quantize", "no-such/model", str(tmp_path / "x")]) == 2
     assert "the hub answered" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_signed_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edited = copy_model(Path(__file__).parents[1] / "golden" / "quantized", tmp_path / "edited")
+    (edited / "README.md").write_text("edited")
+    assert main(["verify", str(edited)]) == 2
+    assert "what was changed on purpose, qamw verify with --sign lists" in capsys.readouterr().err
+    assert main(["verify", "--sign", str(edited)]) == 0
+    assert "README.md: 6 bytes, the manifest says" in capsys.readouterr().out
+    assert main(["verify", str(edited)]) == 0
 
 
 def test_directories_that_are_no_checkpoint(

@@ -3,6 +3,7 @@
 import torch
 
 from qamw_kernels.codec.rotation import rotate, unrotate
+from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import load_codebook
 from qamw_kernels.format.packing import unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
@@ -19,6 +20,28 @@ def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:
     """The weight [N, K] float32 that a quantized layer stands for, as the format defines it."""
     weight = unrotate(decode_coordinates(quantized), quantized.rotation_block_size)
     return weight.mul_(quantized.row_norms[:, None]).mul_(quantized.input_scales.float())
+
+
+def decode_checked(quantized: QuantizedWeight, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """:func:`decode_weight` of a checkpoint that anyone may have made, rounded to ``dtype``.
+
+    Args:
+        name: of the module, for errors.
+    Returns:
+        [N, K], finite.
+    Raises:
+        TensorError: see :meth:`QuantizedWeight.check`; or ``dtype`` does not hold a weight.
+    """
+    quantized.check(name)
+    weight = decode_weight(quantized)
+    rounded = weight.to(dtype)
+    if not rounded.isfinite().all():
+        row, column = (~rounded.isfinite()).nonzero()[0].tolist()
+        raise TensorError(
+            f"{name}.weight[{row}, {column}] decodes to {float(weight[row, column])}, which "
+            f"{dtype} does not hold; bfloat16 and float32 have a wider range"
+        )
+    return rounded
 
 
 def linear_reference(

@@ -20,7 +20,12 @@ from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import load_codebook
 from qamw_kernels.format.packing import pack_planes, packed_shape
-from qamw_kernels.format.weight import QuantizedWeight, check_finite, check_input_scales
+from qamw_kernels.format.weight import (
+    QuantizedWeight,
+    check_finite,
+    check_input_scales,
+    largest_row_norm,
+)
 
 Code = Callable[[torch.Tensor], torch.Tensor]
 """A function of coordinates [n, K] float32: of their indices, or of what coding leaves of them."""
@@ -199,6 +204,7 @@ def encode_weight(
     planes_shape = packed_shape(num_rows, num_inputs, index_bits)
     qweight = torch.empty(planes_shape, dtype=torch.int32, device=device)
     row_norms = torch.empty(num_rows, dtype=torch.float32, device=device)
+    most = largest_row_norm(index_bits, rotation_block_size, input_scales)
     step = max(1, weights_at_once // num_inputs)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
@@ -206,8 +212,8 @@ def encode_weight(
         if raise_norms:
             factors = row_factors(coordinates, lambda c: nearest_codewords(c, index_bits), shard)
             coordinates, norms = coordinates.div_(factors[:, None]), norms * factors
-        if not norms.isfinite().all():
-            row = start + int((~norms.isfinite()).nonzero()[0, 0])
+        if (norms > most).any():
+            row = start + int((norms > most).nonzero()[0, 0])
             raise TensorError(
                 f"{name}: row {row} divided by its channels' input scales overflows float32"
             )

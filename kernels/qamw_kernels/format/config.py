@@ -4,6 +4,7 @@ kernels/FORMAT.md is the specification.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ ROTATION_BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
 """Widths of the Hadamard transform that the format allows."""
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_DECIMAL = re.compile(r"[1-9][0-9]{0,8}")
 _KEYS = frozenset(
     {
         "quant_method",
@@ -96,12 +98,13 @@ class QamwFormat:
                     f"got {bits!r}"
                 )
         for num_inputs, size in self.rotation_block_sizes.items():
-            possible = size in ROTATION_BLOCK_SIZES and num_inputs > 0
+            possible = type(size) is int and size in ROTATION_BLOCK_SIZES and num_inputs > 0
             if not possible or num_inputs % size or num_inputs % UNIT_INPUTS:
                 raise FormatError(
                     f"rotation_block_sizes: {num_inputs} inputs cannot be rotated in blocks of "
                     f"{size!r}"
                 )
+        self._check_ignore()
         expected = self.expected_codebooks()
         if not self.codebooks:
             object.__setattr__(self, "codebooks", expected)
@@ -110,6 +113,14 @@ class QamwFormat:
                 f"codebooks: this version of qamw ships {expected}, the checkpoint needs "
                 f"{dict(self.codebooks)}"
             )
+
+    def _check_ignore(self) -> None:
+        for name in self.ignore:
+            if role_of(name) in self.layer_index_bits:
+                raise FormatError(
+                    f"ignore: {name} keeps its plain weight, but layer_index_bits says that it is "
+                    "quantized"
+                )
 
     def expected_codebooks(self) -> dict[str, str]:
         """Name -> SHA-256 of the shipped codebooks for every rate in use."""
@@ -156,18 +167,24 @@ class QamwFormat:
         """Parse and validate config.json's ``quantization_config``.
 
         Raises:
-            FormatError: another method or version, a missing or unknown key, or a value of the
-                wrong kind.
+            FormatError: no JSON object, another method or version, a missing or unknown key, or a
+                value of the wrong kind.
         """
+        if not isinstance(config, Mapping):
+            raise FormatError(
+                f"quantization_config must be a JSON object, got {type(config).__name__}"
+            )
         _check_keys(config)
         _check_kinds(config)
-        try:
-            sizes = {int(key): size for key, size in config["rotation_block_sizes"].items()}
-        except ValueError as error:
-            raise FormatError(f"quantization_config: rotation_block_sizes: {error}") from None
+        for key in config["rotation_block_sizes"]:
+            if not _DECIMAL.fullmatch(key):  # int() also takes "+64", " 64 " and "6_4"
+                raise FormatError(
+                    "quantization_config: rotation_block_sizes: expected a number of inputs as a "
+                    f"key, got {key!r}"
+                )
         return cls(
             config["index_bits"],
-            sizes,
+            {int(key): size for key, size in config["rotation_block_sizes"].items()},
             dict(config["layer_index_bits"]),
             tuple(config["ignore"]),
             dict(config["codebooks"]),
@@ -180,10 +197,11 @@ def _check_keys(config: Mapping[str, Any]) -> None:
             f"quantization_config: quant_method must be {QUANT_METHOD!r}, "
             f"got {config.get('quant_method')!r}"
         )
-    if config.get("format_version") != FORMAT_VERSION:
+    version = config.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:  # true and 1.0 are equal to 1
         raise FormatError(
-            f"quantization_config: format_version {config.get('format_version')!r} is not "
-            f"supported, this reader knows {FORMAT_VERSION}"
+            f"quantization_config: format_version {version!r} is not supported, this reader knows "
+            f"{FORMAT_VERSION}"
         )
     if missing := _KEYS - set(config):
         raise FormatError(f"quantization_config: missing keys {sorted(missing)}")
@@ -202,5 +220,8 @@ def _check_kinds(config: Mapping[str, Any]) -> None:
         raise FormatError(f"quantization_config: ignore must be a JSON array, got {ignore!r}")
     if not all(isinstance(name, str) for name in ignore):
         raise FormatError(f"quantization_config: ignore must hold module names, got {ignore!r}")
+    if len(set(ignore)) < len(ignore):
+        name = Counter(ignore).most_common(1)[0][0]
+        raise FormatError(f"quantization_config: ignore names {name} more than once")
     if not config["codebooks"]:
         raise FormatError("quantization_config: codebooks must name the codebooks in use")

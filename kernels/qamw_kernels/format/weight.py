@@ -1,10 +1,12 @@
 """One quantized weight matrix as it is stored, and what its values must be."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import load_quadrant
 
 
 @dataclass
@@ -50,10 +52,53 @@ class QuantizedWeight:
             self.rotation_block_size,
         )
 
+    def check(self, name: str) -> None:
+        """Check the values of a weight, or of a part of its rows or inputs; planes have no others.
 
-def check_input_scales(input_scales: torch.Tensor) -> None:
+        Every door through which a checkpoint comes in asks this before it decodes or multiplies.
+
+        Args:
+            name: of the module, for errors.
+        Raises:
+            TensorError: a row norm is negative or not finite, an input scale is no normal float16
+                number, or a row norm is above :func:`largest_row_norm`.
+        """
+        check_row_norms(self.row_norms, f"{name}.row_norms")
+        check_input_scales(self.input_scales, f"{name}.input_scales")
+        most = largest_row_norm(self.index_bits, self.rotation_block_size, self.input_scales)
+        wrong = self.row_norms > most
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise TensorError(
+                f"{name}.row_norms: float32 does not hold what row {row} can decode to: its norm "
+                f"is {float(self.row_norms[row])}, with these input scales at most {most} can be"
+            )
+
+
+def largest_row_norm(
+    index_bits: int, rotation_block_size: int, input_scales: torch.Tensor
+) -> float:
+    """The largest norm of a row that decodes to finite float32, whatever its indices are.
+
+    A decoded weight is ``(sum of +-c over its rotation block) / sqrt(B) * row_norm * scale``. The B
+    coordinates c of a block are B / 2 codewords (x, y), each of which adds at most ``|x| + |y|``.
+    So the first factor is at most ``sqrt(B) / 2 * max(|x| + |y|)``, and some indices reach that. It
+    is multiplied with the norm first: a scale below 1 does not save what has overflowed already.
+
+    Args:
+        input_scales: [K] float16, or a part of them.
+    """
+    coordinate = math.sqrt(rotation_block_size) / 2 * float(load_quadrant(index_bits).sum(1).max())
+    scale = max(1.0, float(input_scales.abs().max()))
+    rounding = 1 - 2**-16  # of log2(B) sums and three products, none of them off by 2**-24
+    return torch.finfo(torch.float32).max * rounding / (coordinate * scale)
+
+
+def check_input_scales(input_scales: torch.Tensor, name: str = "input_scales") -> None:
     """Check [K] float16: finite, not zero, of full precision.
 
+    Args:
+        name: of the tensor, for errors.
     Raises:
         TensorError: names the first value that is not a normal float16 number.
     """
@@ -62,14 +107,15 @@ def check_input_scales(input_scales: torch.Tensor) -> None:
     if not normal.all():
         at = int((~normal).nonzero()[0, 0])
         raise TensorError(
-            f"input_scales[{at}] = {float(input_scales[at])}: "
-            "expected a finite, normal float16 number"
+            f"{name}[{at}] = {float(input_scales[at])}: expected a finite, normal float16 number"
         )
 
 
-def check_row_norms(row_norms: torch.Tensor) -> None:
+def check_row_norms(row_norms: torch.Tensor, name: str = "row_norms") -> None:
     """Check [N] float32.
 
+    Args:
+        name: of the tensor, for errors.
     Raises:
         TensorError: names the first value that is not finite, or is negative.
     """
@@ -77,7 +123,7 @@ def check_row_norms(row_norms: torch.Tensor) -> None:
     if wrong.any():
         row = int(wrong.nonzero()[0, 0])
         raise TensorError(
-            f"row_norms: expected finite values, not negative, got {float(row_norms[row])} "
+            f"{name}: expected finite values, not negative, got {float(row_norms[row])} "
             f"in row {row}"
         )
 

@@ -7,7 +7,7 @@ On the CPU weights are decoded while loading and the layers become plain ones, a
 they stay packed and the kernels run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,10 +17,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import (
-    LAYER_TENSORS,
     QUANT_METHOD,
     QamwFormat,
     layer_tensors,
@@ -29,6 +28,9 @@ from qamw_kernels.format.config import (
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.linear import linear as quantized_linear
 from qamw_kernels.ops.weight import TiledWeight
+
+# As safetensors spells those of the format.
+_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16"}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -67,20 +69,39 @@ class QamwLinear(nn.Module):
         for name, (shape, dtype) in tensors.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = linear.bias
+        # No parameter, and without memory: code of models that initializes weights wants to see
+        # one. It leaves alone what has this mark of transformers.
+        self.weight = torch.empty_like(linear.weight, device="meta")
+        self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
-    def pack(self) -> None:
-        """Bring the weight into the form that kernels read."""
-        weight = TiledWeight.of(self._quantized())
+    def pack(self, name: str) -> None:
+        """Bring the weight into the form that kernels read.
+
+        Args:
+            name: of the module, for errors.
+        Raises:
+            TensorError: see :meth:`QuantizedWeight.check`.
+        """
+        quantized = self._quantized()
+        quantized.check(name)
+        weight = TiledWeight.of(quantized)
         self.register_buffer("tiles", weight.tiles)
         self.register_buffer("quadrant_words", weight.quadrant_words)
         del self.qweight
 
-    def plain(self, dtype: torch.dtype) -> nn.Linear:
-        """The same layer with its weight decoded."""
+    def plain(self, name: str, dtype: torch.dtype) -> nn.Linear:
+        """The same layer with its weight decoded.
+
+        Args:
+            name: of the module, for errors.
+        Raises:
+            TensorError: see :func:`decode_checked`.
+        """
         quantized = self._quantized()
         num_rows, num_inputs = quantized.shape
         linear = nn.Linear(num_inputs, num_rows, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(decode_weight(quantized).to(dtype), requires_grad=False)
+        weight = decode_checked(quantized, name, dtype)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
         return linear
 
@@ -114,9 +135,10 @@ class QamwHfQuantizer(HfQuantizer):
         """Put a :class:`QamwLinear` in the place of every quantized layer.
 
         Raises:
-            TensorError: a tensor is missing; transformers itself would go on with random numbers.
+            TensorError: a tensor is missing, and transformers itself would go on with random
+                numbers; it has another shape or dtype; or it is there twice.
         """
-        fmt, stored = self.quantization_config.format, _stored_names(kwargs["checkpoint_files"])
+        fmt, stored = self.quantization_config.format, _stored_tensors(kwargs["checkpoint_files"])
         _refuse_experts(stored)
         for name, module in list(model.named_modules()):
             # Loaded without its head, a model has no prefix before its names.
@@ -124,19 +146,21 @@ class QamwHfQuantizer(HfQuantizer):
             full = next((n for n in names if f"{n}.qweight" in stored), name)
             if not isinstance(module, nn.Linear) or full in fmt.ignore:
                 continue
-            tensors = [f"{full}.{suffix}" for suffix in LAYER_TENSORS]
-            if missing := [tensor for tensor in tensors if tensor not in stored]:
-                raise TensorError(f"the checkpoint lacks {', '.join(missing)}")
-            block = fmt.rotation_block_size_of(full, module.in_features)
-            model.set_submodule(name, QamwLinear(module, fmt.index_bits_of(full), block))
+            layer = QamwLinear(
+                module,
+                fmt.index_bits_of(full),
+                fmt.rotation_block_size_of(full, module.in_features),
+            )
+            _check_stored(stored, full, dict(layer.named_buffers()))
+            model.set_submodule(name, layer)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QamwLinear):
                 if module.qweight.device.type == "cpu":
-                    model.set_submodule(name, module.plain(model.dtype))
+                    model.set_submodule(name, module.plain(name, model.dtype))
                 else:
-                    module.pack()
+                    module.pack(name)
         return model
 
     def is_serializable(self) -> bool:
@@ -147,16 +171,34 @@ class QamwHfQuantizer(HfQuantizer):
         return False
 
 
-def _stored_names(files: Iterable[str]) -> set[str]:
-    """Names of the tensors in the files of a checkpoint."""
-    stored: set[str] = set()
+def _stored_tensors(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype, as safetensors spells it, of the tensors in the files of a checkpoint."""
+    stored: dict[str, tuple[list[int], str]] = {}
     for file in files:
         with safe_open(file, "pt") as shard:
-            stored.update(shard.keys())
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                if name in stored:
+                    raise TensorError(f"{file}: {name} is also in another file of the checkpoint")
+                entry = shard.get_slice(name)
+                stored[name] = entry.get_shape(), entry.get_dtype()
     return stored
 
 
-def _refuse_experts(stored: set[str]) -> None:
+def _check_stored(
+    stored: Mapping[str, tuple[list[int], str]], module: str, expected: Mapping[str, torch.Tensor]
+) -> None:
+    """Whether the tensors of a module are there, in the shapes and dtypes of the format."""
+    if missing := [f"{module}.{name}" for name in expected if f"{module}.{name}" not in stored]:
+        raise TensorError(f"the checkpoint lacks {', '.join(missing)}")
+    for name, tensor in expected.items():
+        found, wanted = stored[f"{module}.{name}"], (list(tensor.shape), _DTYPES[tensor.dtype])
+        if found != wanted:
+            raise TensorError(
+                f"{module}.{name} is {found[1]} {found[0]}, expected {wanted[1]} {wanted[0]}"
+            )
+
+
+def _refuse_experts(stored: Iterable[str]) -> None:
     packed = (name for name in stored if name.endswith(".qweight"))
     if experts := sorted(name for name in packed if role_of(name) != name):
         raise TensorError(

@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from qamw_kernels.codec.decode import decode_coordinates, decode_weight, linear_reference
+from qamw_kernels.codec.decode import (
+    decode_checked,
+    decode_coordinates,
+    decode_weight,
+    linear_reference,
+)
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.codec.rotation import hadamard
+from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
-from qamw_kernels.format.packing import unpack_planes
+from qamw_kernels.format.packing import pack_planes, unpack_planes
+from qamw_kernels.format.weight import QuantizedWeight, largest_row_norm
 from tests.helpers.weights import NMSE_CEILING, random_weight
 
 
@@ -54,7 +61,7 @@ def test_zero_rows_decode_to_exact_zeros() -> None:
 
 
 def test_extreme_magnitudes_survive() -> None:
-    weight = (torch.randn(3, 128) * torch.tensor([[1e-30], [1.0], [3e37]])).bfloat16()
+    weight = (torch.randn(3, 128) * torch.tensor([[1e-30], [1.0], [3e36]])).bfloat16()
     decoded = decode_weight(encode_weight(weight, 11, 64, make_input_scales(128)))
     error = (decoded.double() - weight.double()).square().sum(1)
     assert max((error / weight.double().square().sum(1)).tolist()) < 0.003
@@ -63,3 +70,32 @@ def test_extreme_magnitudes_survive() -> None:
 def test_one_row_layer() -> None:
     weight = torch.randn(1, 64)
     assert decode_weight(encode_weight(weight, 12, 64, make_input_scales(64))).shape == (1, 64)
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0])
+@pytest.mark.parametrize("rotation_block_size", [16, 512])
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_the_largest_row_norm_is_exact(
+    index_bits: int, rotation_block_size: int, scale: float
+) -> None:
+    """The worst indices of all decode to finite values at it, and to an infinite one above it."""
+    worst = load_codebook(index_bits).sum(1).argmax()  # the first weight of a block adds all up
+    scales = torch.full((512,), scale).half()
+    most = largest_row_norm(index_bits, rotation_block_size, scales)
+    norms = torch.tensor([most, 1.001 * most])
+    weight = QuantizedWeight(
+        pack_planes(worst.expand(2, 256), index_bits), norms, scales, rotation_block_size
+    )
+    assert decode_weight(weight).isfinite().all(1).tolist() == [True, False]
+    weight.rows(slice(0, 1)).check("up")
+    with pytest.raises(TensorError, match=r"up\.row_norms: float32 does not hold what row 1"):
+        decode_checked(weight, "up", torch.float32)
+
+
+def test_a_weight_that_a_dtype_does_not_hold_is_named() -> None:
+    weight = random_weight(20, 192, 9)
+    weight.row_norms[7] = 1e6
+    assert decode_checked(weight, "up", torch.bfloat16).dtype == torch.bfloat16
+    message = r"up\.weight\[7, \d+\] decodes to -?\d+\.\d+, which torch\.float16 does not hold"
+    with pytest.raises(TensorError, match=message):
+        decode_checked(weight, "up", torch.float16)

@@ -74,9 +74,11 @@ def test_shards_that_add_up_their_sums_are_those_of_the_whole() -> None:
     assert torch.equal(torch.cat([shard.qweight for shard in shards], 2), whole.qweight)
 
 
-def test_a_row_beyond_float32_is_refused_by_name() -> None:
+@pytest.mark.parametrize("channel_scale", [1.0, 8.0])
+def test_a_row_beyond_float32_is_refused_by_name(channel_scale: float) -> None:
+    """Also one whose norm fits, where other indices than its own would decode to infinity."""
     weight = torch.tensor([[1.0], [0.0], [3e38]]).expand(3, 64)
-    scales = make_input_scales(64, torch.full((64,), 8.0))
+    scales = make_input_scales(64, torch.full((64,), channel_scale))
     with pytest.raises(TensorError, match=r"up_proj: row 2 .* overflows float32"):
         encode_weight(weight, 11, 64, scales, "up_proj")
 

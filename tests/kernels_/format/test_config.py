@@ -37,9 +37,25 @@ def test_mixed_rates_name_both_codebooks() -> None:
         ({"ignore": "lm_head"}, "ignore must be a JSON array"),
         ({"rotation_block_sizes": {"100": 64}}, "100 inputs cannot be rotated"),
         ({"rotation_block_sizes": {"576": 128}}, "576 inputs cannot be rotated in blocks of 128"),
-        ({"rotation_block_sizes": {"x": 64}}, "rotation_block_sizes"),
+        *(
+            ({"rotation_block_sizes": {key: 64}}, "a number of inputs as a key, got ")
+            for key in ("x", "1_28", "+128", " 128 ", "0128", "0", "\u0661\u0662\u0668", "9" * 5000)
+        ),
+        ({"rotation_block_sizes": {"576": 64.0}}, r"576 inputs .* in blocks of 64\.0"),
+        ({"rotation_block_sizes": {"576": "64"}}, "576 inputs .* in blocks of '64'"),
+        ({"rotation_block_sizes": {"576": [64]}}, r"576 inputs .* in blocks of \[64\]"),
+        ({"format_version": True}, "format_version True is not supported"),
+        ({"format_version": 1.0}, r"format_version 1\.0 is not supported"),
+        ({"index_bits": 11.0}, r"got 11\.0"),
+        ({"layer_index_bits": {"a": 8.0}}, r"a: index bits .* got 8\.0"),
+        ({"layer_index_bits": {"a": [8]}}, r"a: index bits .* got \[8\]"),
+        ({"ignore": ["a", "b", "a"]}, "ignore names a more than once"),
+        ({"ignore": ["model.layers.0.mlp.down_proj"]}, "down_proj keeps its plain weight, but"),
+        (
+            {"ignore": ["x.experts.3.up"], "layer_index_bits": {"x.experts.*.up": 8}},
+            r"x\.experts\.3\.up keeps its plain weight, but",
+        ),
         ({"rotation_block_sizes": {"576": 64.9}}, "576 inputs cannot be rotated"),
-        ({"rotation_block_sizes": {"0": 64}}, "0 inputs cannot be rotated"),
         ({"ignore": [1]}, "ignore must hold module names"),
         ({"codebooks": {}}, "codebooks must name"),
         ({"codebooks": {"circular-gaussian-2048-v1": "00"}}, "the checkpoint needs"),
@@ -49,6 +65,12 @@ def test_mixed_rates_name_both_codebooks() -> None:
 def test_bad_values_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
         QamwFormat.from_dict(GOOD.to_dict() | change)
+
+
+def test_only_objects_are_read() -> None:
+    config: Any = [GOOD.to_dict()]
+    with pytest.raises(FormatError, match="quantization_config must be a JSON object, got list"):
+        QamwFormat.from_dict(config)
 
 
 def test_missing_key_is_refused() -> None:

@@ -7,7 +7,11 @@ import torch
 
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
-from qamw_kernels.format.weight import check_finite, check_input_scales, check_row_norms
+from qamw_kernels.format.weight import (
+    check_finite,
+    check_input_scales,
+    check_row_norms,
+)
 from tests.helpers.weights import random_weight
 
 
@@ -53,3 +57,22 @@ def test_values_that_are_not_finite_are_named(bad: float) -> None:
     tensor[1, 2, 0] = bad
     with pytest.raises(TensorError, match=r"experts\[1, 2, 0\] is -?(nan|inf)"):
         check_finite(tensor, "experts")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "bad", "message"),
+    [
+        ("row_norms", -1.0, r"up\.row_norms: expected finite.* got -1\.0 in row 3"),
+        ("row_norms", math.nan, r"up\.row_norms: expected finite.* got nan in row 3"),
+        ("row_norms", 3e38, r"up\.row_norms: float32 does not hold what row 3 can decode to"),
+        ("input_scales", 0.0, r"up\.input_scales\[3\] = 0\.0: expected a finite, normal"),
+    ],
+)
+def test_a_weight_with_an_impossible_value_is_refused(
+    suffix: str, bad: float, message: str
+) -> None:
+    weight = random_weight(20, 192, 9)
+    weight.check("up")
+    weight.tensors()[suffix][3] = bad
+    with pytest.raises(TensorError, match=message):
+        weight.check("up")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
 from qamw_kernels.integrations.transformers import QamwLinear
-from tests.helpers.models import tiny_model
+from tests.helpers.checkpoints import change_tensor
+from tests.helpers.models import copy_model, tiny_model
+from tests.helpers.weights import random_weight
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "quantized"
 UNCALIBRATED = QuantizeRequest(calibration=None)
 INDEX = "model.safetensors.index.json"
 
@@ -61,6 +65,63 @@ def test_a_missing_tensor_is_refused(checkpoint: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
+MODULE = "model.layers.0.mlp.up_proj"
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A change of a tensor: its third value."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor[2] = value
+        return tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("suffix", "change", "message"),
+    [
+        ("row_norms", with_value(-1), r"row_norms: expected finite values, .* -1\.0 in row 2"),
+        ("row_norms", with_value(1e38), "row_norms: float32 does not hold what row 2 can decode"),
+        ("row_norms", with_value(1e5), r"weight\[2, \d+\] decodes to .*float16 does not hold"),
+        ("row_norms", torch.Tensor.double, r"row_norms is F64 .*, expected F32 \[\d+\]"),
+        ("input_scales", with_value(0), r"input_scales\[2\] = 0\.0: expected a finite, normal"),
+        ("input_scales", torch.Tensor.bfloat16, r"input_scales is BF16 .*, expected F16 \[128\]"),
+    ],
+)
+def test_a_tensor_that_cannot_be_is_refused(
+    tmp_path: Path,
+    suffix: str,
+    change: Callable[[torch.Tensor], torch.Tensor],
+    message: str,
+) -> None:
+    damaged = copy_model(GOLDEN, tmp_path / "damaged")
+    change_tensor(damaged, f"{MODULE}.{suffix}", change)
+    with pytest.raises(TensorError, match=rf"^{MODULE}\.{message}"):
+        AutoModelForCausalLM.from_pretrained(damaged, dtype=torch.float16)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    damaged = copy_model(GOLDEN, tmp_path / "damaged")
+    first, second = sorted(damaged.glob("*.safetensors"))
+    name = "model.norm.weight"
+    both = [load_file(first), load_file(second)]
+    tensor = next(tensors[name] for tensors in both if name in tensors)
+    for file, tensors in zip((first, second), both, strict=True):
+        save_file({**tensors, name: tensor}, file, metadata={"format": "pt"})
+    with pytest.raises(TensorError, match=f"{name} is also in another file"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ["gpt_bigcode", "mamba2"])
+def test_models_whose_own_code_initializes_linears(architecture: str, tmp_path: Path) -> None:
+    quantize(tiny_model(tmp_path / "model", architecture), tmp_path / "out", UNCALIBRATED)
+    ids = torch.randint(5, 300, (1, 20), generator=torch.Generator().manual_seed(0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(model(ids).logits, load_model(tmp_path / "out")(ids).logits)
+
+
 @torch.no_grad()
 def test_packed_layer() -> None:
     """What a GPU runs, here with the op's CPU implementation."""
@@ -69,12 +130,21 @@ def test_packed_layer() -> None:
     for name, tensor in quantized.tensors().items():
         layer.register_buffer(name, tensor)
     x = torch.randn(2, 3, 256)
-    plain = layer.plain(torch.float32)
+    plain = layer.plain("up", torch.float32)
     assert torch.equal(plain.weight, decode_weight(quantized))
-    layer.pack()
+    layer.pack("up")
     buffers = {"tiles", "row_norms", "input_scales", "quadrant_words"}
     assert set(dict(layer.named_buffers())) == buffers
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_value_that_cannot_be_is_not_packed() -> None:
+    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64)
+    for name, tensor in random_weight(100, 256, 9).tensors().items():
+        layer.register_buffer(name, tensor)
+    layer.row_norms[3] = -1
+    with pytest.raises(TensorError, match=r"up\.row_norms: .* in row 3"):
+        layer.pack("up")
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

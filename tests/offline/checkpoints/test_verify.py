@@ -1,8 +1,10 @@
 """``verify`` on checkpoints that were damaged, one fault at a time."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,126 +12,341 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX, PROGRESS
-from qamw_kernels.files import sha256_of
-from qamw_kernels.format.manifest import MANIFEST
+from offline_quantize.files import INDEX, PROGRESS, json_bytes
+from qamw_kernels.errors import FormatError
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
+from tests.helpers.checkpoints import change_quantization_config
 from tests.helpers.models import copy_model
 
+GOLDEN = Path(__file__).parents[2] / "golden" / "quantized"  # one layer, two shards
+SHARD = "model-00001-of-00002.safetensors"
 MODULE = "model.layers.0.self_attn.k_proj"  # reads what q_proj and v_proj read
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A sound checkpoint, for now."""
+    return copy_model(GOLDEN, tmp_path / "damaged")
 
 
 def agreeing_manifest(directory: Path) -> None:
     """Make the manifest list every file as it is now."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    for file in manifest["files"]:
-        path = directory / file
-        manifest["files"][file] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    listed = {path.relative_to(directory).as_posix() for path in directory.rglob("*")}
+    files = {name: FileEntry.of(directory / name) for name in listed - {MANIFEST}}
+    (directory / MANIFEST).write_bytes(json_bytes(Manifest(files).to_dict()))
 
 
-def test_verify_finds_every_kind_of_damage(tmp_path: Path, calibrated: Path) -> None:
-    def damaged(name: str) -> Path:
-        return copy_model(calibrated, tmp_path / name)
+def change_config(directory: Path, **changes: Any) -> None:
+    file = directory / "config.json"
+    file.write_bytes(json_bytes(json.loads(file.read_text()) | changes))
 
+
+def test_sound_checkpoints(calibrated: Path, damaged: Path) -> None:
+    """Also with what git and the hub's client leave in a directory."""
     assert "all as they should be" in verify(calibrated)
-    flipped = damaged("flipped")
-    shard = min(flipped.glob("*.safetensors"))
-    data = bytearray(shard.read_bytes())
+    (damaged / ".gitattributes").write_text("*.safetensors filter=lfs")
+    for folder in (".git", ".cache/huggingface"):
+        (damaged / folder).mkdir(parents=True)
+        (damaged / folder / "lock").touch()
+    assert "all as they should be" in verify(damaged)
+
+
+def test_other_bytes_than_the_manifest_lists(damaged: Path) -> None:
+    data = bytearray((damaged / SHARD).read_bytes())
     data[-10] ^= 1
-    shard.write_bytes(bytes(data))
-    with pytest.raises(QuantizeError, match=f"{shard.name}: SHA-256"):
-        verify(flipped)
-    missing = damaged("missing")
-    (missing / ".gitattributes").write_text("added by a hub, and no fault")
-    (missing / "tokenizer.json").unlink()
-    (missing / "extra.txt").write_text("?")
-    expected = r"tokenizer.json: missing\n.*extra.txt: not in the manifest"
-    with pytest.raises(QuantizeError, match=expected):
-        verify(missing)
-
-    # Wrong values behind a right hash: the manifest is made to agree.
-    for suffix, value, message in (
-        (".row_norms", -1, "row_norms: expected finite values, not negative"),
-        ("layernorm.weight", torch.inf, r"\[0\] is inf"),
+    (damaged / SHARD).write_bytes(bytes(data))
+    (damaged / "README.md").unlink()
+    (damaged / "qamw_report.png").write_bytes(b"")
+    (damaged / "extra.txt").write_text("?")
+    with pytest.raises(QuantizeError) as error:
+        verify(damaged)
+    lines = sorted(str(error.value).split("\n"))
+    for line, fault in zip(
+        lines,
+        (
+            "README.md: missing",
+            "extra.txt: not in the manifest",
+            f"{SHARD}: SHA-256",
+            "qamw_report.png: 0 bytes, the manifest says",
+            "what was changed on purpose, qamw verify with sign=True lists anew",
+        ),
+        strict=True,
     ):
-        wrong = damaged(f"wrong{suffix}")
-        shard = min(wrong.glob("*.safetensors"))
-        tensors = load_file(shard)
-        name = next(n for n in tensors if n.endswith(suffix))
-        tensors[name][0] = value
-        save_file(tensors, shard)
-        agreeing_manifest(wrong)
-        subject = f"{shard.name}: {name.removesuffix('.row_norms')}"
-        with pytest.raises(QuantizeError, match=f"{subject}(: )?{message}"):
-            verify(wrong)
+        assert fault in line
 
 
-def other_scales(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{MODULE}.input_scales"] *= -1
+def hide_a_shard(directory: Path, place: str) -> None:
+    """Have the index name a shard in another place; the manifest lists all but that."""
+    index = json.loads((directory / INDEX).read_text())
+    index["weight_map"] = {
+        name: place if file == SHARD else file for name, file in index["weight_map"].items()
+    }
+    (directory / INDEX).write_bytes(json_bytes(index))
+    (directory / SHARD).rename(directory / "moved")
+    agreeing_manifest(directory)
+    (directory / place).parent.mkdir(parents=True, exist_ok=True)
+    (directory / "moved").rename(directory / place)
+    manifest = json.loads((directory / MANIFEST).read_text())
+    del manifest["files"]["moved"]
+    (directory / MANIFEST).write_bytes(json_bytes(manifest))
 
 
-def zero_scale(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{MODULE}.input_scales"][2] = 0
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (".cache/huggingface/a.safetensors", r"huggingface/a\.safetensors: a shard that is not in"),
+        (".git/a.safetensors", r"\.git/a\.safetensors: a shard that is not in"),
+        (".cache/a.safetensors", r"\.cache/a\.safetensors: hidden"),
+        (".a.safetensors", r"\.a\.safetensors: hidden"),
+        ("sub/.a.safetensors", r"\.a\.safetensors: hidden"),
+    ],
+)
+def test_shards_that_no_manifest_covers(place: str, message: str, damaged: Path) -> None:
+    hide_a_shard(damaged, place)
+    with pytest.raises(QuantizeError, match=message):
+        verify(damaged)
 
 
-def wrong_dtype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{MODULE}.row_norms"] = tensors[f"{MODULE}.row_norms"].double()
+def fifo(path: Path) -> None:
+    os.mkfifo(path)
 
 
-def orphan(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.other.row_norms"] = torch.ones(2)
+def dangling_link(path: Path) -> None:
+    path.symlink_to("nowhere")
 
 
-def stored_twice(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{MODULE}.weight"] = torch.ones(2)
+def linked_folder(path: Path) -> None:
+    path.symlink_to(path.parent.parent)
 
 
-def unlisted_matrix(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.other.weight"] = torch.ones(2, 2)
+def looping_link(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "message"),
+    [
+        (fifo, "extra", "extra: a FIFO, expected a regular file"),
+        (fifo, ".gitattributes", "a FIFO, expected a regular file"),
+        (dangling_link, "extra", "extra: no such file"),
+        (looping_link, "extra", "extra: .*symbolic links"),
+        (linked_folder, "extra", "extra: a link to a folder"),
+        (linked_folder, ".git", "a link to a folder"),
+        (Path.touch, ".extra", r"\.extra: hidden"),
+        (Path.touch, "\x1b[2J", r"\\x1b\[2J': a name that not every system can have"),
+    ],
+)
+@pytest.mark.parametrize("sign", [False, True])
+def test_extra_files_that_nobody_can_list(
+    make: Callable[[Path], None], name: str, message: str, sign: bool, damaged: Path
+) -> None:
+    make(damaged / name)
+    with pytest.raises(QuantizeError, match=message):
+        verify(damaged, sign)
+
+
+def change(name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Damage of one tensor."""
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = function(tensors[name]).contiguous()
+
+    return damage
+
+
+def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda tensor: tensor.index_fill(0, torch.tensor([2]), value)
+
+
+def extra(name: str, *shape: int) -> Any:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name] = torch.ones(shape)
+
+    return damage
+
+
+def lost(name: str) -> Any:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors[name]
+
+    return damage
+
+
+def quantized_norm(tensors: dict[str, torch.Tensor]) -> None:
+    """A tensor triple where the model has no linear layer, of the right shapes."""
+    for suffix in ("qweight", "row_norms", "input_scales"):
+        tensors[f"model.layers.1.mlp.up_proj.{suffix}"] = tensors[f"{MODULE}.{suffix}"].clone()
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+SCALES = f"{MODULE}.input_scales"
+NORMS = f"{MODULE}.row_norms"
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (other_scales, rf"{MODULE}.input_scales differs from that of .*q_proj, which reads the"),
-        (zero_scale, rf"{MODULE}: input_scales\[2\] = 0.0: expected a finite, normal float16"),
-        (wrong_dtype, rf"{MODULE}.row_norms is torch.float64 \[128\], expected torch.float32"),
-        (orphan, "model.other.row_norms belongs to no quantized layer: model.other.qweight is"),
-        (stored_twice, rf"{MODULE}.weight is stored beside {MODULE}.qweight"),
-        (unlisted_matrix, "model.other.weight is neither quantized nor in config.json's ignore"),
+        (change(SCALES, torch.neg), rf"{SCALES} differs from that of .*q_proj, which reads the"),
+        (change(SCALES, with_value(0)), rf"{SCALES}\[2\] = 0.0: expected a finite, normal float16"),
+        (change(SCALES, lambda t: t[:, None]), rf"{SCALES} is .* \[128, 1\], expected .* \[128\]"),
+        (change(SCALES, torch.Tensor.bfloat16), rf"{SCALES} is torch\.bfloat16 \[128\], expected"),
+        (change(NORMS, torch.Tensor.double), rf"{NORMS} is torch\.float64 .*, expected torch\.fl"),
+        (change(NORMS, with_value(-1)), rf"{NORMS}: expected finite values, not negative, got -1"),
+        (change(NORMS, with_value(1e38)), rf"{NORMS}: float32 does not hold what row 2 can decode"),
+        (change(NORM, with_value(torch.inf)), rf"{NORM}\[2\] is inf: every weight must be finite"),
+        (change(NORM, lambda t: t[:64]), rf"{NORM} has shape \[64\], expected \[128\] by config"),
+        (lost(NORM), rf"no tensor {NORM}, which the architecture"),
+        (lost(NORMS), rf"{NORMS} is missing"),
+        (extra("model.other.row_norms", 2), "model.other.row_norms belongs to no quantized layer:"),
+        (extra(f"{MODULE}.weight", 2), rf"{MODULE}.weight is stored beside {MODULE}.qweight"),
+        (
+            extra("model.other.weight", 2, 2),
+            "model.other.weight is neither quantized nor in config",
+        ),
+        (extra("model.other", 2), "model.other is of no parameter of config.json's architecture"),
+        (quantized_norm, r"layers\.1\.mlp\.up_proj\.qweight is of no linear layer"),
     ],
 )
 def test_tensors_that_do_not_fit(
     damage: Callable[[dict[str, torch.Tensor]], None],
     message: str,
-    tmp_path: Path,
-    calibrated: Path,
+    damaged: Path,
 ) -> None:
-    wrong = copy_model(calibrated, tmp_path / "wrong")
-    (shard,) = (p for p in wrong.glob("*.safetensors") if f"{MODULE}.qweight" in load_file(p))
-    tensors = load_file(shard)
+    """Whatever the manifest says: it is made to agree. Signing it is refused likewise."""
+    tensors = load_file(damaged / SHARD)
+    assert {NORM, SCALES, NORMS} <= set(tensors)
     damage(tensors)
-    save_file(tensors, shard)
-    shards = wrong.glob("*.safetensors")
+    save_file(tensors, damaged / SHARD)
+    shards = damaged.glob("*.safetensors")
     weight_map = {name: file.name for file in shards for name in load_file(file)}
-    (wrong / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    agreeing_manifest(wrong)
+    (damaged / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    before = (damaged / MANIFEST).read_bytes()
+    with pytest.raises(QuantizeError, match=message):
+        verify(damaged, sign=True)
+    assert (damaged / MANIFEST).read_bytes() == before
+    agreeing_manifest(damaged)
     with pytest.raises(QuantizeError, match=message) as error:
-        verify(wrong)
+        verify(damaged)
     assert "\n" not in str(error.value)  # and nothing else
 
 
-def test_directories_that_are_no_finished_checkpoint(tmp_path: Path, calibrated: Path) -> None:
+TWO_LAYERS = {"num_hidden_layers": 2, "layer_types": 2 * ["full_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (TWO_LAYERS, r"no tensor model\.layers\.1\.self_attn\.q_proj\.weight"),
+        ({"hidden_size": 64}, r"model\.norm\.weight has shape \[128\], expected \[64\] by config"),
+        (
+            {"intermediate_size": 64},
+            r"up_proj\.weight has shape \[\d+, 128\], expected \[64, 128\]",
+        ),
+        ({"vocab_size": 20}, r"embed_tokens\.weight has shape .* expected \[20, 128\] by config"),
+    ],
+)
+def test_the_architecture_of_config_json(
+    changes: dict[str, Any], message: str, damaged: Path
+) -> None:
+    change_config(damaged, **changes)
+    agreeing_manifest(damaged)
+    with pytest.raises(QuantizeError, match=message):
+        verify(damaged)
+
+
+def test_fewer_layers_than_are_stored(tmp_path: Path, calibrated: Path) -> None:
+    copy = copy_model(calibrated, tmp_path / "copy")
+    change_config(copy, num_hidden_layers=1)
+    agreeing_manifest(copy)
+    with pytest.raises(QuantizeError, match=r"layers\.1\.\w+\.\w+\.qweight is of no linear layer"):
+        verify(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ignore": [MODULE, "lm_head", "model.embed_tokens"]}, "in the way: config.json's ignore"),
+        ({"layer_index_bits": {"no.such": 11}}, "layer_index_bits names no.such, which is not"),
+        ({"rotation_block_sizes": {"64": 64}}, "has no rotation block size for 128 inputs"),
+        ({"rotation_block_sizes": {"1_28": 64}}, "a number of inputs as a key, got '1_28'"),
+    ],
+)
+def test_a_quantization_config_that_does_not_fit(
+    changes: dict[str, Any], message: str, damaged: Path
+) -> None:
+    change_quantization_config(damaged, **changes)
+    agreeing_manifest(damaged)
+    with pytest.raises(QuantizeError, match=message):
+        verify(damaged)
+
+
+def test_what_only_some_readers_load(damaged: Path) -> None:
+    save_file({"stranger": torch.ones(2)}, damaged / "extra.safetensors")
+    index = json.loads((damaged / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (damaged / INDEX).write_bytes(json_bytes(index))
+    agreeing_manifest(damaged)
+    with pytest.raises(QuantizeError) as error:
+        verify(damaged)
+    assert f"extra.safetensors: not in {INDEX}" in str(error.value)
+    assert f"model.norm.weight is not in {INDEX}" in str(error.value)
+
+
+def test_directories_that_are_no_finished_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match="absent: not a directory"):
         verify(tmp_path / "absent")
     with pytest.raises(QuantizeError, match=f"no {MANIFEST}, this is not a QAM-W checkpoint"):
         verify(tmp_path)
-    (tmp_path / MANIFEST).write_text('{"files": []}')
-    with pytest.raises(QuantizeError, match="files must map every name to its bytes and sha256"):
-        verify(tmp_path)
-    (tmp_path / MANIFEST).write_text('{"files": {"../out": {"bytes": 1, "sha256": ""}}}')
-    with pytest.raises(QuantizeError, match=r"\.\./out is outside the directory"):
-        verify(tmp_path)
+    with pytest.raises(QuantizeError, match=r"config\.json: no such file"):
+        verify(tmp_path, sign=True)
+    assert not (tmp_path / MANIFEST).exists()
     (tmp_path / PROGRESS).write_text("{}")
     with pytest.raises(QuantizeError, match="unfinished: qamw quantize continues with resume=True"):
         verify(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"manifest_version": "1"}, "manifest_version '1' is not supported"),
+        ({"manifest_version": None}, "manifest_version None is not supported"),
+        ({"surprise": 1}, r"unknown keys \['surprise'\]"),
+        ({"files": []}, "files must be a JSON object"),
+        ({"files": {"../out": {"bytes": 1, "sha256": 64 * "0"}}}, "'../out' is not the path"),
+        ({"files": {"a": {"bytes": 1.0, "sha256": 64 * "0"}}}, r"bytes of a must be .* got 1\.0"),
+    ],
+)
+@pytest.mark.parametrize("sign", [False, True])
+def test_manifests_that_are_none(
+    changes: dict[str, Any], message: str, sign: bool, damaged: Path
+) -> None:
+    manifest = json.loads((damaged / MANIFEST).read_text())
+    (damaged / MANIFEST).write_bytes(json_bytes(manifest | changes))
+    with pytest.raises(FormatError, match=f"{MANIFEST}: {message}"):
+        verify(damaged, sign)
+
+
+def test_signing_what_was_changed_on_purpose(damaged: Path) -> None:
+    """Two shards become one, the card is edited; the sources stay those that were quantized."""
+    old = Manifest.read(damaged)
+    sources = {"model.safetensors": FileEntry(64 * "a", 7)}
+    (damaged / MANIFEST).write_bytes(json_bytes(Manifest(old.files, sources).to_dict()))
+    tensors = {}
+    for shard in damaged.glob("*.safetensors"):
+        tensors |= load_file(shard)
+        shard.unlink()
+    (damaged / INDEX).unlink()
+    save_file(tensors, damaged / "model.safetensors")
+    (damaged / "README.md").write_text("edited")
+    with pytest.raises(QuantizeError, match="sign=True"):
+        verify(damaged)
+    summary = verify(damaged, sign=True)
+    assert "all as they should be" in summary
+    assert "model.safetensors: not in the manifest" in summary and f"{SHARD}: missing" in summary
+    assert "README.md: 6 bytes, the manifest says" in summary
+    new = Manifest.read(damaged)
+    assert new.sources == sources and "model.safetensors" in new.files
+    assert "nothing to change" in verify(damaged, sign=True)
+    (damaged / MANIFEST).unlink()
+    assert "README.md: not in the manifest" in verify(damaged, sign=True)
+    assert "all as they should be" in verify(damaged)
