@@ -123,7 +123,7 @@ def measure_sensitivities(
 
     sensitivities: list[list[Sensitivity]] = []
     with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
-        inputs = _Stack(file, scratch)
+        inputs = Stack(file, scratch)
         for layer in layers:
             load(layer, layer.index)
             inputs.push(runner.hidden)
@@ -139,14 +139,24 @@ def measure_sensitivities(
     return sensitivities
 
 
-class _Stack:
-    """A stack of lists of tensors in a file of the directory ``scratch``."""
+class Stack:
+    """A stack of lists of tensors, of any shapes and dtypes, in a file.
+
+    Args:
+        file: empty, opened for reading and writing.
+        scratch: its directory, for messages.
+    """
 
     def __init__(self, file: IO[bytes], scratch: Path) -> None:
         self._file, self._scratch = file, scratch
         self._starts: list[int] = []
 
     def push(self, tensors: list[torch.Tensor]) -> None:
+        """Put a list on top.
+
+        Raises:
+            QuantizeError: it cannot be written.
+        """
         self._starts.append(self._file.tell())
         try:
             torch.save(tensors, self._file)
@@ -157,8 +167,11 @@ class _Stack:
             ) from None
 
     def pop(self) -> list[torch.Tensor]:
-        self._file.seek(self._starts.pop())
+        """Take the list on top away."""
+        start = self._starts.pop()
+        self._file.seek(start)
         tensors: list[torch.Tensor] = torch.load(self._file, weights_only=True)
+        self._file.truncate(start)  # an archive is read from the end of the file
         return tensors
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.model.sources import Sources
 from qamw_kernels.files import read_json
 from qamw_kernels.format.weight import check_finite
 
@@ -56,6 +57,7 @@ class Checkpoint:
         name: the directory's name, or the id of a model in the hub's cache.
         config: config.json.
         tensors: name -> TensorInfo, of all shards.
+        sources: the files that were read; what is read of them later must be the same.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,6 +68,8 @@ class Checkpoint:
         """
         self.directory = directory
         self.name = _model_name(directory)
+        self.sources = Sources(directory)
+        self.sources.note(CONFIG)
         self.config = read_json(directory / CONFIG)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._weight_map()
@@ -79,6 +83,7 @@ class Checkpoint:
         """The index: name of a tensor -> its file. None where one file holds all."""
         path = self.directory / INDEX
         if path.is_file():
+            self.sources.note(INDEX)
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise QuantizeError(
@@ -109,6 +114,7 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> None:
         path = self.directory / file
+        self.sources.note(file)
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -127,6 +133,9 @@ class Checkpoint:
         """Yield (name, tensor) in the given order, on the CPU.
 
         A shard is mapped only while its tensors are read.
+
+        Raises:
+            QuantizeError: a shard is no longer what it was when the checkpoint was opened.
         """
         open_file = ""
         shard: Any = None
@@ -134,8 +143,11 @@ class Checkpoint:
             info = self.tensors[name]
             if info.file != open_file:
                 open_file = info.file
+                self.sources.check(open_file)
                 shard = safe_open(self.directory / info.file, framework="pt")
-            yield name, shard.get_tensor(name).clone()  # a copy, so that the mapping can go
+            tensor = shard.get_tensor(name).clone()  # a copy, so that the mapping can go
+            self.sources.check_read(open_file)
+            yield name, tensor
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """As :meth:`load`.

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
-from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, json_bytes
+from offline_quantize.files import BASE_CARD, CARD, CONFIG, PLOT, REPORT, json_bytes
 from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
 from offline_quantize.output.report import LayerReport, Report, plot
@@ -21,7 +21,7 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
     config.json.
 
     Args:
-        output: with every shard finished; its notes are the shards' layer reports.
+        output: with every shard finished; the notes of its journal are the shards' layer reports.
         num_tokens: calibration tokens that were read.
     """
     source = plan.checkpoint
@@ -35,12 +35,15 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
     output.write(PLOT, lambda path: plot(path, report))
     output.write_bytes(CARD, model_card(plan, report).encode())
     weight_map = {info.name: shard.file for shard in plan.shards for info in shard.tensors}
-    output.finish(weight_map, plan.output_bytes, _output_config(plan))
+    source.sources.check_all()  # nothing is finished that was made of two models
+    shards = {info.file for info in source.tensors.values()}
+    sources = {file: source.sources.entry(file) for file in (CONFIG, *shards)}
+    output.finish(weight_map, plan.output_bytes, _output_config(plan), sources)
     return report
 
 
 def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
-    entries = chain.from_iterable(output.notes[shard.file] for shard in plan.shards)
+    entries = chain.from_iterable(output.journal.notes[shard.file] for shard in plan.shards)
     return Report(
         qamw_version=version("qamw-vllm"),
         calibration=plan.request.calibration_name,
