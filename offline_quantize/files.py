@@ -33,10 +33,14 @@ WEIGHT_SUFFIXES = (
     ".gguf",
     ".onnx",
     ".onnx_data",
+    ".onnx.data",
     ".tflite",
     ".npz",
     ".pkl",
     ".nemo",
+    ".distcp",
+    ".ot",
+    ".llamafile",
 )
 
 

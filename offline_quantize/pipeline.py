@@ -33,13 +33,13 @@ from offline_quantize.files import STATE, existing_parent
 from offline_quantize.model.structure import DecoderLayer, Linear
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
-from offline_quantize.output.other_files import write_other_files
+from offline_quantize.output.other_files import check_copies, write_other_files
 from offline_quantize.output.report import LayerReport, Report
 from offline_quantize.planning.allocation import allocate
 from offline_quantize.planning.plan import Plan, make_plan
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.shards import Shard
-from offline_quantize.planning.sizes import check_disk
+from offline_quantize.planning.sizes import check_disk, explained_memory_errors
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import LAYER_TENSORS
@@ -106,8 +106,7 @@ def quantize(
     torch_device = usable_device(device)
     with Output.reserved(out, model, resume) as unfinished:
         plan = make_plan(model, request)
-        for file in plan.checkpoint.other_files():
-            plan.checkpoint.sources.note(file)
+        check_copies(plan, out)
         tokens = _read_tokens(plan)
         num_tokens = tokens.numel() if tokens is not None else 0
         check_disk(plan, out, num_tokens if request.mixed else 0)
@@ -116,22 +115,35 @@ def quantize(
         if unfinished:
             unfinished.require(out, journal.fingerprint)
 
-        sensitivities: list[list[Sensitivity]] = []
-        if tokens is not None and request.mixed:
-            sensitivities = _kept_sensitivities(out, unfinished)
-            if not sensitivities:
-                scratch = existing_parent(out)
-                sensitivities = measure_sensitivities(
-                    plan.checkpoint, plan.layers, tokens, torch_device, scratch, progress
-                )
-            plan = _allocate(plan, sensitivities)
-        output = Output(out, journal, to_state(sensitivities), unfinished)
-        missing = any(shard.file not in journal.files for shard in plan.shards)
-        calibrator = None
-        if tokens is not None and missing:
-            calibrator = Calibrator(plan.checkpoint, tokens, torch_device)
-        _write_shards(Run(plan, output, torch_device, sensitivities, calibrator), progress)
-        return write_other_files(plan, output, num_tokens)
+        with explained_memory_errors(plan, num_tokens, out):
+            return _run(plan, tokens, torch_device, out, journal, unfinished, progress)
+
+
+def _run(
+    plan: Plan,
+    tokens: torch.Tensor | None,
+    device: torch.device,
+    out: Path,
+    journal: Journal,
+    unfinished: Journal | None,
+    progress: Progress,
+) -> Report:
+    """The work, once nothing speaks against it."""
+    sensitivities: list[list[Sensitivity]] = []
+    if tokens is not None and plan.request.mixed:
+        sensitivities = _kept_sensitivities(out, unfinished)
+        if not sensitivities:
+            sensitivities = measure_sensitivities(
+                plan.checkpoint, plan.layers, tokens, device, existing_parent(out), progress
+            )
+        plan = _allocate(plan, sensitivities)
+    output = Output(out, journal, to_state(sensitivities), unfinished)
+    missing = any(shard.file not in journal.files for shard in plan.shards)
+    calibrator = None
+    if tokens is not None and missing:
+        calibrator = Calibrator(plan.checkpoint, tokens, device)
+    _write_shards(Run(plan, output, device, sensitivities, calibrator), progress)
+    return write_other_files(plan, output, 0 if tokens is None else tokens.numel())
 
 
 def fingerprint(plan: Plan, tokens: torch.Tensor | None, device: torch.device) -> str:

@@ -50,6 +50,7 @@ def _write(
     max_shard_bytes: int,
 ) -> int:
     infos, stored_names = _decoded_infos(source, dtype), source.decoded_names()
+    source.checkpoint.other_files()  # refuses what could not be copied in the end
     total = sum(info.num_bytes for info in infos)
     check_disk(out, total)
     output = Output(out, Journal("dequantize"), resumable=False)

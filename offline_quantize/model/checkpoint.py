@@ -3,7 +3,7 @@
 Only safetensors is read, never pickle.
 """
 
-import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,9 +14,12 @@ from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.model.copied import copied_files
 from offline_quantize.model.sources import Sources
 from qamw_kernels.files import read_json
 from qamw_kernels.format.weight import check_finite
+
+NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 _DTYPES = {
     "F64": torch.float64,
@@ -70,7 +73,7 @@ class Checkpoint:
         self.name = _model_name(directory)
         self.sources = Sources(directory)
         self.sources.note(CONFIG)
-        self.config = read_json(directory / CONFIG)
+        self.config = _read_config(directory / CONFIG)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._weight_map()
         for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
@@ -161,34 +164,34 @@ class Checkpoint:
             yield name, tensor
 
     def other_files(self) -> list[str]:
-        """Relative paths of every file without weights, such as tokenizer, chat template, license.
+        """Paths inside the directory of every file without weights; see :mod:`.copied`.
 
         Raises:
-            QuantizeError: a file is a link out of the directory.
+            QuantizeError: one cannot be copied.
+            FileError: one is no regular file.
         """
-        found = []
-        for root, folders, files in os.walk(self.directory):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for file in sorted(files):
-                path = Path(root) / file
-                relative = path.relative_to(self.directory).as_posix()
-                if not (file.startswith(".") or _is_weights(file) or relative == CONFIG):
-                    self._check_link(path)
-                    found.append(relative)
-        return found
+        files = copied_files(self.directory)
+        for file in files:
+            self.sources.note(file)
+        return files
 
-    def _check_link(self, path: Path) -> None:
-        """Refuse links out of the directory, except to the hub cache's blobs.
+    def check_num_layers(self) -> None:
+        """Refuse a config.json of many more layers than there are tensors for.
 
-        Files are copied into something that will be published.
+        Building the model of a million layers would not end.
+
+        Raises:
+            QuantizeError: it names the number in config.json, and that of the tensors.
         """
-        target, own = path.resolve(), self.directory.resolve()
-        inside = target.is_relative_to(own) or target.is_relative_to(own.parent.parent / "blobs")
-        if not (target.is_file() and inside):
-            raise QuantizeError(
-                f"{path}: a link to {target}, which is not a file of the model; "
-                "replace it by a copy or remove it"
-            )
+        numbers = [re.search(r"(?:^|\.)(\d+)\.", name) for name in self.tensors]
+        found = max((int(match[1]) + 1 for match in numbers if match), default=len(self.tensors))
+        for section in (self.config, self.config.get("text_config") or {}):
+            for key in NUM_LAYERS_KEYS:
+                if isinstance(section.get(key), int) and section[key] > found:
+                    raise QuantizeError(
+                        f"{self.directory / CONFIG}: {key} is {section[key]}, "
+                        f"but there are tensors of {found} layers only"
+                    )
 
 
 def _model_name(directory: Path) -> str:
@@ -207,10 +210,24 @@ def _is_safe_shard(file: str) -> bool:
     return not escapes and path.suffix == ".safetensors"
 
 
-def _is_weights(file: str) -> bool:
-    """Whether a file has weights or is an index of them, in any format."""
-    is_index = any(file.endswith(f"{suffix}.index.json") for suffix in WEIGHT_SUFFIXES)
-    return is_index or file.endswith(WEIGHT_SUFFIXES)
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json; what others read of it without a look is of the right type."""
+    config = read_json(path)
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in ("quantization_config", "text_config", "base_model_tp_plan"):
+            value = section.get(key)
+            if not isinstance(value, dict | None):
+                raise QuantizeError(
+                    f"{path}: {key} must be a JSON object, got {type(value).__name__}"
+                )
+        for name, style in (section.get("base_model_tp_plan") or {}).items():
+            if not isinstance(style, str):
+                raise QuantizeError(
+                    f"{path}: base_model_tp_plan must map names to strings, "
+                    f"got {type(style).__name__} for {name}"
+                )
+    return config
 
 
 def resolve_model(model: str) -> Path:
@@ -229,6 +246,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    others.append("checkpoint-*/*")
     try:
         return Path(snapshot_download(model, ignore_patterns=others))
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, shortened
 from offline_quantize.model.experts import unfuse_experts
 
 
@@ -33,7 +33,7 @@ def build_empty_model(directory: Path) -> Any:
             unfuse_experts(model)
     except Exception as error:  # whatever the code of an architecture makes of a bad config.json
         raise QuantizeError(
-            f"{directory}: unsupported architecture: {type(error).__name__}: {error}"
+            f"{directory}: unsupported architecture: {type(error).__name__}: {shortened(error)}"
         ) from None
     return model.eval()
 

@@ -14,10 +14,12 @@ from threading import Lock
 
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.progress import Progress, silent
+from qamw_kernels.errors import FileError
 from qamw_kernels.files import open_regular
 from qamw_kernels.format.manifest import FileEntry
 
 CHUNK_BYTES = 2**20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_THREADS = 8  # that hash: more read faster than most disks
 
 
@@ -73,10 +75,15 @@ class Sources:
         """Remember a file as it is now; call this before it is read for the first time.
 
         Raises:
-            FileError: no regular file that can be opened.
+            FileError: no regular file that can be opened, or a mere pointer to one.
         """
-        with open_regular(self.directory / file) as opened:
+        path = self.directory / file
+        with open_regular(path) as opened:
             self._stamps.setdefault(file, Stamp.of(os.fstat(opened.fileno())))
+            if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise FileError(
+                    f"{path}: a git-lfs pointer, not the file itself; get that with: git lfs pull"
+                )
 
     def hash_all(self, known: Mapping[str, SourceFile], progress: Progress = silent) -> None:
         """Hash every file that was noted, several at a time.

@@ -201,6 +201,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     """
     checkpoint = Checkpoint(directory)
     _check_unquantized(checkpoint)
+    checkpoint.check_num_layers()
     structure = find_structure(directory)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]
