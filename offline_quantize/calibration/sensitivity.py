@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
@@ -160,7 +160,10 @@ class Stack:
         self._starts.append(self._file.tell())
         try:
             torch.save(tensors, self._file)
-        except RuntimeError as error:  # what torch makes of a full disk
+            self._file.flush()
+        except (RuntimeError, OSError) as error:  # what torch and Python make of a full disk
+            if is_out_of_memory(error):
+                raise
             raise QuantizeError(
                 f"{self._scratch}: the hidden states of the layers could not be written there: "
                 f"{error}"

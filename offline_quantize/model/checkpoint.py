@@ -85,7 +85,7 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str] | None:
         """The index: name of a tensor -> its file. None where one file holds all."""
         path = self.directory / INDEX
-        if path.is_file():
+        if path.exists():
             self.sources.note(INDEX)
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
@@ -100,7 +100,7 @@ class Checkpoint:
                         "expected a .safetensors file inside the directory"
                     )
             return {name: str(file) for name, file in weight_map.items()}
-        if not (self.directory / SINGLE).is_file():
+        if not (self.directory / SINGLE).exists():
             raise QuantizeError(self._no_weights())
         return None
 

@@ -58,7 +58,7 @@ def _check_name(path: Path, relative: str) -> None:
         relative.encode()
     except UnicodeEncodeError:
         raise QuantizeError(f"{path}: its name is not UTF-8; rename or remove it") from None
-    if "\\" in relative or not relative.isprintable():
+    if any(c < " " or "\x7f" <= c <= "\x9f" or c == "\\" for c in relative):
         raise QuantizeError(
             f"{path}: a backslash or a control character in its name; rename or remove it"
         )

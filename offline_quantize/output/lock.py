@@ -35,7 +35,8 @@ def locked(directory: Path) -> Iterator[None]:
         raise QuantizeError(f"{directory}: {_holder(file)} writes it; wait until it ends") from None
     own = file.stat().st_ino
     try:
-        file.write_bytes(json_bytes(_this_run()))
+        with suppress(OSError):  # a full disk: it is held all the same
+            file.write_bytes(json_bytes(_this_run()))
         for leftover in leftovers(directory):  # of runs that were killed: nobody else writes here
             leftover.unlink()
         yield
