@@ -18,7 +18,6 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.files import LOCK, PROGRESS, SINGLE, STATE, TEMPORARY
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
-from qamw_kernels.errors import QamwError
 from qamw_kernels.format.manifest import FileEntry, Manifest
 from tests.helpers.checkpoints import SMALL_SHARDS, files_of
 from tests.helpers.models import copy_model, tiny_model
@@ -217,8 +216,8 @@ def test_another_source_is_refused_by_name(tmp_path: Path, tiny_llama: Path, fil
     """Also with the same size and the same time of modification."""
     model, out = changed_model(tiny_llama, tmp_path)
     content = (model / file).read_bytes()
-    replace_keeping_time(model / file, content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    with pytest.raises(QamwError, match=rf"{file}: (has other content than when|Expecting|.*JSON)"):
+    replace_keeping_time(model / file, content[:-1] + b" ")
+    with pytest.raises(QuantizeError, match=f"{file}: has other content than when the run started"):
         quantize(model, out, PLAIN, resume=True)
     replace_keeping_time(model / file, content)
     quantize(model, out, PLAIN, resume=True)
