@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_quantize import commands
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, printable, shortened
 from offline_quantize.evaluation.conventions import BOS_RULE, CONVENTIONS
 from qamw_kernels.errors import QamwError
 
@@ -41,7 +41,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         message = error.spelled(spell_flag) if isinstance(error, QuantizeError) else error
-        print(f"qamw: {message}", file=sys.stderr)
+        print(printable(f"qamw: {message}"), file=sys.stderr)
+        return 2
+    except Exception as error:
+        if args.debug or not is_out_of_memory(error):
+            raise
+        print(printable(f"qamw: not enough memory: {shortened(error)}"), file=sys.stderr)
         return 2
     return 0
 

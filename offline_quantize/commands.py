@@ -4,12 +4,13 @@ What is slow to import is imported where it is used: ``qamw --help`` needs none 
 """
 
 import argparse
+import shlex
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, printable
 from offline_quantize.files import PROGRESS, REPORT, write_atomically
 from offline_quantize.progress import Progress
 
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     from offline_quantize.planning.request import QuantizeRequest
 
 NUM_NAMES_SHOWN = 4
+
+
+def show(*lines: object) -> None:
+    """Print, one below the other; names of files and tensors may hold anything."""
+    for line in lines:
+        print(printable(str(line)))
 
 
 @contextmanager
@@ -63,13 +70,14 @@ def quantize(args: argparse.Namespace) -> None:
 def plan(args: argparse.Namespace) -> None:
     """``qamw plan MODEL``."""
     from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.output.other_files import check_copies
     from offline_quantize.planning.plan import make_plan
 
     request = _request(args)
     if request.calibration and not request.calibration.is_file():
         raise QuantizeError(Option("calibration", str(request.calibration)), ": no such file")
     made = make_plan(resolve_model(args.model), request)
-    made.checkpoint.other_files()  # which will be copied: refuses links that lead out
+    check_copies(made, made.checkpoint.directory)
     _print_table(made)
     _print_sizes(made)
 
@@ -83,21 +91,21 @@ def dequantize(args: argparse.Namespace) -> None:
     dtype = getattr(torch, args.dtype)
     with progress_bars(unit="B", unit_scale=True, delay=1) as progress:
         num_bytes = dequantize(args.checkpoint, args.out, dtype, progress)
-    print(f"{args.out}: {num_bytes / 1e6:.1f} MB")
+    show(f"{args.out}: {num_bytes / 1e6:.1f} MB")
 
 
 def inspect(args: argparse.Namespace) -> None:
     """``qamw inspect CKPT``."""
     from offline_quantize.checkpoints.inspect import inspect
 
-    print(inspect(args.checkpoint))
+    show(inspect(args.checkpoint))
 
 
 def verify(args: argparse.Namespace) -> None:
     """``qamw verify CKPT [--sign]``."""
     from offline_quantize.checkpoints.verify import verify
 
-    print(verify(args.checkpoint, args.sign))
+    show(verify(args.checkpoint, args.sign))
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -136,7 +144,7 @@ def evaluate(args: argparse.Namespace) -> None:
         _write(args.json, content)
     if args.plot:
         _write(args.plot, plot(evaluation))
-    print(table(evaluation, settings))
+    show(table(evaluation, settings))
 
 
 def kept_after_interruption(args: argparse.Namespace) -> str:
@@ -168,19 +176,19 @@ def _request(args: argparse.Namespace) -> "QuantizeRequest":
 
 def _print_report(report: "Report", out: Path, request: "QuantizeRequest") -> None:
     without_head = " without the head" if request.quantize_lm_head else ""
-    print(
+    show(
         f"{out}: {report.output_bytes / 1e6:.1f} MB, "
         f"{report.effective_bits_per_weight:.3f} effective bits per weight{without_head}, "
         f"tensor-parallel sizes {', '.join(map(str, report.tensor_parallel_sizes))}"
     )
     if missed := report.not_reached:
         more = f" ... (all in {out / REPORT})" if len(missed) > NUM_NAMES_SHOWN else ""
-        print(
+        show(
             f"{len(missed)} layers were quantized without calibration, because none of its tokens "
             f"reached them, or none mattered: {', '.join(missed[:NUM_NAMES_SHOWN])}{more}"
         )
-    print("largest errors:", *report.worst_layers, sep="\n  ")
-    print(f"serve it with: vllm serve {out} --quantization qamw")
+    show("largest errors:", *(f"  {line}" for line in report.worst_layers))
+    show(f"serve it with: vllm serve {shlex.quote(str(out))} --quantization qamw")
 
 
 def _print_table(made: "Plan") -> None:
@@ -189,7 +197,7 @@ def _print_table(made: "Plan") -> None:
     rows = plan_table(made)
     width = max(len(row.name) for row in rows)
     for row in rows:
-        print(
+        show(
             f"{row.name:{width}} {row.count:5} x {row.shape:>13}  {row.decision:24} "
             f"{row.num_bytes / 1e6:10.2f} MB"
         )
@@ -207,7 +215,7 @@ def _print_sizes(made: "Plan") -> None:
     weights = made.num_quantized_weights
     effective = made.effective_bits_per_weight + 8 * made.bytes_left / weights
     head = f", and the head at {nominal_bits_per_weight(HEAD_INDEX_BITS):g}" if made.head else ""
-    print(
+    show(
         f"{weights / 1e6:.1f} M weights quantized at {effective:.3f} effective bits per weight"
         f"{head}"
     )
@@ -215,15 +223,15 @@ def _print_sizes(made: "Plan") -> None:
     if request.mixed:
         megabytes = scratch_bytes(made, tokens) / 1e6
         scratch = f", and {megabytes:.1f} MB of scratch while quantizing"
-    print(
+    show(
         f"disk: {(made.output_bytes + made.bytes_left) / 1e6:.1f} MB in {len(made.shards)} shards, "
         f"instead of {made.source_bytes / 1e6:.1f} MB{scratch}"
     )
     gibibytes = estimate_memory(made, tokens).total / 2**30
     read = f", for {tokens} tokens of calibration text" if tokens else ""
-    print(f"peak memory while quantizing: about {gibibytes:.1f} GiB{read}")
+    show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{read}")
     served = ", ".join(map(str, made.tensor_parallel_sizes))
-    print(f"tensor-parallel sizes up to {request.tp_max} that can serve the result: {served}")
+    show(f"tensor-parallel sizes up to {request.tp_max} that can serve the result: {served}")
 
 
 def _check_writable(path: Path) -> None:
@@ -234,4 +242,7 @@ def _check_writable(path: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    try:
+        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    except OSError as error:
+        raise QuantizeError(f"{path}: {error.strerror}") from None

@@ -1,11 +1,33 @@
 """Errors of the quantizer name parameters of Python; the command line spells them as flags."""
 
+import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qamw_kernels.errors import QamwError
 
-_LONGEST_LINE = 300  # of what another library says
+OUT_OF_MEMORY = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED")
+"""What torch, safetensors and CUDA say where there is no kind of error for it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was missing, that of the machine or of a GPU."""
+    if isinstance(error, QamwError):
+        return False
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def printable(text: str) -> str:
+    """Text that shows what is in it: no control character of a file's name reaches a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def shortened(text: object, max_length: int = 300) -> str:
+    """The beginning of what others have to say, on one line."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= max_length else f"{line[:max_length]} ..."
 
 
 class Option:
@@ -58,17 +80,7 @@ def explained(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if out_of_memory(error):
+        if is_out_of_memory(error):
             raise
-        line = " ".join(f"{type(error).__name__}: {error}".split())
-        if len(line) > _LONGEST_LINE:
-            line = f"{line[:_LONGEST_LINE]} ..."
+        line = shortened(f"{type(error).__name__}: {error}")
         raise QuantizeError(f"{what}: {line}") from error
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether Python's or torch's memory did not suffice, on the CPU or a GPU."""
-    says = ("out of memory", "not enough memory", "can't allocate memory")
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in says)
-    )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ CARD = "README.md"
 BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
 PROGRESS = ".qamw-progress.json"
 STATE = ".qamw-state"  # what a run that is resumed would otherwise have to measure again
+LOCK = ".qamw-lock"  # held by the run that writes a directory
 TEMPORARY = ".partial"  # suffix of a file that is being written
 # Weights in other formats, and indices of any: what a quantized checkpoint must not carry along.
 WEIGHT_SUFFIXES = (
@@ -31,10 +33,14 @@ WEIGHT_SUFFIXES = (
     ".gguf",
     ".onnx",
     ".onnx_data",
+    ".onnx.data",
     ".tflite",
     ".npz",
     ".pkl",
     ".nemo",
+    ".distcp",
+    ".ot",
+    ".llamafile",
 )
 
 
@@ -48,13 +54,23 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
 
     Args:
         path: of the file; its folder must exist.
-        write: is called with the temporary path.
+        write: is called with the temporary path, which no other process has.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
-    write(temporary)
-    sync(temporary)
-    os.replace(temporary, path)
+    # Not made of the file's own name, which may be as long as names can be.
+    temporary = path.with_name(f".qamw-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except (Exception, KeyboardInterrupt):
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary files below a directory, of processes that were killed while they wrote."""
+    return list(directory.rglob(f".qamw-*{TEMPORARY}"))
 
 
 def sync(path: Path) -> None:

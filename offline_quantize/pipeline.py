@@ -9,6 +9,7 @@ Then its decoder layer is loaded, calibrated, encoded by :mod:`.encoding`, and w
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -28,20 +29,23 @@ from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows, d
 from offline_quantize.devices import usable_device
 from offline_quantize.encoding.group import encode_group
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import existing_parent
+from offline_quantize.files import STATE, existing_parent
 from offline_quantize.model.structure import DecoderLayer, Linear
-from offline_quantize.output.directory import Output, another_request
-from offline_quantize.output.other_files import write_other_files
+from offline_quantize.output.directory import Output
+from offline_quantize.output.journal import Journal
+from offline_quantize.output.other_files import check_copies, write_other_files
 from offline_quantize.output.report import LayerReport, Report
 from offline_quantize.planning.allocation import allocate
 from offline_quantize.planning.plan import Plan, make_plan
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.shards import Shard
-from offline_quantize.planning.sizes import check_disk
+from offline_quantize.planning.sizes import check_disk, explained_memory_errors
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,48 +94,64 @@ def quantize(
     Args:
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run of the same request.
-        progress: the stages are "sensitivity" and "quantizing".
+        progress: the stages are "hashing", "sensitivity" and "quantizing".
     Returns:
         The report, as written to qamw_report.json.
     Raises:
-        QuantizeError: before any work, if the request cannot be carried out.
+        QuantizeError: before any work, if the request cannot be carried out or another run writes
+            ``out``; later, if the model's files change or the result cannot be written.
         TensorError: a tensor is not finite; known when it is read.
     """
     model, out = Path(model), Path(out)
-    Output.check_target(out, model, resume)
     torch_device = usable_device(device)
-    plan = make_plan(model, request)
-    tokens = _read_tokens(plan)
-    num_tokens = tokens.numel() if tokens is not None else 0
-    check_disk(plan, out, num_tokens if request.mixed else 0)
+    with Output.reserved(out, model, resume) as unfinished:
+        plan = make_plan(model, request)
+        check_copies(plan, out)
+        tokens = _read_tokens(plan)
+        num_tokens = tokens.numel() if tokens is not None else 0
+        check_disk(plan, out, num_tokens if request.mixed else 0)
+        plan.checkpoint.sources.hash_all(unfinished.sources if unfinished else {}, progress)
+        journal = Journal(fingerprint(plan, tokens, torch_device), plan.checkpoint.sources.files)
+        if unfinished:
+            unfinished.require(out, journal.fingerprint)
 
+        with explained_memory_errors(plan, num_tokens, out):
+            return _run(plan, tokens, torch_device, out, journal, unfinished, progress)
+
+
+def _run(
+    plan: Plan,
+    tokens: torch.Tensor | None,
+    device: torch.device,
+    out: Path,
+    journal: Journal,
+    unfinished: Journal | None,
+    progress: Progress,
+) -> Report:
+    """The work, once nothing speaks against it."""
     sensitivities: list[list[Sensitivity]] = []
-    if tokens is not None and request.mixed:
-        sensitivities = _kept_sensitivities(plan, out) if resume else []
+    if tokens is not None and plan.request.mixed:
+        sensitivities = _kept_sensitivities(out, unfinished)
         if not sensitivities:
-            scratch = existing_parent(out)
             sensitivities = measure_sensitivities(
-                plan.checkpoint, plan.layers, tokens, torch_device, scratch, progress
+                plan.checkpoint, plan.layers, tokens, device, existing_parent(out), progress
             )
         plan = _allocate(plan, sensitivities)
-    output = Output(out, fingerprint(plan, tokens, torch_device), resume)
-    if sensitivities:
-        output.keep_state(to_state(sensitivities))
-    unfinished = any(shard.file not in output.files for shard in plan.shards)
+    output = Output(out, journal, to_state(sensitivities), unfinished)
+    missing = any(shard.file not in journal.files for shard in plan.shards)
     calibrator = None
-    if tokens is not None and unfinished:
-        calibrator = Calibrator(plan.checkpoint, tokens, torch_device)
-    _write_shards(Run(plan, output, torch_device, sensitivities, calibrator), progress)
-    return write_other_files(plan, output, num_tokens)
+    if tokens is not None and missing:
+        calibrator = Calibrator(plan.checkpoint, tokens, device)
+    _write_shards(Run(plan, output, device, sensitivities, calibrator), progress)
+    return write_other_files(plan, output, 0 if tokens is None else tokens.numel())
 
 
 def fingerprint(plan: Plan, tokens: torch.Tensor | None, device: torch.device) -> str:
-    """Hash of everything that decides the output's bytes; a resumed run needs it unchanged."""
-    directory = plan.checkpoint.directory
-    sources = {}
-    for file in sorted({info.file for info in plan.checkpoint.tensors.values()}):
-        stat = (directory / file).stat()
-        sources[file] = [stat.st_size, stat.st_mtime_ns]
+    """Hash of everything that decides the output's bytes; a resumed run needs it unchanged.
+
+    Args:
+        plan: as it is before anything is measured; its source is hashed.
+    """
     packages = ("qamw-vllm", "torch", "transformers", "matplotlib")
     decisive = {
         "versions": [version(package) for package in packages],
@@ -139,7 +159,7 @@ def fingerprint(plan: Plan, tokens: torch.Tensor | None, device: torch.device) -
         "request": plan.request.identity(),
         "config": plan.checkpoint.config,
         "format": plan.format.to_dict(),
-        "sources": sources,
+        "sources": {name: file.sha256 for name, file in plan.checkpoint.sources.files.items()},
         "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
         "tokens": None,
     }
@@ -168,12 +188,12 @@ def _read_tokens(plan: Plan) -> torch.Tensor | None:
     return tokens
 
 
-def _kept_sensitivities(plan: Plan, out: Path) -> list[list[Sensitivity]]:
-    """What the interrupted run measured; empty if it did not come that far."""
-    kept = from_state(Output.kept_state(out))
-    if kept and [len(groups) for groups in kept] != [len(layer.groups) for layer in plan.layers]:
-        raise another_request(out)
-    return kept
+def _kept_sensitivities(out: Path, unfinished: Journal | None) -> list[list[Sensitivity]]:
+    """What the interrupted run measured; empty if there was none, or that is lost."""
+    state = unfinished.read_state(out) if unfinished else {}
+    if state is None:
+        logger.warning("%s is damaged: sensitivities are measured again", out / STATE)
+    return from_state(state or {})
 
 
 def _allocate(plan: Plan, sensitivities: Sequence[Sequence[Sensitivity]]) -> Plan:
@@ -197,7 +217,7 @@ def _write_shard(
 ) -> None:
     """Take a shard's layers from ``layers``, and write the shard unless it is finished."""
     content = _join(islice(layers, len(shard.layers)))
-    if shard.file in run.output.files:
+    if shard.file in run.output.journal.files:
         return
     if not shard.layers:
         content = _outside_layers(run.plan, shard, quantized_head)
@@ -215,7 +235,7 @@ def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
     for shard in run.plan.shards:
         for index in shard.layers:
             layer, quantized = run.plan.layers[index], Quantized({}, [])
-            if shard.file not in run.output.files:
+            if shard.file not in run.output.journal.files:
                 quantized = _quantize_layer(run, layer)
                 _pass_tokens(run, layer, quantized.tensors)
             elif run.calibrator and index < num_needed:
@@ -229,7 +249,7 @@ def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
 def _num_needed_layers(run: Run) -> int:
     """How many decoder layers the calibration tokens have to pass through."""
     plan = run.plan
-    unfinished = [shard for shard in plan.shards if shard.file not in run.output.files]
+    unfinished = [shard for shard in plan.shards if shard.file not in run.output.journal.files]
     written = {info.name for shard in unfinished for info in shard.tensors}
     if not written.isdisjoint(_head_names(plan)):
         return len(plan.layers)

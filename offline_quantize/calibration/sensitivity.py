@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
@@ -123,7 +123,7 @@ def measure_sensitivities(
 
     sensitivities: list[list[Sensitivity]] = []
     with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
-        inputs = _Stack(file, scratch)
+        inputs = Stack(file, scratch)
         for layer in layers:
             load(layer, layer.index)
             inputs.push(runner.hidden)
@@ -139,26 +139,42 @@ def measure_sensitivities(
     return sensitivities
 
 
-class _Stack:
-    """A stack of lists of tensors in a file of the directory ``scratch``."""
+class Stack:
+    """A stack of lists of tensors, of any shapes and dtypes, in a file.
+
+    Args:
+        file: empty, opened for reading and writing.
+        scratch: its directory, for messages.
+    """
 
     def __init__(self, file: IO[bytes], scratch: Path) -> None:
         self._file, self._scratch = file, scratch
         self._starts: list[int] = []
 
     def push(self, tensors: list[torch.Tensor]) -> None:
+        """Put a list on top.
+
+        Raises:
+            QuantizeError: it cannot be written.
+        """
         self._starts.append(self._file.tell())
         try:
             torch.save(tensors, self._file)
-        except RuntimeError as error:  # what torch makes of a full disk
+            self._file.flush()
+        except (RuntimeError, OSError) as error:  # what torch and Python make of a full disk
+            if is_out_of_memory(error):
+                raise
             raise QuantizeError(
                 f"{self._scratch}: the hidden states of the layers could not be written there: "
                 f"{error}"
             ) from None
 
     def pop(self) -> list[torch.Tensor]:
-        self._file.seek(self._starts.pop())
+        """Take the list on top away."""
+        start = self._starts.pop()
+        self._file.seek(start)
         tensors: list[torch.Tensor] = torch.load(self._file, weights_only=True)
+        self._file.truncate(start)  # an archive is read from the end of the file
         return tensors
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, shortened
+from qamw_kernels.files import MAX_JSON_BYTES
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 MIN_TOKENS = 16384
@@ -59,6 +60,10 @@ def calibration_windows(
     tokenizer = _load_tokenizer(directory)
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
+    if text and not len(tokens):
+        raise QuantizeError(
+            f"{directory}: its tokenizer makes no token of {text_file}: is its vocabulary empty?"
+        )
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = _windows_of(num_tokens if at_least is None else at_least, window_tokens)
     if len(tokens) < needed * (window_tokens - len(bos)):
@@ -98,13 +103,20 @@ def _windows_of(num_tokens: int, window_tokens: int) -> int:
 def _load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import
 
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
+            raise QuantizeError(
+                f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
+            )
     try:
         return AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # tokenizers fail in many ways; all mean the same here
+        if is_out_of_memory(error):
+            raise
         raise QuantizeError(
             f"{directory}: no usable tokenizer, which calibration needs: is tokenizer.json there? "
-            f"({error}) Or use ",
+            f"({shortened(error)}) Or use ",
             Option("calibration", None),
         ) from None

@@ -11,6 +11,7 @@ from offline_quantize.checkpoints.verify import verify
 from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_disk
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.output.directory import Output
+from offline_quantize.output.journal import Journal
 from offline_quantize.planning.shards import MAX_SHARD_BYTES, make_shards
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.format.manifest import MANIFEST
@@ -39,11 +40,22 @@ def dequantize(
     """
     verify(quantized)
     source = open_quantized(quantized)
-    Output.check_target(out, quantized, resume=False)
+    with Output.reserved(out, quantized, resume=False):
+        return _write(source, out, dtype, progress, max_shard_bytes)
+
+
+def _write(
+    source: QuantizedCheckpoint,
+    out: Path,
+    dtype: torch.dtype,
+    progress: Progress,
+    max_shard_bytes: int,
+) -> int:
     infos, stored_names = _decoded_infos(source, dtype), source.decoded_names()
+    source.checkpoint.other_files()  # refuses what could not be copied in the end
     total = sum(info.num_bytes for info in infos)
     check_disk(out, total)
-    output = Output(out, "dequantize", resume=False)
+    output = Output(out, Journal("dequantize"), resumable=False)
     weight_map, done = {}, 0
     for shard in make_shards([], infos, max_shard_bytes):
         tensors = {}
@@ -54,7 +66,7 @@ def dequantize(
             progress("dequantizing", done, total)
         output.write_shard(shard.file, tensors, None)
     _copy_other_files(source, output)
-    output.finish(weight_map, total, _plain_config(source, dtype))
+    output.finish(weight_map, total, _plain_config(source, dtype), sources={})
     return total
 
 

@@ -3,7 +3,6 @@
 Only safetensors is read, never pickle.
 """
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -14,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.model.copied import copied_files
+from offline_quantize.model.sources import Sources
 from qamw_kernels.files import read_json
 from qamw_kernels.format.weight import check_finite
 
@@ -56,6 +57,7 @@ class Checkpoint:
         name: the directory's name, or the id of a model in the hub's cache.
         config: config.json.
         tensors: name -> TensorInfo, of all shards.
+        sources: the files that were read; what is read of them later must be the same.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -66,7 +68,9 @@ class Checkpoint:
         """
         self.directory = directory
         self.name = _model_name(directory)
-        self.config = read_json(directory / CONFIG)
+        self.sources = Sources(directory)
+        self.sources.note(CONFIG)
+        self.config = _read_config(directory / CONFIG)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._weight_map()
         for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
@@ -78,7 +82,8 @@ class Checkpoint:
     def _weight_map(self) -> dict[str, str] | None:
         """The index: name of a tensor -> its file. None where one file holds all."""
         path = self.directory / INDEX
-        if path.is_file():
+        if path.exists():
+            self.sources.note(INDEX)
             weight_map = read_json(path).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise QuantizeError(
@@ -92,7 +97,7 @@ class Checkpoint:
                         "expected a .safetensors file inside the directory"
                     )
             return {name: str(file) for name, file in weight_map.items()}
-        if not (self.directory / SINGLE).is_file():
+        if not (self.directory / SINGLE).exists():
             raise QuantizeError(self._no_weights())
         return None
 
@@ -109,6 +114,7 @@ class Checkpoint:
 
     def _read_header(self, file: str) -> None:
         path = self.directory / file
+        self.sources.note(file)
         try:
             with safe_open(path, framework="pt") as shard:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
@@ -127,6 +133,9 @@ class Checkpoint:
         """Yield (name, tensor) in the given order, on the CPU.
 
         A shard is mapped only while its tensors are read.
+
+        Raises:
+            QuantizeError: a shard is no longer what it was when the checkpoint was opened.
         """
         open_file = ""
         shard: Any = None
@@ -134,8 +143,11 @@ class Checkpoint:
             info = self.tensors[name]
             if info.file != open_file:
                 open_file = info.file
+                self.sources.check(open_file)
                 shard = safe_open(self.directory / info.file, framework="pt")
-            yield name, shard.get_tensor(name).clone()  # a copy, so that the mapping can go
+            tensor = shard.get_tensor(name).clone()  # a copy, so that the mapping can go
+            self.sources.check_read(open_file)
+            yield name, tensor
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """As :meth:`load`.
@@ -149,34 +161,16 @@ class Checkpoint:
             yield name, tensor
 
     def other_files(self) -> list[str]:
-        """Relative paths of every file without weights, such as tokenizer, chat template, license.
+        """Paths inside the directory of every file without weights; see :mod:`.copied`.
 
         Raises:
-            QuantizeError: a file is a link out of the directory.
+            QuantizeError: one cannot be copied.
+            FileError: one is no regular file.
         """
-        found = []
-        for root, folders, files in os.walk(self.directory):
-            folders[:] = sorted(f for f in folders if not f.startswith("."))
-            for file in sorted(files):
-                path = Path(root) / file
-                relative = path.relative_to(self.directory).as_posix()
-                if not (file.startswith(".") or _is_weights(file) or relative == CONFIG):
-                    self._check_link(path)
-                    found.append(relative)
-        return found
-
-    def _check_link(self, path: Path) -> None:
-        """Refuse links out of the directory, except to the hub cache's blobs.
-
-        Files are copied into something that will be published.
-        """
-        target, own = path.resolve(), self.directory.resolve()
-        inside = target.is_relative_to(own) or target.is_relative_to(own.parent.parent / "blobs")
-        if not (target.is_file() and inside):
-            raise QuantizeError(
-                f"{path}: a link to {target}, which is not a file of the model; "
-                "replace it by a copy or remove it"
-            )
+        files = copied_files(self.directory)
+        for file in files:
+            self.sources.note(file)
+        return files
 
 
 def _model_name(directory: Path) -> str:
@@ -195,10 +189,24 @@ def _is_safe_shard(file: str) -> bool:
     return not escapes and path.suffix == ".safetensors"
 
 
-def _is_weights(file: str) -> bool:
-    """Whether a file has weights or is an index of them, in any format."""
-    is_index = any(file.endswith(f"{suffix}.index.json") for suffix in WEIGHT_SUFFIXES)
-    return is_index or file.endswith(WEIGHT_SUFFIXES)
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json; what others read of it without a look is of the right type."""
+    config = read_json(path)
+    text_config = config.get("text_config")
+    for section in (config, text_config if isinstance(text_config, dict) else {}):
+        for key in ("quantization_config", "text_config", "base_model_tp_plan"):
+            value = section.get(key)
+            if not isinstance(value, dict | None):
+                raise QuantizeError(
+                    f"{path}: {key} must be a JSON object, got {type(value).__name__}"
+                )
+        for name, style in (section.get("base_model_tp_plan") or {}).items():
+            if not isinstance(style, str):
+                raise QuantizeError(
+                    f"{path}: base_model_tp_plan must map names to strings, "
+                    f"got {type(style).__name__} for {name}"
+                )
+    return config
 
 
 def resolve_model(model: str) -> Path:
@@ -217,6 +225,7 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import
 
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]
+    others.append("checkpoint-*/*")
     try:
         return Path(snapshot_download(model, ignore_patterns=others))
     except Exception as error:  # the hub client raises many kinds; all mean: not to be had

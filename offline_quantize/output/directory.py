@@ -6,18 +6,21 @@ can mistake a partial directory for a checkpoint.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import (
     CONFIG,
     INDEX,
+    LOCK,
     PROGRESS,
     STATE,
     TEMPORARY,
@@ -25,44 +28,66 @@ from offline_quantize.files import (
     sync,
     write_atomically,
 )
-from qamw_kernels.files import read_json, sha256_of
-from qamw_kernels.format.manifest import MANIFEST
+from offline_quantize.output.journal import Journal
+from offline_quantize.output.lock import locked
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
-
-def another_request(directory: Path) -> QuantizeError:
-    """The error for an unfinished run that another request than its own is to resume."""
-    return QuantizeError(
-        f"{directory}: started from another request (model, options, calibration text or versions "
-        "differ); resume with the same ones, or start again in a new directory"
-    )
+logger = logging.getLogger(__name__)
 
 
 class Output:
-    """One output directory being written.
+    """One output directory being written; hold it with :meth:`reserved` meanwhile.
 
     Attributes:
         directory: where.
-        fingerprint: identifies the request.
-        files: file name -> {"sha256", "bytes"} of everything finished so far.
-        notes: JSON that was stored with each finished shard, by file name.
+        journal: what is finished so far.
     """
 
-    def __init__(self, directory: Path, fingerprint: str, resume: bool) -> None:
-        """Create the directory, or take up what is finished in it.
+    def __init__(
+        self,
+        directory: Path,
+        journal: Journal,
+        state: Mapping[str, torch.Tensor] | None = None,
+        unfinished: Journal | None = None,
+        resumable: bool = True,
+    ) -> None:
+        """Begin, or take up what is finished.
 
-        Raises:
-            QuantizeError: another request is to be resumed.
+        Args:
+            directory: is there.
+            journal: of this run: its fingerprint and sources.
+            state: what was measured, and is kept until the run is finished.
+            unfinished: the journal of the run that this one continues, with the same fingerprint.
+            resumable: whether a run can go on after an error, for messages.
         """
         self.directory = directory
-        self.fingerprint = fingerprint
-        self.files: dict[str, dict[str, Any]] = {}
-        self.notes: dict[str, Any] = {}
-        if resume:
-            self._load_progress()
-        directory.mkdir(parents=True, exist_ok=resume or _is_blank(directory))
-        for leftover in directory.rglob(f"*{TEMPORARY}"):
-            leftover.unlink()
-        self._save_progress()
+        self.journal = journal
+        self._resumable = resumable
+        if state:
+            path = self._commit(STATE, lambda path: save_file(dict(state), path))
+            journal.state = FileEntry.of(path)
+        if unfinished:
+            self._take_up(unfinished)
+        self._save_journal()
+
+    @staticmethod
+    @contextmanager
+    def reserved(directory: Path, source: Path, resume: bool) -> Iterator[Journal | None]:
+        """Hold a directory for one run; it is made where it is not there.
+
+        Args:
+            source: the directory that is read.
+        Yields:
+            The journal of the run that is to be continued; None without ``resume``.
+        Raises:
+            QuantizeError: :meth:`check_target` refuses it; another run is writing it; or the
+                journal is damaged.
+        """
+        if not (directory / LOCK).exists():  # a directory of something else is not touched
+            Output.check_target(directory, source, resume)
+        with locked(directory):
+            Output.check_target(directory, source, resume)
+            yield Journal.read(directory) if resume else None
 
     @staticmethod
     def check_target(directory: Path, source: Path, resume: bool) -> None:
@@ -83,24 +108,16 @@ class Output:
         else:
             _check_new(directory)
 
-    @staticmethod
-    def kept_state(directory: Path) -> dict[str, torch.Tensor]:
-        """What :meth:`keep_state` kept of an unfinished run; nothing, if it was not reached."""
-        return load_file(directory / STATE) if (directory / STATE).is_file() else {}
-
-    def keep_state(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep tensors beside the progress until the run is finished."""
-        self._commit(STATE, lambda path: _save_tensors(tensors, path))
-
     def write(self, file: str, write: Callable[[Path], Any]) -> None:
         """Write one file.
 
         Args:
             file: path inside the directory.
             write: is called with a temporary path.
+        Raises:
+            QuantizeError: it cannot be written, on a full disk for example; names the file.
         """
-        path = self._commit(file, write)
-        self.files[file] = {"sha256": sha256_of(path), "bytes": path.stat().st_size}
+        self.journal.files[file] = FileEntry.of(self._commit(file, write))
 
     def write_bytes(self, file: str, content: bytes) -> None:
         """Write one file with this content."""
@@ -112,24 +129,31 @@ class Output:
         Args:
             note: JSON to keep with it.
         Raises:
-            QuantizeError: it cannot be written, on a full disk for example; names the file.
+            QuantizeError: see :meth:`write`.
         """
-        self.write(file, lambda path: _save_tensors(tensors, path))
-        self.notes[file] = note
-        self._save_progress()
+        self.write(file, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        self.journal.notes[file] = note
+        self._save_journal()
 
     def read_shard(self, file: str, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Some tensors of a finished shard."""
         with safe_open(self.directory / file, "pt") as shard:
             return {name: shard.get_tensor(name) for name in names}
 
-    def finish(self, weight_map: dict[str, str], total_size: int, config: dict[str, Any]) -> None:
+    def finish(
+        self,
+        weight_map: dict[str, str],
+        total_size: int,
+        config: dict[str, Any],
+        sources: Mapping[str, FileEntry],
+    ) -> None:
         """Write index, manifest and, last of all, config.json; the run is no longer resumable.
 
         Args:
             weight_map: tensor name -> shard.
             total_size: bytes of all tensors.
             config: the content of config.json.
+            sources: of :class:`~qamw_kernels.format.manifest.Manifest`.
         """
         index = {
             "metadata": {"total_size": total_size},
@@ -138,51 +162,67 @@ class Output:
         self.write_bytes(INDEX, json_bytes(index))
         content = json_bytes(config)
         # The manifest comes before config.json, but lists it.
-        digest = hashlib.sha256(content).hexdigest()
-        self.files[CONFIG] = {"sha256": digest, "bytes": len(content)}
-        manifest = {"manifest_version": 1, "files": dict(sorted(self.files.items()))}
+        entry = FileEntry(hashlib.sha256(content).hexdigest(), len(content))
+        manifest = Manifest(self.journal.files | {CONFIG: entry}, sources).to_dict()
         self._commit(MANIFEST, lambda path: path.write_bytes(json_bytes(manifest)))
         self._commit(CONFIG, lambda path: path.write_bytes(content))
         (self.directory / STATE).unlink(missing_ok=True)
+        (self.directory / LOCK).unlink(missing_ok=True)  # while a killed run can still be resumed
         (self.directory / PROGRESS).unlink()
         sync(self.directory)
 
-    def _load_progress(self) -> None:
-        """Take up the finished files whose bytes are still what they were."""
-        progress = read_json(self.directory / PROGRESS)
-        if progress.get("fingerprint") != self.fingerprint:
-            raise another_request(self.directory)
-        for file, entry in progress["files"].items():
+    def _take_up(self, unfinished: Journal) -> None:
+        """Go on with the finished files whose bytes are still what they were."""
+        if unfinished.state != self.journal.state:
+            logger.warning(
+                "%s: what was measured is not the same again, all shards are written again",
+                self.directory,
+            )
+            return
+        for file, entry in unfinished.files.items():
             path = self.directory / file
-            same_size = path.is_file() and path.stat().st_size == entry["bytes"]
-            if same_size and sha256_of(path) == entry["sha256"]:
-                self.files[file] = entry
-                self.notes[file] = progress["notes"].get(file)
+            same_size = path.is_file() and path.stat().st_size == entry.num_bytes
+            if same_size and FileEntry.of(path) == entry:
+                self.journal.files[file] = entry
+                self.journal.notes[file] = unfinished.notes.get(file)
 
-    def _save_progress(self) -> None:
-        progress = {"fingerprint": self.fingerprint, "files": self.files, "notes": self.notes}
-        self._commit(PROGRESS, lambda path: path.write_bytes(json_bytes(progress)))
+    def _save_journal(self) -> None:
+        content = json_bytes(self.journal.to_dict())
+        self._commit(PROGRESS, lambda path: path.write_bytes(content))
 
     def _commit(self, file: str, write: Callable[[Path], Any]) -> Path:
         path = self.directory / file
-        path.parent.mkdir(parents=True, exist_ok=True)
 
         def write_readable(temporary: Path) -> None:
             write(temporary)
             temporary.chmod(0o644)  # safetensors writes files that only their owner can read
 
-        write_atomically(path, write_readable)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, write_readable)
+        except (OSError, SafetensorError) as error:  # safetensors has no OSError for a full disk
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise QuantizeError(f"{path}: {reason}", *self._way_out()) from None
         return path
+
+    def _way_out(self) -> tuple[str | Option, ...]:
+        if not (self._resumable and (self.directory / PROGRESS).exists()):
+            return ()
+        return "; once that is mended, ", Option("resume", True), " goes on"
 
 
 def _is_blank(directory: Path) -> bool:
     """Whether it is empty, or holds only what a run left that died before its first progress."""
     if not directory.is_dir():
         return False
-    return all(path.name == PROGRESS + TEMPORARY for path in directory.iterdir())
+    return all(
+        path.name in (LOCK, STATE) or path.name.endswith(TEMPORARY) for path in directory.iterdir()
+    )
 
 
 def _check_new(directory: Path) -> None:
+    if directory.is_symlink() and not directory.exists():
+        raise QuantizeError(f"{directory}: a link to {directory.readlink()}, which is not there")
     if not directory.exists() or _is_blank(directory):
         return
     if (directory / PROGRESS).is_file():
@@ -204,10 +244,3 @@ def _check_resumable(directory: Path) -> None:
     else:
         state = "is not there"
     raise QuantizeError(f"{directory}: nothing to resume, the directory {state}")
-
-
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a full disk too, which is no OSError here
-        raise QuantizeError(f"{path}: {error}") from None

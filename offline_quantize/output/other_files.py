@@ -1,18 +1,53 @@
 """What a quantized checkpoint has besides its shards."""
 
 import functools
+import os
 import shutil
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, json_bytes
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import (
+    BASE_CARD,
+    CARD,
+    CONFIG,
+    INDEX,
+    PLOT,
+    REPORT,
+    existing_parent,
+    json_bytes,
+)
 from offline_quantize.model.tied import any_differ
 from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
 from offline_quantize.output.report import LayerReport, Report, plot
 from offline_quantize.planning.plan import Plan
 from qamw_kernels.format.manifest import MANIFEST
+
+
+def check_copies(plan: Plan, out: Path) -> None:
+    """Refuse, before any work, files of the model that could not be copied into ``out``.
+
+    Raises:
+        QuantizeError: a folder has the name of a file that will be written, or a name is too long.
+    """
+    written = {CONFIG, INDEX, MANIFEST, REPORT, PLOT, CARD, BASE_CARD}
+    written |= {shard.file for shard in plan.shards}
+    parent = existing_parent(out)
+    longest = {kind: os.pathconf(parent, kind) for kind in ("PC_NAME_MAX", "PC_PATH_MAX")}
+    for file in plan.checkpoint.other_files():
+        path, parts = plan.checkpoint.directory / file, Path(file).parts
+        if len(parts) > 1 and parts[0] in written:
+            raise QuantizeError(
+                f"{path.parents[len(parts) - 2]}: a folder with the name of a file that will be "
+                "written; rename or remove it"
+            )
+        name_bytes = max(len(os.fsencode(part)) for part in parts)
+        path_bytes = len(os.fsencode(out.absolute() / file))
+        if name_bytes > longest["PC_NAME_MAX"] or path_bytes >= longest["PC_PATH_MAX"]:
+            raise QuantizeError(f"{path}: a name too long for the disk of {out}; rename it")
 
 
 def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
@@ -22,7 +57,7 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
     config.json.
 
     Args:
-        output: with every shard finished; its notes are the shards' layer reports.
+        output: with every shard finished; the notes of its journal are the shards' layer reports.
         num_tokens: calibration tokens that were read.
     """
     source = plan.checkpoint
@@ -36,12 +71,15 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
     output.write(PLOT, lambda path: plot(path, report))
     output.write_bytes(CARD, model_card(plan, report).encode())
     weight_map = {info.name: shard.file for shard in plan.shards for info in shard.tensors}
-    output.finish(weight_map, plan.output_bytes, _output_config(plan))
+    source.sources.check_all()  # nothing is finished that was made of two models
+    shards = {info.file for info in source.tensors.values()}
+    sources = {file: source.sources.entry(file) for file in (CONFIG, *shards)}
+    output.finish(weight_map, plan.output_bytes, _output_config(plan), sources)
     return report
 
 
 def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
-    entries = chain.from_iterable(output.notes[shard.file] for shard in plan.shards)
+    entries = chain.from_iterable(output.journal.notes[shard.file] for shard in plan.shards)
     return Report(
         qamw_version=version("qamw-vllm"),
         calibration=plan.request.calibration_name,

@@ -58,10 +58,15 @@ def _fill(
 ) -> list[tuple[list[TensorInfo], range]]:
     """Put neighboring items together while they fit."""
     parts: list[tuple[list[TensorInfo], range]] = []
+    filled = 0  # bytes of the last part
     for tensors, layers in items:
-        if parts and total_bytes(parts[-1][0]) + total_bytes(tensors) <= max_bytes:
+        num_bytes = total_bytes(tensors)
+        if parts and filled + num_bytes <= max_bytes:
             together, before = parts[-1]
-            parts[-1] = ([*together, *tensors], range(before.start, layers.stop))
+            together.extend(tensors)
+            parts[-1] = (together, range(before.start, layers.stop))
+            filled += num_bytes
         else:
             parts.append((list(tensors), layers))
+            filled = num_bytes
     return parts

@@ -1,11 +1,14 @@
 """How much memory and disk a plan takes: estimates, made of named terms."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from offline_quantize import files
+from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, shortened
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.model.runner import BATCH
 from offline_quantize.planning.plan import Plan
@@ -90,6 +93,37 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
         factoring=factoring,
         logits=LOGIT_ARRAYS * FLOAT32_BYTES * window * plan.vocabulary,
     )
+
+
+@contextmanager
+def explained_memory_errors(plan: Plan, calibration_tokens: int, out: Path) -> Iterator[None]:
+    """Turn any kind of error for too little memory into one that says what helps.
+
+    Args:
+        calibration_tokens: see :func:`estimate_memory`.
+        out: the output directory.
+    Raises:
+        QuantizeError: there was too little memory.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        gibibytes = estimate_memory(plan, calibration_tokens).total / 2**30
+        less: tuple[str | Option, ...] = ()
+        if calibration_tokens:
+            fewer, none = Option("calibration_tokens"), Option("calibration", None)
+            less = ("; a smaller value for ", fewer, ", or ", none, ", takes less")
+        kept: tuple[str | Option, ...] = ()
+        if (out / files.PROGRESS).exists():
+            kept = ("; with more memory, ", Option("resume", True), " goes on")
+        raise QuantizeError(
+            f"{out}: not enough memory, the run takes about {gibibytes:.1f} GiB "
+            f"({shortened(error)})",
+            *less,
+            *kept,
+        ) from None
 
 
 def state_bytes(plan: Plan, calibration_tokens: int) -> int:

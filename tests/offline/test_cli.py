@@ -136,3 +136,28 @@ def test_resume_is_offered_once_something_was_written(
         assert main(arguments) == 130
     assert "interrupted; --resume goes on after 1 finished shards" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_path_with_spaces_is_quoted_and_control_characters_are_shown(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "with space\x1b[31m"
+    assert main(["quantize", str(tiny_llama), str(out), "--calibration", "none"]) == 0
+    printed = capsys.readouterr().out
+    assert f"vllm serve '{tmp_path}/with space\\x1b[31m' --quantization" in printed
+    assert "\x1b" not in printed
+    assert main(["verify", str(tmp_path / "\x1b\udcff")]) == 2
+    assert "\\x1b\\udcff: not a directory" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(
+    tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["quantize", str(tiny_llama), str(tmp_path / "out"), "--calibration", "none"]
+    with counted_writes(tmp_path, kill_at=1, error=MemoryError()):
+        assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "not enough memory, the run takes about" in error and "--resume goes on" in error
+    with error_when_opened(tiny_llama / "config.json", MemoryError()):
+        assert main(["plan", str(tiny_llama)]) == 2
+    assert "qamw: not enough memory" in capsys.readouterr().err

@@ -47,7 +47,8 @@ class Manifest:
 
     Attributes:
         files: path inside the directory -> entry, of every file but the manifest itself.
-        sources: the same of the shards that were quantized; empty where nobody recorded them.
+        sources: the same of the shards that were quantized, and of their config.json; empty where
+            nobody recorded them.
     """
 
     files: Mapping[str, FileEntry]

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from offline_quantize.calibration.sensitivity import (
+    Stack,
     feedback_cost,
     from_state,
     measure_sensitivities,
@@ -96,3 +97,21 @@ def test_progress_and_state(tiny_llama: Path, tmp_path: Path) -> None:
 
 def test_nothing_but_zeros_counts_for_nothing() -> None:
     assert feedback_cost(torch.zeros(64, 64), 100) == 0
+
+
+def test_layers_may_differ_in_size_and_dtype(tmp_path: Path) -> None:
+    """As hidden states do that become float32 in the first layer."""
+    lists = [
+        [torch.ones(2, 3, dtype=torch.bfloat16)],
+        [torch.full((4, 5), 2.0), torch.arange(3)],
+        [torch.zeros(1)],
+        [torch.zeros(700, 3)],
+    ]
+    with (tmp_path / "file").open("w+b") as file:
+        stack = Stack(file, tmp_path)
+        for tensors in lists:
+            stack.push(tensors)
+        for tensors in reversed(lists):
+            found = stack.pop()
+            assert [t.dtype for t in found] == [t.dtype for t in tensors]
+            assert all(torch.equal(a, b) for a, b in zip(found, tensors, strict=True))

@@ -1,5 +1,7 @@
 """How much of the calibration text is read, and in which windows."""
 
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from offline_quantize.calibration.text import (
 from offline_quantize.errors import QuantizeError
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from tests.helpers.models import copy_model
 
 
 def test_how_much_of_the_calibration_text_is_read(tmp_path: Path, tiny_llama: Path) -> None:
@@ -68,3 +71,20 @@ def test_a_short_text_names_the_way_out(tmp_path: Path, tiny_llama: Path) -> Non
 def test_a_model_without_tokenizer_names_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(QuantizeError, match=r"(?s)no usable tokenizer.*Or use calibration=None$"):
         calibration_windows(tmp_path, DEFAULT_TEXT, 1000)
+
+
+def test_an_empty_vocabulary_is_not_blamed_on_the_text(tmp_path: Path, tiny_llama: Path) -> None:
+    model = copy_model(tiny_llama, tmp_path / "model")
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"] |= {"vocab": {}, "merges": []}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = "model: its tokenizer makes no token of .*: is its vocabulary empty"
+    with pytest.raises(QuantizeError, match=message):
+        calibration_windows(model, DEFAULT_TEXT, 1000)
+
+
+def test_a_tokenizer_of_gigabytes_is_not_read(tmp_path: Path, tiny_llama: Path) -> None:
+    model = copy_model(tiny_llama, tmp_path / "model")
+    os.truncate(model / "tokenizer.json", 10**10)
+    with pytest.raises(QuantizeError, match=r"tokenizer.json: 10000000000 bytes, expected at most"):
+        calibration_windows(model, DEFAULT_TEXT, 1000)

@@ -1,6 +1,7 @@
 """Checkpoint directories that are read, and those that are refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,52 @@ def test_a_link_out_of_the_directory(model: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("not for publication")
     (model / "NOTICE").symlink_to(tmp_path / "secret")
     assert_refused(model, "NOTICE: a link to .*secret, which is not a file of the model")
+
+
+@pytest.mark.parametrize("file", [SINGLE, "tokenizer.json", "config.json"])
+def test_a_fifo_is_no_file(model: Path, file: str) -> None:
+    """Reading one would never end."""
+    (model / file).unlink()
+    os.mkfifo(model / file)
+    assert_refused(model, f"{file}: a FIFO, expected a regular file")
+
+
+@pytest.mark.parametrize("file", [SINGLE, "tokenizer.json"])
+def test_a_git_lfs_pointer(model: Path, file: str) -> None:
+    (model / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert_refused(model, f"{file}: a git-lfs pointer, not the file itself")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"quantization_config": [1]}, "quantization_config must be a JSON object, got list"),
+        ({"base_model_tp_plan": "x"}, "base_model_tp_plan must be a JSON object, got str"),
+        ({"base_model_tp_plan": {"a": 1}}, "must map names to strings, got int for a"),
+        ({"text_config": 1}, "text_config must be a JSON object, got int"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000, but the checkpoint has only"),
+    ],
+    ids=str,
+)
+def test_a_config_of_other_types_or_sizes(
+    model: Path, changes: dict[str, object], message: str
+) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+    assert_refused(model, f"config.json: .*{message}")
+
+
+def test_half_a_surrogate_pair_in_an_index(model: Path) -> None:
+    (model / INDEX).write_text(json.dumps({"weight_map": {"\ud800": SINGLE}}))
+    assert_refused(model, INDEX)
+
+
+def test_a_shard_that_changes_after_it_was_opened(model: Path) -> None:
+    """Without hashes, nobody knows whether it is still the same."""
+    checkpoint = Checkpoint(model)
+    os.utime(model / SINGLE, (1, 1))
+    with pytest.raises(QuantizeError, match=f"{SINGLE}: was changed while it was being read"):
+        next(checkpoint.load(["model.norm.weight"]))
 
 
 def test_tensors_are_read_in_the_asked_order(tmp_path: Path) -> None:

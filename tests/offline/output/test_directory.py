@@ -1,50 +1,74 @@
 """The output directory: whole files, progress, and what it refuses."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, INDEX, PROGRESS, STATE
+from offline_quantize.files import CONFIG, INDEX, LOCK, PROGRESS, STATE, TEMPORARY
 from offline_quantize.output.directory import Output
-from qamw_kernels.files import sha256_of
-from qamw_kernels.format.manifest import MANIFEST
+from offline_quantize.output.journal import Journal
+from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
+from tests.offline.interruptions import file_size_limit
 
 TENSORS = {"a": torch.arange(4.0)}
 
 
+def unfinished(directory: Path, **options: Any) -> Output:
+    """An output that was begun with a fingerprint of its own."""
+    directory.mkdir(exist_ok=True)
+    return Output(directory, Journal("request"), **options)
+
+
 def test_finished_output_has_a_manifest_and_no_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    output = Output(out, "request", resume=False)
-    output.keep_state(TENSORS)
-    output.write_shard("model.safetensors", TENSORS, {"note": 1})
-    output.write_bytes("folder/file.txt", b"text")
-    output.finish({"a": "model.safetensors"}, 16, {"model_type": "tiny"})
+    sources = {"model.safetensors": FileEntry("0" * 64, 7)}
+    with Output.reserved(out, tmp_path / "model", resume=False):
+        output = Output(out, Journal("request"), TENSORS)
+        output.write_shard("model.safetensors", TENSORS, {"note": 1})
+        output.write_bytes("folder/file.txt", b"text")
+        output.finish({"a": "model.safetensors"}, 16, {"model_type": "tiny"}, sources)
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files == {"model.safetensors", "folder/file.txt", INDEX, MANIFEST, CONFIG}
-    manifest = json.loads((out / MANIFEST).read_text())["files"]
-    assert set(manifest) == files - {MANIFEST}
-    for file, entry in manifest.items():
-        expected = {"sha256": sha256_of(out / file), "bytes": (out / file).stat().st_size}
-        assert entry == expected
+    manifest = Manifest.read(out)
+    assert manifest.sources == sources and set(manifest.files) == files - {MANIFEST}
+    for file, entry in manifest.files.items():
+        assert entry == FileEntry.of(out / file)
 
 
 def test_progress_is_taken_up(tmp_path: Path) -> None:
-    output = Output(tmp_path / "out", "request", resume=False)
-    output.keep_state(TENSORS)
+    out = tmp_path / "out"
+    output = unfinished(out, state=TENSORS)
     output.write_shard("1.safetensors", TENSORS, ["note"])
     output.write_shard("2.safetensors", TENSORS, ["damaged"])
-    (tmp_path / "out" / "2.safetensors").write_bytes(b"?")
-    (tmp_path / "out" / "3.safetensors.partial").touch()
-    again = Output(tmp_path / "out", "request", resume=True)
-    assert set(again.files) == {"1.safetensors"} and again.notes == {"1.safetensors": ["note"]}
+    (out / "2.safetensors").write_bytes(b"?")
+    before = Journal.read(out)
+    state = before.read_state(out)
+    assert state and torch.equal(state["a"], TENSORS["a"])
+    again = unfinished(out, state=state, unfinished=before)
+    assert set(again.journal.files) == {"1.safetensors"}
+    assert again.journal.notes == {"1.safetensors": ["note"]}
     assert torch.equal(again.read_shard("1.safetensors", ["a"])["a"], TENSORS["a"])
-    assert torch.equal(Output.kept_state(tmp_path / "out")["a"], TENSORS["a"])
-    assert not list((tmp_path / "out").glob("*.partial"))
-    with pytest.raises(QuantizeError, match="another request"):
-        Output(tmp_path / "out", "other", resume=True)
+
+
+def test_shards_belong_to_what_was_measured(tmp_path: Path) -> None:
+    """Measured again with another result, all of them are written again."""
+    unfinished(tmp_path, state=TENSORS).write_shard("1.safetensors", TENSORS, None)
+    other = {"a": TENSORS["a"] + 1}
+    again = unfinished(tmp_path, state=other, unfinished=Journal.read(tmp_path))
+    assert again.journal.files == {}
+
+
+def test_who_is_unfinished_says_how_to_go_on(tmp_path: Path) -> None:
+    output = unfinished(tmp_path)
+    message = "too-large: File too large; once that is mended, resume=True goes on"
+    with file_size_limit(1000), pytest.raises(QuantizeError, match=message):
+        output.write_bytes("too-large", bytes(2000))
+    output = unfinished(tmp_path, resumable=False)
+    with file_size_limit(1000), pytest.raises(QuantizeError, match=r"too-large: File too large$"):
+        output.write_bytes("too-large", bytes(2000))
 
 
 def test_targets_that_are_refused(tmp_path: Path) -> None:
@@ -52,7 +76,8 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     source.mkdir()
     out.mkdir()
     Output.check_target(out, source, resume=False)
-    (out / f"{PROGRESS}.partial").touch()  # killed before anything was promised
+    for left in (f".qamw-1{TEMPORARY}", LOCK, STATE):  # killed before anything was promised
+        (out / left).touch()
     Output.check_target(out, source, resume=False)
     with pytest.raises(QuantizeError, match="nothing to resume, the directory holds no unfinished"):
         Output.check_target(out, source, resume=True)
@@ -71,6 +96,7 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
         Output.check_target(source / "out", source, resume=False)
 
 
-def test_no_state_is_kept_where_none_was_written(tmp_path: Path) -> None:
-    Output(tmp_path / "out", "request", resume=False)
-    assert Output.kept_state(tmp_path / "out") == {} and not (tmp_path / "out" / STATE).exists()
+def test_a_link_to_nothing_is_no_target(tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "absent")
+    with pytest.raises(QuantizeError, match=r"out: a link to .*absent, which is not there"):
+        Output.check_target(tmp_path / "out", tmp_path / "model", resume=False)

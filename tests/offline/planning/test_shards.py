@@ -28,3 +28,9 @@ def test_layers_are_whole_and_what_is_outside_comes_last() -> None:
 def test_a_layer_larger_than_a_shard_gets_its_own() -> None:
     shards = make_shards([[tensor("0", 300)], [tensor("1", 10)]], [], max_bytes=100)
     assert [shard.num_bytes for shard in shards] == [300, 10]
+
+
+def test_a_hundred_thousand_empty_tensors() -> None:
+    """Time grows with their number, not with its square."""
+    (shard,) = make_shards([], [tensor(str(i), 0) for i in range(100_000)], max_bytes=100)
+    assert len(shard.tensors) == 100_000

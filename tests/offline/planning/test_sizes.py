@@ -1,11 +1,14 @@
 """Estimates of memory and disk."""
 
+import errno
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from offline_quantize.errors import QuantizeError
+from offline_quantize.files import PROGRESS
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from offline_quantize.planning.sizes import (
@@ -13,6 +16,7 @@ from offline_quantize.planning.sizes import (
     MemoryEstimate,
     check_disk,
     estimate_memory,
+    explained_memory_errors,
     scratch_bytes,
 )
 
@@ -73,3 +77,28 @@ def test_encoding_and_logits_do_not_come_together() -> None:
         **common, activations=32, layer_float32=100, hessians=100, factoring=100, logits=301
     )
     assert estimate.total == 63 + 301
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.cuda.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: not enough memory"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+    ids=repr,
+)
+def test_too_little_memory_is_explained(tmp_path: Path, tiny_llama: Path, error: Exception) -> None:
+    plan = make_plan(tiny_llama)
+    message = (
+        r"not enough memory, the run takes about \d.\d GiB .*calibration_tokens, or calibration"
+    )
+    with pytest.raises(QuantizeError, match=message), explained_memory_errors(plan, 512, tmp_path):
+        raise error
+    (tmp_path / PROGRESS).touch()
+    message = r"not enough memory, .*with more memory, resume=True goes on"
+    with pytest.raises(QuantizeError, match=message), explained_memory_errors(plan, 0, tmp_path):
+        raise error
+    with pytest.raises(RuntimeError, match="a bug"), explained_memory_errors(plan, 0, tmp_path):
+        raise RuntimeError("a bug")

@@ -1,0 +1,83 @@
+"""The files of a model that hold no weights: tokenizer, chat template, license. They are copied.
+
+Whatever could not be copied, or not be listed in a manifest, is refused while there is still
+nothing to lose.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import CONFIG, WEIGHT_SUFFIXES
+
+MAX_DEPTH = 16  # of folders inside each other
+ADAPTER_CONFIG = "adapter_config.json"  # of weights that are not read, nor part of the result
+
+_TRAINING_STATE = re.compile(r"checkpoint-\d+")  # a folder that a trainer leaves
+
+
+def copied_files(directory: Path) -> list[str]:
+    """Paths inside a model's directory of every file without weights, in order.
+
+    Hidden ones are left out, and so are adapters, what a trainer left, and linked folders.
+
+    Raises:
+        QuantizeError: a name cannot be written into a manifest; a file is a link out of the
+            directory; or folders are nested too deeply.
+    """
+    found, folders = [], [directory]
+    while folders:
+        folder = folders.pop()
+        if len(folder.relative_to(directory).parts) > MAX_DEPTH:
+            raise QuantizeError(f"{folder}: more than {MAX_DEPTH} folders inside each other")
+        for path in folder.iterdir():
+            if path.name.startswith("."):
+                continue
+            if path.is_dir():
+                if not (path.is_symlink() or _TRAINING_STATE.fullmatch(path.name)):
+                    folders.append(path)
+                continue
+            relative = path.relative_to(directory).as_posix()
+            if not (_is_weights(path.name) or relative == CONFIG):
+                _check_name(path, relative)
+                _check_link(path, directory)
+                found.append(relative)
+    return sorted(found)
+
+
+def _is_weights(file: str) -> bool:
+    """Whether a file has weights, belongs to some that have, or is an index, in any format."""
+    is_index = any(file.endswith(f"{suffix}.index.json") for suffix in WEIGHT_SUFFIXES)
+    return is_index or file.endswith(WEIGHT_SUFFIXES) or file == ADAPTER_CONFIG
+
+
+def _check_name(path: Path, relative: str) -> None:
+    """Refuse what no manifest can list."""
+    try:
+        relative.encode()
+    except UnicodeEncodeError:
+        raise QuantizeError(f"{path}: its name is not UTF-8; rename or remove it") from None
+    if any(c < " " or "\x7f" <= c <= "\x9f" or c == "\\" for c in relative):
+        raise QuantizeError(
+            f"{path}: a backslash or a control character in its name; rename or remove it"
+        )
+
+
+def _check_link(path: Path, directory: Path) -> None:
+    """Refuse links out of the directory, except to the hub cache's blobs.
+
+    Files are copied into something that will be published.
+    """
+    if not path.is_symlink():
+        return
+    try:
+        target, own = path.resolve(), directory.resolve()
+    except (OSError, RuntimeError):  # which of them depends on the version of Python
+        raise QuantizeError(f"{path}: a link that leads to itself; remove it") from None
+    inside = target.is_relative_to(own) or target.is_relative_to(own.parent.parent / "blobs")
+    if not (os.path.isfile(target) and inside):
+        raise QuantizeError(
+            f"{path}: a link to {target}, which is not a file of the model; "
+            "replace it by a copy or remove it"
+        )

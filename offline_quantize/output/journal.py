@@ -1,0 +1,121 @@
+"""What an unfinished run remembers of itself, beside its shards.
+
+The file has a checksum: a run that goes on believes all of it or nothing.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import PROGRESS, STATE
+from offline_quantize.model.sources import SourceFile, Stamp
+from qamw_kernels.errors import FileError
+from qamw_kernels.files import open_regular, read_json
+from qamw_kernels.format.manifest import FileEntry
+
+
+@dataclass
+class Journal:
+    """The progress of one run.
+
+    Attributes:
+        fingerprint: identifies the request.
+        sources: the model's files, by path inside its directory.
+        state: of the file with what was measured; None where nothing was.
+        files: everything finished so far, by path inside the output directory.
+        notes: JSON that was stored with each finished shard, by file name.
+    """
+
+    fingerprint: str
+    sources: Mapping[str, SourceFile] = field(default_factory=dict)
+    state: FileEntry | None = None
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the file."""
+        content = {
+            "fingerprint": self.fingerprint,
+            "sources": {name: asdict(source) for name, source in self.sources.items()},
+            "state": self.state and self.state.to_dict(),
+            "files": {name: entry.to_dict() for name, entry in self.files.items()},
+            "notes": self.notes,
+        }
+        return {"sha256": _checksum(content), **content}
+
+    @staticmethod
+    def read(directory: Path) -> "Journal":
+        """The journal in an output directory.
+
+        Raises:
+            QuantizeError: it is damaged, or of another version of this package.
+        """
+        path = directory / PROGRESS
+        try:
+            content = read_json(path)
+            if content.pop("sha256", None) != _checksum(content):
+                raise FileError(f"{path}: its content does not have the checksum in it")
+            return Journal(
+                content["fingerprint"],
+                {name: _source_file(source) for name, source in content["sources"].items()},
+                content["state"] and _entry(content["state"]),
+                {name: _entry(entry) for name, entry in content["files"].items()},
+                content["notes"],
+            )
+        except (FileError, KeyError, TypeError, AttributeError) as error:
+            raise QuantizeError(
+                f"{error}: no run can go on from this; start again in a new directory"
+                if isinstance(error, FileError)
+                else f"{path}: of another version; start again in a new directory"
+            ) from None
+
+    def require(self, directory: Path, fingerprint: str) -> None:
+        """Refuse to go on with another request than the one that the run was started with.
+
+        Args:
+            directory: of the output, for the message.
+        Raises:
+            QuantizeError: the fingerprints differ.
+        """
+        if self.fingerprint != fingerprint:
+            raise QuantizeError(
+                f"{directory}: started from another request (model, options, calibration text or "
+                "versions differ); resume with the same ones, or start again in a new directory"
+            )
+
+    def read_state(self, directory: Path) -> dict[str, torch.Tensor] | None:
+        """What was measured.
+
+        Returns:
+            Tensors by name, none where nothing was measured; None where they were lost.
+        """
+        if self.state is None:
+            return {}
+        try:
+            with open_regular(directory / STATE) as file:
+                content = file.read(self.state.num_bytes + 1)
+        except FileError:
+            return None
+        if FileEntry(hashlib.sha256(content).hexdigest(), len(content)) != self.state:
+            return None
+        return load(content)
+
+
+def _checksum(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _source_file(source: Mapping[str, Any]) -> SourceFile:
+    return SourceFile(Stamp(**source["stamp"]), source["sha256"])
+
+
+def _entry(entry: Mapping[str, Any]) -> FileEntry:
+    return FileEntry(entry["sha256"], entry["bytes"])

@@ -1,0 +1,51 @@
+"""What an unfinished run remembers: all of it is believed, or nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import PROGRESS, STATE
+from offline_quantize.model.sources import SourceFile, Stamp
+from offline_quantize.output.journal import Journal
+from qamw_kernels.format.manifest import FileEntry
+
+ENTRY = FileEntry("0" * 64, 3)
+JOURNAL = Journal(
+    "request", {"a": SourceFile(Stamp(3, 1, 2, 3), "f" * 64)}, ENTRY, {"b": ENTRY}, {"b": [0.1]}
+)
+
+
+def write(directory: Path, content: Any) -> None:
+    (directory / PROGRESS).write_text(json.dumps(content))
+
+
+def test_it_survives_json(tmp_path: Path) -> None:
+    write(tmp_path, JOURNAL.to_dict())
+    assert Journal.read(tmp_path) == JOURNAL
+
+
+@pytest.mark.parametrize("key", list(JOURNAL.to_dict()))
+@pytest.mark.parametrize("value", [None, 1, "x", {"a": 1}, []], ids=repr)
+def test_damage_is_named(tmp_path: Path, key: str, value: Any) -> None:
+    write(tmp_path, JOURNAL.to_dict() | {key: value})
+    with pytest.raises(QuantizeError, match=rf"{PROGRESS}: .*; start again in a new directory"):
+        Journal.read(tmp_path)
+
+
+def test_state_is_believed_whole_or_not_at_all(tmp_path: Path) -> None:
+    assert Journal("request").read_state(tmp_path) == {}
+    save_file({"a": torch.ones(3)}, tmp_path / STATE)
+    journal = Journal("request", state=FileEntry.of(tmp_path / STATE))
+    state = journal.read_state(tmp_path)
+    assert state and torch.equal(state["a"], torch.ones(3))
+    content = (tmp_path / STATE).read_bytes()
+    for damaged in (content[:-1] + b"\1", content[:-1], content + b"\0", b"", b"foreign"):
+        (tmp_path / STATE).write_bytes(damaged)
+        assert journal.read_state(tmp_path) is None
+    (tmp_path / STATE).unlink()
+    assert journal.read_state(tmp_path) is None
