@@ -9,10 +9,8 @@ import torch
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
-from qamw_kernels.codec.decode import decode_weight
-from qamw_kernels.errors import QamwError, TensorError
+from qamw_kernels.errors import QamwError
 from qamw_kernels.format.config import QamwFormat
-from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.interpreter import interpreted as kernels_are_interpreted
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ Backend = Literal["triton", "decode"]
 """``triton``: layers stay packed, and kernels decode them. ``decode``: layers become plain."""
 
 CPU_BACKEND_VARIABLE = "QAMW_CPU_BACKEND"
-_ROWS_AT_ONCE = 4096  # decoded at a time: the float32 intermediate of a large layer stays small
 
 
 class BackendError(QamwError, ValueError):
@@ -118,25 +115,3 @@ def _warm_up(
     warm_up(rates, rotation_block_sizes, dtype, device, experts)
     seconds = time.perf_counter() - start
     logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", sorted(rates), seconds)
-
-
-def decode_rows(quantized: QuantizedWeight, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """The weight [N, K] of this rank in ``dtype``, decoded some rows at a time.
-
-    Args:
-        name: of the weight, for errors.
-    Raises:
-        TensorError: a row decodes to values that ``dtype`` cannot hold.
-    """
-    weight = torch.empty(quantized.shape, dtype=dtype)
-    for start in range(0, len(weight), _ROWS_AT_ONCE):
-        part = slice(start, start + _ROWS_AT_ONCE)
-        weight[part] = decode_weight(quantized.rows(part))
-        if not weight[part].isfinite().all():
-            row = start + int((~weight[part].isfinite()).any(1).nonzero()[0, 0])
-            norm = float(quantized.row_norms[row])
-            raise TensorError(
-                f"{name}: row {row} of this rank, of norm {norm:.3g}, decodes to values that "
-                f"{dtype} cannot hold"
-            )
-    return weight

@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
 
+from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors
 from qamw_kernels.format.rates import QuantizedShape
@@ -23,7 +24,6 @@ from qamw_vllm.backend import (
     Backend,
     BackendError,
     choose_backend,
-    decode_rows,
     describe_backend,
     warm_up_once,
 )
@@ -193,7 +193,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         """Give the layer the experts of this rank, w13 and w2, as ``apply`` uses them.
 
         Raises:
-            TensorError: they are decoded, and the layer's dtype cannot hold a value.
+            TensorError: a value cannot be, or the layer's dtype does not hold what it decodes to.
         """
         shapes: list[QuantizedShape] = []
         for stem, weights in experts.items():
@@ -202,11 +202,17 @@ class QamwMoEMethod(FusedMoEMethodBase):
                 num_rows, num_inputs = weight.shape
                 shape = QuantizedShape(num_rows // matrices, num_inputs, weight.index_bits)
                 shapes += [shape] * matrices
+            where = f"{self.prefix} on this rank"
+            names = [f"{where}: {stem} of expert {number}" for number in range(len(weights))]
             if self.backend == "decode":
-                name, dtype = f"{self.prefix}: {stem}", self.params_dtype
-                decoded = torch.stack([decode_rows(w, dtype, name) for w in weights])
+                dtype = self.params_dtype
+                decoded = torch.stack(
+                    [decode_checked(w, name, dtype) for w, name in zip(weights, names, strict=True)]
+                )
                 layer.register_parameter(f"{stem}_weight", Parameter(decoded, requires_grad=False))
             else:
+                for weight, name in zip(weights, names, strict=True):
+                    weight.check(name)
                 register_tiled_weight(layer, TiledWeight.of_experts(weights), f"{stem}_")
         if self.backend == "decode":
             # A reload would go on with the weights that the kernel packed before.

@@ -17,13 +17,14 @@ from vllm.model_executor.parameter import (
     ModelWeightParameter,
 )
 
+from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.format.config import QamwFormat, layer_tensors
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.sharding import check_input_split
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.linear import linear
 from qamw_kernels.ops.weight import TiledWeight
-from qamw_vllm.backend import Backend, choose_backend, decode_rows, describe_backend, warm_up_once
+from qamw_vllm.backend import Backend, choose_backend, describe_backend, warm_up_once
 from qamw_vllm.loading.linear import LayerLoader
 from qamw_vllm.state import (
     LayerState,
@@ -163,14 +164,16 @@ class QamwLinearMethod(LinearMethodBase):
         """Give the layer its weight, or this rank's part of it, in the form that ``apply`` uses.
 
         Raises:
-            TensorError: it is decoded, and the layer's dtype cannot hold a value.
+            TensorError: a value cannot be, or the layer's dtype does not hold what it decodes to.
         """
+        name = " / ".join(self.parts)
         # Plain parameters: vLLM's own classes only matter while loading.
         if self.backend == "decode":
-            decoded = decode_rows(weight, self.params_dtype, self.prefix)
+            decoded = decode_checked(weight, name, self.params_dtype)
             layer.register_parameter("weight", Parameter(decoded, requires_grad=False))
             self._plain.process_weights_after_loading(layer)
         else:
+            weight.check(name)
             register_tiled_weight(layer, TiledWeight.of(weight))
             warm_up_once(self.format, self.params_dtype, weight.qweight.device)
         mark_ready(layer)

@@ -4,16 +4,13 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
 from offline_quantize.model.tied import any_differ
 from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
+from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.format.packing import UNIT_INPUTS
-
-SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderLayer, ...]:
@@ -163,6 +160,11 @@ def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
                 f"{checkpoint.directory}: no tensor {name}, "
                 f"which the architecture of config.json has{hint}"
             )
+    if structure.unwanted:
+        raise QuantizeError(
+            f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
+            f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
+        )
     for name, tensor in structure.tensors.items():
         inside = name.startswith(f"{structure.layers_name}.")
         if name != tensor and (inside or tensor == structure.head.weight_name):
@@ -183,10 +185,7 @@ def _check_weight(
             f"{info.file}: {info.name} has shape {list(info.shape)}, "
             f"expected {list(expected)} by config.json"
         )
-    if info.dtype not in SOURCE_DTYPES:
-        raise QuantizeError(
-            f"{info.file}: {info.name} is {info.dtype}, expected bfloat16, float16 or float32"
-        )
+    check_source_dtype(f"{info.file}: {info.name}", info.dtype)
     if linear.num_inputs % UNIT_INPUTS:
         same_input = [x.name.rpartition(".")[2] for x in linears if x.reads == linear.reads]
         raise QuantizeError(

@@ -145,11 +145,8 @@ class ExpertsLoader:
         for local, norms in enumerate(row_norms):
             name = f"{self.prefix}.{numbers[local]}.{self.names[shard]}"
             scales = input_scales[local, position]
-            try:
-                check_row_norms(norms)
-                check_input_scales(scales)
-            except TensorError as error:
-                raise TensorError(f"{name}.{error}") from None
+            check_row_norms(norms, f"{name}.row_norms")
+            check_input_scales(scales, f"{name}.input_scales")
             if not torch.equal(scales, input_scales[0, 0]):
                 raise TensorError(
                     f"{name}.input_scales differs from that of other experts of the layer: "

@@ -8,6 +8,8 @@ from qamw_kernels.format.codebook import load_codebook
 from qamw_kernels.format.packing import unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 
+_ROWS_AT_ONCE = 4096  # the float32 intermediate of a large layer stays small
+
 
 def decode_coordinates(quantized: QuantizedWeight) -> torch.Tensor:
     """The rotated, normalized weight [N, K] float32: ``codebook[indices]``."""
@@ -33,14 +35,17 @@ def decode_checked(quantized: QuantizedWeight, name: str, dtype: torch.dtype) ->
         TensorError: see :meth:`QuantizedWeight.check`; or ``dtype`` does not hold a weight.
     """
     quantized.check(name)
-    weight = decode_weight(quantized)
-    rounded = weight.to(dtype)
-    if not rounded.isfinite().all():
-        row, column = (~rounded.isfinite()).nonzero()[0].tolist()
-        raise TensorError(
-            f"{name}.weight[{row}, {column}] decodes to {float(weight[row, column])}, which "
-            f"{dtype} does not hold; bfloat16 and float32 have a wider range"
-        )
+    rounded = torch.empty(quantized.shape, dtype=dtype, device=quantized.qweight.device)
+    for start in range(0, len(rounded), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        weight = decode_weight(quantized.rows(part))
+        rounded[part] = weight
+        if not rounded[part].isfinite().all():
+            row, column = (~rounded[part].isfinite()).nonzero()[0].tolist()
+            raise TensorError(
+                f"{name}.weight[{start + row}, {column}] decodes to {float(weight[row, column])}, "
+                f"which {dtype} does not hold; bfloat16 and float32 have a wider range"
+            )
     return rounded
 
 
