@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import INDEX, PROGRESS, json_bytes
-from qamw_kernels.errors import FormatError
+from qamw_kernels.errors import FileError, FormatError
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from tests.helpers.checkpoints import change_quantization_config
 from tests.helpers.models import copy_model
@@ -297,7 +297,7 @@ def test_directories_that_are_no_finished_checkpoint(tmp_path: Path) -> None:
         verify(tmp_path / "absent")
     with pytest.raises(QuantizeError, match=f"no {MANIFEST}, this is not a QAM-W checkpoint"):
         verify(tmp_path)
-    with pytest.raises(QuantizeError, match=r"config\.json: no such file"):
+    with pytest.raises(FileError, match=r"config\.json: no such file"):
         verify(tmp_path, sign=True)
     assert not (tmp_path / MANIFEST).exists()
     (tmp_path / PROGRESS).write_text("{}")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from offline_quantize.errors import QuantizeError
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.errors import QamwError
 from tests.helpers.checkpoints import change_tensor
 from tests.helpers.models import copy_model, tiny_model
 
@@ -35,7 +35,7 @@ def test_wrong_tensors_are_refused(
 ) -> None:
     model, out = copy_model(tiny_llama, tmp_path / "model"), tmp_path / "out"
     change_tensor(model, name, change)
-    with pytest.raises(QuantizeError, match=message):
+    with pytest.raises(QamwError, match=message):
         quantize(model, out, QuantizeRequest(calibration=None))
     assert not out.exists()
 
