@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from offline_quantize.errors import QuantizeError
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
