@@ -9,6 +9,7 @@ import io
 import json
 import os
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,32 @@ _KINDS = {
     stat.S_IFCHR: "a device",
     stat.S_IFBLK: "a device",
 }
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What the file system knows of a file: one of these differs where the content does.
+
+    The time of modification can be set back, that of the last change (ctime) cannot.
+
+    Attributes:
+        num_bytes: size.
+        device: of the file system.
+        inode: of the file; another one after a replacement.
+        mtime_ns: time of modification.
+        ctime_ns: time of the last change, of the content or of what is recorded here.
+    """
+
+    num_bytes: int
+    device: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @staticmethod
+    def of(stat: os.stat_result) -> "Stamp":
+        """The stamp in an answer of the file system."""
+        return Stamp(stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 def open_regular(path: Path) -> io.BufferedReader:

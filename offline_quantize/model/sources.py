@@ -1,7 +1,6 @@
 """The files that a model is read from, and whether they still are what they were.
 
-A file is hashed once. After that, what the file system says of it shows whether it may have
-changed: the time of modification can be set back, that of the last change (ctime) cannot.
+A file is hashed once. After that, its stamp shows whether it may have changed.
 """
 
 import hashlib
@@ -15,34 +14,12 @@ from threading import Lock
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import open_regular
+from qamw_kernels.files import Stamp, open_regular
 from qamw_kernels.format.manifest import FileEntry
 
 CHUNK_BYTES = 2**20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_THREADS = 8  # that hash: more read faster than most disks
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """What the file system says of a file; one of these differs where the content does.
-
-    Attributes:
-        num_bytes: size.
-        inode: of the file system; another one after a replacement.
-        mtime_ns: time of modification.
-        ctime_ns: time of the last change, of the content or of what is recorded here.
-    """
-
-    num_bytes: int
-    inode: int
-    mtime_ns: int
-    ctime_ns: int
-
-    @staticmethod
-    def of(stat: os.stat_result) -> "Stamp":
-        """The stamp in an answer of the file system."""
-        return Stamp(stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @dataclass(frozen=True)

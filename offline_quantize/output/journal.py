@@ -15,9 +15,9 @@ from safetensors.torch import load
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import PROGRESS, STATE
-from offline_quantize.model.sources import SourceFile, Stamp
+from offline_quantize.model.sources import SourceFile
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import open_regular, read_json
+from qamw_kernels.files import Stamp, open_regular, read_json
 from qamw_kernels.format.manifest import FileEntry
 
 

@@ -1,9 +1,7 @@
 """SHA-256 of a directory's files, each computed once on this machine.
 
 Hashing a checkpoint takes about as long as reading it, and engines are started often: with several
-workers, again and again. So what was hashed is remembered in vLLM's cache, by everything that
-changes when a file does: its path, size, inode, and times of modification and of change. The last
-one cannot be set back.
+workers, again and again. So what was hashed is remembered in vLLM's cache, by path and stamp.
 """
 
 import hashlib
@@ -12,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from filelock import FileLock
 from vllm.logger import init_logger
 
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import read_json, sha256_of
+from qamw_kernels.files import Stamp, read_json, sha256_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -58,13 +57,13 @@ class Digests:
 
     def _of_file(self, directory: Path, file: str) -> tuple[str, bool]:
         """The digest, and whether it was computed now."""
-        stamp = _stamp(directory / file)
+        stamp = asdict(Stamp.of((directory / file).stat()))
         known = self.known.get(file)
         digest = str(known.get("sha256")) if isinstance(known, dict) else ""
         if known == {**stamp, "sha256": digest}:
             return digest, False
         digest = sha256_of(directory / file)
-        if _stamp(directory / file) == stamp:  # else it is being written
+        if asdict(Stamp.of((directory / file).stat())) == stamp:  # else it is being written
             self.known[file] = {**stamp, "sha256": digest}
         return digest, True
 
@@ -93,17 +92,6 @@ def remembered_digests(cache: Path, directory: Path) -> Iterator[Digests]:
         yield digests
         if usable and digests.num_hashed:  # also of files that will be refused
             _write(memory, directory, digests.known)
-
-
-def _stamp(path: Path) -> dict[str, int]:
-    status = path.stat()
-    return {
-        "bytes": status.st_size,
-        "device": status.st_dev,
-        "inode": status.st_ino,
-        "mtime_ns": status.st_mtime_ns,
-        "ctime_ns": status.st_ctime_ns,
-    }
 
 
 def _read(path: Path, directory: Path) -> dict[str, Any]:

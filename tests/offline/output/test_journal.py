@@ -10,13 +10,14 @@ from safetensors.torch import save_file
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import PROGRESS, STATE
-from offline_quantize.model.sources import SourceFile, Stamp
+from offline_quantize.model.sources import SourceFile
 from offline_quantize.output.journal import Journal
+from qamw_kernels.files import Stamp
 from qamw_kernels.format.manifest import FileEntry
 
 ENTRY = FileEntry("0" * 64, 3)
 JOURNAL = Journal(
-    "request", {"a": SourceFile(Stamp(3, 1, 2, 3), "f" * 64)}, ENTRY, {"b": ENTRY}, {"b": [0.1]}
+    "request", {"a": SourceFile(Stamp(3, 0, 1, 2, 3), "f" * 64)}, ENTRY, {"b": ENTRY}, {"b": [0.1]}
 )
 
 
