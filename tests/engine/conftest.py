@@ -163,17 +163,14 @@ def adapter(checkpoint: MakeCheckpoint, tmp_path_factory: pytest.TempPathFactory
 def real_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     """name -> a real model, quantized at 5.5 bpw, made once.
 
-    The largest without calibration, the others with little: what is tested is how they are served.
+    Without calibration: what is tested is how they are served.
     """
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
         if name not in made:
             made[name] = tmp_path_factory.mktemp(name) / "quantized"
-            request = QuantizeRequest(bpw=5.5, calibration_tokens=2048)
-            if "qwen" in name:
-                request = QuantizeRequest(bpw=5.5, calibration=None)
-            quantize(real_model(name), made[name], request)
+            quantize(real_model(name), made[name], QuantizeRequest(bpw=5.5, calibration=None))
         return made[name]
 
     return make
