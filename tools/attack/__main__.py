@@ -15,7 +15,7 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",  # a process with threads cannot be copied
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_LOGGING_LEVEL": "CRITICAL",
     }
 )
 

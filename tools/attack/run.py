@@ -51,7 +51,7 @@ class Victim:
         tensors = set(self.content.tensors)
         modules = {name.rpartition(".")[0] for name in tensors}
         files = {path.name for path in self.directory.iterdir()}
-        keys = set(self.content.config.get("quantization_config", {}))
+        keys = {*self.content.config, *self.content.config.get("quantization_config", {})}
         return tensors | modules | files | keys
 
 

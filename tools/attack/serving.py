@@ -19,11 +19,11 @@ from tools.attack.verdicts import Delivered, RefusedByVllm
 def served(directory: Path) -> Delivered:
     """The weights of the model that vLLM makes of a directory, and its config.
 
-    vLLM reads config.json before it asks the plugin. What it refuses then, it refuses in its own
-    words, and they are not this project's.
+    vLLM reads config.json before it asks the plugin, and makes a model of it. What it refuses then,
+    it refuses in its own words, and they are not this project's.
 
     Raises:
-        RefusedByVllm: vLLM could not read the config.
+        RefusedByVllm: vLLM could not read the config, or make a model of it.
     """
     from vllm.config import set_current_vllm_config
 
@@ -43,7 +43,11 @@ def _engine_config(directory: Path) -> Any:
     options = {"quantization": "qamw", "dtype": "bfloat16", "max_model_len": 64}
     try:
         args = EngineArgs(
-            model=str(directory), skip_tokenizer_init=True, enforce_eager=True, **options
+            model=str(directory),
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            use_tqdm_on_load=False,
+            **options,
         )
         return args.create_engine_config()
     except QamwError:
@@ -63,10 +67,23 @@ def _inner(error: Exception) -> QamwError | None:
 
 
 def _load(config: Any) -> torch.nn.Module:
+    """What a loader of vLLM does, in three steps, because the first one is vLLM's alone."""
     from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import (
+        initialize_model,
+        process_weights_after_loading,
+    )
+    from vllm.utils.torch_utils import set_default_torch_dtype
 
-    loader = get_model_loader(config.load_config)
-    model: torch.nn.Module = loader.load_model(config, config.model_config)
+    with set_default_torch_dtype(config.model_config.dtype):
+        try:
+            model: torch.nn.Module = initialize_model(config)
+        except QamwError:
+            raise
+        except Exception as error:
+            raise RefusedByVllm(f"{type(error).__name__}: {error}") from None
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
+        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
     return model
 
 
@@ -79,7 +96,6 @@ def _prepare() -> None:
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
-    torch.accelerator.empty_cache = lambda *_: None  # as vLLM's worker: there is none
     for model_class in (LlamaForCausalLM, MixtralForCausalLM):
         # A class that was imported is not inspected in a process of its own, which takes long.
         ModelRegistry.register_model(model_class.__name__, model_class)

@@ -14,7 +14,7 @@ class Verdict(Enum):
     """The first four are as it should be."""
 
     REFUSED = "refused"  # by an error of the project's that names the file or the tensor
-    BY_VLLM = "refused by vLLM"  # which reads config.json before it asks the plugin
+    BY_VLLM = "refused by vLLM"  # which makes a model of config.json before it asks the plugin
     EQUAL = "equal"  # what the door hands out is what it hands out of the original
     OTHER = "another model"  # signed anew, or a source: nobody can tell it from a sound one
     SILENT = "silent"  # accepted, and not what it was
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
 
 class RefusedByVllm(Exception):
-    """vLLM could not make an engine's config of a directory, in its own words."""
+    """vLLM could not make a model of config.json, in its own words."""
 
 
 @dataclass(frozen=True)
