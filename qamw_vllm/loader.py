@@ -26,7 +26,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from qamw_kernels.errors import FileError, QamwError, TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD
 from qamw_kernels.format.manifest import MANIFEST
-from qamw_kernels.format.weight import check_finite
+from qamw_kernels.format.weight import check_plain
 from qamw_vllm.loading.formats import CHECKED_FORMATS
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 
@@ -49,7 +49,7 @@ class QamwModelLoader(DefaultModelLoader):
 
         Raises:
             FileError: see :func:`check_checkpoint`.
-            TensorError: a tensor that is not quantized is not finite; known when it arrives.
+            TensorError: see :func:`check_plain`; known when a tensor arrives.
         """
         weights = super().get_all_weights(model_config, model)
         if not is_packed_model(model_config) or not verification_is_on():
@@ -118,9 +118,8 @@ class QamwModelLoader(DefaultModelLoader):
         """The same weights; layers check what is quantized."""
         for name, tensor in weights:
             self._arriving = name
-            plain = name.rpartition(".")[2] not in LAYER_TENSORS
-            if plain and tensor.is_floating_point() and tensor.dtype.itemsize > 1:
-                check_finite(tensor, name)
+            if name.rpartition(".")[2] not in LAYER_TENSORS:
+                check_plain(tensor, name)
             yield name, tensor
 
     def _check(self, model_config: Any) -> None:

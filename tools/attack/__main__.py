@@ -53,7 +53,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     add("--mutations", type=int, default=510, help="how many (default 510)")
     add("--only", type=int, action="append", metavar="NUMBER", help="repeat one, in words")
     add("--model", action="append", choices=list(ARCHITECTURES), help="default: all of them")
-    add("--limit", type=float, default=120, help="seconds that a door may take (default 120)")
+    add("--limit", type=float, default=300, help="seconds that a door may take (default 300)")
     return parser.parse_args(argv)
 
 

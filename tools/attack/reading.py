@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+MOST_BYTES = 2**30  # of a file: nothing that large is meant
 
-# No shape of a tensor follows from these, and any value of them makes a model.
+# Any value of these that fits the tensors makes a model.
 _FREE_KEYS = frozenset(
     {
         *("attention_dropout", "bos_token_id", "dtype", "eos_token_id", "initializer_range"),
@@ -27,6 +28,7 @@ _FREE_KEYS = frozenset(
         *("router_jitter_noise", "transformers_version", "use_cache", "sliding_window"),
         *("num_experts_per_tok", "model_type", "architectures", "layer_types", "_name_or_path"),
         *("quantization_config", "tie_word_embeddings", "torch_dtype"),
+        *("head_dim", "mlp_bias"),  # without them, transformers takes the same values
     }
 )
 _OWN_INPUT = ("o_proj", "down_proj")  # nothing else reads what these read
@@ -70,12 +72,14 @@ def read_content(directory: Path) -> Content:
 
 def try_to_read(directory: Path) -> Content | None:
     """:func:`read_content`, or None where there is nothing that can be read."""
-    regular = all(path.is_file() for path in directory.iterdir() if not path.is_dir())
-    if not regular:  # a FIFO would never end
-        return None
+    files = [path for path in directory.iterdir() if not path.is_dir()]
+    if not all(path.is_file() and path.stat().st_size < MOST_BYTES for path in files):
+        return None  # a FIFO would never end
     try:
         return read_content(directory)
-    except Exception:  # whatever it is: this reader only asks whether it can be read
+    except BaseException as error:  # also a panic of the Rust library
+        if isinstance(error, KeyboardInterrupt):
+            raise
         return None
 
 
@@ -111,7 +115,8 @@ def _quantization_is_sound(original: Mapping[str, Any], changed: Any) -> bool:
     return (
         isinstance(sizes, dict)
         and sizes.keys() >= original[key].keys()
-        and all(type(size) is int and int(k) % size == 0 for k, size in sizes.items())
+        and all(k.isdecimal() and type(size) is int and size > 0 for k, size in sizes.items())
+        and all(int(k) % size == 0 for k, size in sizes.items())
     )
 
 
@@ -124,7 +129,7 @@ def _tensor_is_sound(name: str, original: torch.Tensor, changed: torch.Tensor) -
     if suffix == "qweight":
         return changed.dtype == original.dtype  # any bits are indices
     if suffix == "row_norms":
-        return changed.dtype == original.dtype and bool((changed >= 0).all())
+        return changed.dtype == original.dtype and bool(((changed >= 0) & changed.isfinite()).all())
     if suffix == "input_scales":
         normal = changed.isfinite() & (changed.abs() >= torch.finfo(torch.float16).tiny)
         shared = module.rpartition(".")[2] not in _OWN_INPUT

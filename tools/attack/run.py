@@ -17,11 +17,10 @@ from tools.attack.doors import DOORS, SOURCE_DOORS, Door
 from tools.attack.isolated import Died, Hanging, run_isolated
 from tools.attack.models import plain_model, quantized_model
 from tools.attack.mutations import MANIFEST, QUANTIZED, SOURCES, Mutation
-from tools.attack.reading import Content, may_be_meant, read_content, try_to_read
+from tools.attack.reading import MOST_BYTES, Content, may_be_meant, read_content, try_to_read
 from tools.attack.verdicts import Delivered, Outcome, Verdict, judge
 
 KINDS: dict[str, Mutation] = {**QUANTIZED, **SOURCES}
-_MOST_BYTES = 2**30  # of a file that is signed: nothing that large is meant
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,7 @@ def sign(directory: Path) -> None:
         return
     files = {}
     for file in sorted(directory.rglob("*")):
-        if file.is_file() and file != path and file.stat().st_size < _MOST_BYTES:
+        if file.is_file() and file != path and file.stat().st_size < MOST_BYTES:
             content = file.read_bytes()
             files[file.relative_to(directory).as_posix()] = {
                 "sha256": hashlib.sha256(content).hexdigest(),

@@ -34,9 +34,9 @@ def table(results: Sequence[Result]) -> str:
             for row in ((attack.kind, outcome.door), ("all", outcome.door)):
                 counts.setdefault(row, Counter())[outcome.verdict.value] += 1
     order = [*KINDS, "all"]
-    lines = [f"{'damage':20} {'door':10} " + " ".join(f"{v:>15}" for v in verdicts)]
+    lines = [f"{'damage':20} {'door':10} " + " ".join(f"{v:>8}" for v in verdicts)]
     for (kind, door), found in sorted(counts.items(), key=lambda item: order.index(item[0][0])):
-        numbers = " ".join(f"{found[v] or '':>15}" for v in verdicts)
+        numbers = " ".join(f"{found[v] or '':>8}" for v in verdicts)
         lines.append(f"{kind:20} {door:10} {numbers}")
     totals = Counter(o.verdict.value for _, _, outcomes in results for o in outcomes)
     bad = ", ".join(f"{totals[v.value]} {v.value}" for v in Verdict if v.is_fault)

@@ -14,9 +14,9 @@ class Verdict(Enum):
     """The first four are as it should be."""
 
     REFUSED = "refused"  # by an error of the project's that names the file or the tensor
-    BY_VLLM = "refused by vLLM"  # which makes a model of config.json before it asks the plugin
+    BY_VLLM = "by vLLM"  # which makes a model of config.json before it asks the plugin
     EQUAL = "equal"  # what the door hands out is what it hands out of the original
-    OTHER = "another model"  # signed anew, or a source: nobody can tell it from a sound one
+    OTHER = "other"  # signed anew, or a source: nobody can tell it from a sound one
     SILENT = "silent"  # accepted, and not what it was
     UNCLEAR = "unclear"  # a traceback for users, or a message that names nothing
     HANGING = "hanging"
