@@ -134,7 +134,7 @@ def try_doors(directory: Path, victim: Victim, meant: bool, limit: float) -> lis
     Args:
         meant: whether it may also be a sound checkpoint of another model.
     """
-    names = victim.names()
+    names = {f"{directory}/", *victim.names()}  # a file of the directory, or what files are about
     remaining, outcomes = list(victim.doors), []
 
     def steps() -> Iterator[Outcome]:
