@@ -117,7 +117,7 @@ def test_what_vllm_cannot_load_is_named(tmp_path: Path) -> None:
     directory = write(tmp_path / "model", "embed.weight", "norm.weight")
     change_tensor(directory, "norm.weight", lambda norm: norm.repeat(2))
     sign(directory)
-    message = r"model: vLLM cannot load norm\.weight, or what .*RuntimeError: .*'qamw verify'"
+    message = r"(?s)model: vLLM cannot load norm\.weight, or what .*RuntimeError: .*'qamw verify'"
     with pytest.raises(TensorError, match=message):
         load(settings(directory))
     with pytest.raises(RuntimeError, match="size mismatch"):  # of other models, as vLLM says it
