@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-matrix test-quick lint format codebooks check-memory study study-report \
-	kernels-report bench-cpu bench-serve soak check-versions
+	kernels-report bench-cpu bench-serve soak attack check-versions
 
 setup: $(VENV)/.ready
 
@@ -83,6 +83,10 @@ bench-serve: setup
 # 64 clients for ten minutes: make soak CKPT=...
 soak: setup
 	$(BIN)/python -m benchmarks.soak.soak $(CKPT)
+
+# Damaged checkpoints at every door: refused in words that help, or read as they were (minutes)?
+attack: setup
+	$(BIN)/python -m tools.attack
 
 # Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
 check-versions: setup

@@ -9,32 +9,38 @@ the default loader.
 """
 
 import logging
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import SafetensorError
 from vllm import envs
 from vllm.config import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from qamw_kernels.errors import FileError, TensorError
-from qamw_kernels.format.config import QUANT_METHOD
+from qamw_kernels.errors import FileError, QamwError, TensorError
+from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD
 from qamw_kernels.format.manifest import MANIFEST
+from qamw_kernels.format.weight import check_plain
 from qamw_vllm.loading.formats import CHECKED_FORMATS
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 
 logger = init_logger(f"vllm.{__name__}")
+
+# What vLLM's models raise for a tensor that they do not have, or have in another shape.
+_MISFITS = (AssertionError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError)
 
 
 class QamwModelLoader(DefaultModelLoader):
     """The default loader, for which a QAM-W model must be whole and as its manifest says."""
 
     _tracked = False  # whether the model that is being loaded is a QAM-W model
+    _arriving = ""  # the name of the tensor that is being loaded
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
@@ -43,16 +49,20 @@ class QamwModelLoader(DefaultModelLoader):
 
         Raises:
             FileError: see :func:`check_checkpoint`.
+            TensorError: see :func:`check_plain`; known when a tensor arrives.
         """
-        if model_config.quantization == QUANT_METHOD and is_packed(model_config.hf_config):
-            self._check(model_config)
-        return super().get_all_weights(model_config, model)
+        weights = super().get_all_weights(model_config, model)
+        if not is_packed_model(model_config) or not verification_is_on():
+            return weights
+        self._check(model_config)
+        return self._checked(weights)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load a model.
 
         Raises:
-            TensorError: names the weights that the checkpoint lacks.
+            TensorError: names the weights that the checkpoint lacks, or the one that vLLM cannot
+                load into the model of config.json.
         """
         # Draft models share weights with the model that they draft for. Those are not in their
         # checkpoints; and nothing that a draft says gets out unless the model agrees.
@@ -60,7 +70,18 @@ class QamwModelLoader(DefaultModelLoader):
         self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
         if self._tracked:
             self.enable_weights_track = True
-        super().load_weights(model, model_config)
+        self._arriving = ""
+        try:
+            super().load_weights(model, model_config)
+        except (QamwError, torch.OutOfMemoryError):
+            raise
+        except _MISFITS as error:  # vLLM's own checks are assertions without a name
+            if not self._arriving:
+                raise
+            raise TensorError(
+                f"{model_config.model}: vLLM cannot load {self._arriving}, or what follows it "
+                f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
+            ) from error
 
     def track_weights_loading(
         self,
@@ -91,9 +112,17 @@ class QamwModelLoader(DefaultModelLoader):
                 "serves the model all the same"
             ) from None
 
+    def _checked(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The same weights; layers check what is quantized."""
+        for name, tensor in weights:
+            self._arriving = name
+            if name.rpartition(".")[2] not in LAYER_TENSORS:
+                check_plain(tensor, name)
+            yield name, tensor
+
     def _check(self, model_config: Any) -> None:
-        if not verification_is_on():
-            return
         is_local = Path(model_config.model).is_dir()
         directory = Path(model_config.model) if is_local else self._download(model_config)
         checked = check_checkpoint(directory)
@@ -123,6 +152,11 @@ class QamwModelLoader(DefaultModelLoader):
                 f"({error}). Its author makes one with 'qamw verify --sign'; {VERIFY_VARIABLE}=0 "
                 "serves it unchecked"
             ) from None
+
+
+def is_packed_model(model_config: Any) -> bool:
+    """Whether vLLM loads a model from a QAM-W checkpoint."""
+    return model_config.quantization == QUANT_METHOD and is_packed(model_config.hf_config)
 
 
 def is_packed(hf_config: Any) -> bool:

@@ -16,7 +16,7 @@ from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
 from offline_quantize.model.copied import copied_files
 from offline_quantize.model.sources import Sources
 from qamw_kernels.files import read_json
-from qamw_kernels.format.weight import check_finite
+from qamw_kernels.format.weight import check_plain
 
 _DTYPES = {
     "F64": torch.float64,
@@ -153,11 +153,10 @@ class Checkpoint:
         """As :meth:`load`.
 
         Raises:
-            TensorError: a tensor is not finite; it names the first such value.
+            TensorError: see :func:`check_plain`.
         """
         for name, tensor in self.load(names):
-            if tensor.dtype.itemsize > 1:  # 8 bits have no infinity
-                check_finite(tensor, name)
+            check_plain(tensor, name)
             yield name, tensor
 
     def other_files(self) -> list[str]:

@@ -26,7 +26,7 @@ def build_empty_model(checkpoint: Checkpoint) -> Any:
     from accelerate import init_empty_weights  # both are slow to import
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
-    unsupported = f"{checkpoint.directory}: unsupported architecture"
+    unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
     with explained(unsupported):
         config = AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=False

@@ -21,7 +21,7 @@ from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.loader import QamwModelLoader
-from tests.helpers.checkpoints import sign
+from tests.helpers.checkpoints import change_tensor, sign
 from tests.vllm_.layers import needs_cpu
 
 pytestmark = needs_cpu
@@ -99,6 +99,29 @@ def test_incomplete_checkpoints_are_refused(
     load(config, model_loader_extra_config={"enable_weights_track": False})
     config.runner_type = "draft"  # shares weights with another model
     load(config)
+
+
+def test_plain_weights_must_be_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the manifest was made after the damage."""
+    directory = write(tmp_path / "model", "embed.weight", "norm.weight")
+    change_tensor(directory, "norm.weight", lambda norm: norm / 0)
+    sign(directory)
+    with pytest.raises(TensorError, match=r"norm\.weight\[0\] is inf"):
+        load(settings(directory))
+    load(settings(directory, PLAIN))  # whose layers check what they quantize
+    monkeypatch.setenv("QAMW_VERIFY", "0")
+    load(settings(directory))
+
+
+def test_what_vllm_cannot_load_is_named(tmp_path: Path) -> None:
+    directory = write(tmp_path / "model", "embed.weight", "norm.weight")
+    change_tensor(directory, "norm.weight", lambda norm: norm.repeat(2))
+    sign(directory)
+    message = r"(?s)model: vLLM cannot load norm\.weight, or what .*RuntimeError: .*'qamw verify'"
+    with pytest.raises(TensorError, match=message):
+        load(settings(directory))
+    with pytest.raises(RuntimeError, match="size mismatch"):  # of other models, as vLLM says it
+        load(settings(directory, quantization=None))
 
 
 def test_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,3 +137,15 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     if not weight.isfinite().all():
         at = (~weight.isfinite()).nonzero()[0].tolist()
         raise TensorError(f"{name}{at} is {float(weight[tuple(at)])}: every weight must be finite")
+
+
+def check_plain(tensor: torch.Tensor, name: str) -> None:
+    """Check a tensor of a checkpoint that is not quantized; buffers may be integers.
+
+    Raises:
+        TensorError: a weight or bias that is not of floating point, or a value that is not finite.
+    """
+    if not tensor.is_floating_point() and name.endswith((".weight", ".bias")):
+        raise TensorError(f"{name} is {tensor.dtype}, expected floating point")
+    if tensor.dtype.itemsize > 1:  # 8 bits have no infinity
+        check_finite(tensor, name)

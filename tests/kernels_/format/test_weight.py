@@ -10,6 +10,7 @@ from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import (
     check_finite,
     check_input_scales,
+    check_plain,
     check_row_norms,
 )
 from tests.helpers.weights import random_weight
@@ -57,6 +58,17 @@ def test_values_that_are_not_finite_are_named(bad: float) -> None:
     tensor[1, 2, 0] = bad
     with pytest.raises(TensorError, match=r"experts\[1, 2, 0\] is -?(nan|inf)"):
         check_finite(tensor, "experts")
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "q_proj.bias"])
+def test_plain_weights_are_of_floating_point_and_finite(name: str) -> None:
+    for dtype in (torch.bfloat16, torch.float64, torch.float8_e4m3fn):
+        check_plain(torch.ones(3).to(dtype), name)
+    check_plain(torch.ones(3, dtype=torch.int64), "rotary.position_ids")
+    with pytest.raises(TensorError, match=rf"{name} is torch\.int8, expected floating point"):
+        check_plain(torch.ones(3, dtype=torch.int8), name)
+    with pytest.raises(TensorError, match=rf"{name}\[1\] is nan"):
+        check_plain(torch.tensor([1, math.nan]), name)
 
 
 @pytest.mark.parametrize(
