@@ -1,0 +1,49 @@
+"""Processes of a run, played by threads of one process: no start, and the code under test is seen."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from offline_quantize.ranks import Ranks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _ThreadRanks(Ranks):
+    """Meets the other threads at a barrier, where each leaves its value."""
+
+    barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
+    values: list[Any] = field(default_factory=list)
+
+    def gather(self, value: T) -> list[T]:
+        self.values[self.index] = value
+        self.barrier.wait()
+        values = list(self.values)
+        self.barrier.wait()
+        return values
+
+    def decide(self, make: Callable[[], T]) -> T:
+        return self.gather(make() if self.first else None)[0]
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.copy_(sum(self.gather(tensor.clone())))
+
+
+def in_ranks(count: int, work: Callable[[Ranks], T]) -> list[T]:
+    """What ``work`` returns in each of several processes."""
+    barrier, values = threading.Barrier(count), [None] * count
+
+    def of(index: int) -> T:
+        try:
+            return work(_ThreadRanks(index, count, index, barrier, values))
+        except BaseException:
+            barrier.abort()  # so that the others do not wait
+            raise
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(of, range(count)))
