@@ -1,4 +1,4 @@
-"""Processes of a run, played by threads of one process: no start, and the code under test is seen."""
+"""Processes of a run, played by threads of one process: none is started."""
 
 import threading
 from collections.abc import Callable
