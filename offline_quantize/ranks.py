@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
@@ -135,8 +135,10 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
     try:
-        store, index, count = next(distributed.rendezvous("env://", timeout=TIMEOUT))
+        store, index, count = next(rendezvous("env://", timeout=TIMEOUT))
     except ValueError as error:
         raise QuantizeError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}: torchrun starts several processes ({error})"
@@ -155,8 +157,8 @@ def joined() -> Iterator[Ranks]:
     distributed.destroy_process_group()
 
 
-def _failed_before(store: distributed.Store, index: int) -> bool:
-    """Whether another process was the first to fail."""
+def _failed_before(store: Any, index: int) -> bool:
+    """Whether another process was the first to fail, by a ``Store`` of torch.distributed."""
     try:
         first = store.compare_set("qamw/failed", "", str(index))
     except RuntimeError:  # whoever keeps the store has ended
