@@ -122,7 +122,7 @@ def measure_sensitivities(
     # The same batches make the Hessians, whichever process has them.
     stride = max(1, -(-len(tokens) // BATCH) // hessian_batches)
     kept = [(own.start // BATCH + i) % stride == 0 for i in range(len(runner.hidden))]
-    num_kept = sum(batch.numel() for batch in tokens.split(BATCH)[::stride])
+    num_kept = sum(batch.numel() for batch in torch.split(tokens, BATCH)[::stride])
     steps = 3 * len(layers)  # backwards is twice the work
 
     def load(layer: DecoderLayer, step: int) -> None:
