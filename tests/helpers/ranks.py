@@ -1,4 +1,8 @@
-"""Processes of a run, played by threads of one process: none is started."""
+"""Processes of a run, played by threads of one process: none is started.
+
+One of them runs at a time, until it has to wait: torch and transformers build models with the help
+of global state.
+"""
 
 import threading
 from collections.abc import Callable
@@ -17,14 +21,19 @@ T = TypeVar("T")
 class _ThreadRanks(Ranks):
     """Meets the other threads at a barrier, where each leaves its value."""
 
+    turn: threading.Lock = field(default_factory=threading.Lock)
     barrier: threading.Barrier = field(default_factory=lambda: threading.Barrier(1))
     values: list[Any] = field(default_factory=list)
 
     def gather(self, value: T) -> list[T]:
         self.values[self.index] = value
-        self.barrier.wait()
-        values = list(self.values)
-        self.barrier.wait()
+        self.turn.release()
+        try:
+            self.barrier.wait()
+            values = list(self.values)
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
         return values
 
     def decide(self, make: Callable[[], T]) -> T:
@@ -36,14 +45,20 @@ class _ThreadRanks(Ranks):
 
 def in_ranks(count: int, work: Callable[[Ranks], T]) -> list[T]:
     """What ``work`` returns in each of several processes."""
-    barrier, values = threading.Barrier(count), [None] * count
+    turn, barrier, values = threading.Lock(), threading.Barrier(count), [None] * count
 
     def of(index: int) -> T:
         try:
-            return work(_ThreadRanks(index, count, index, barrier, values))
+            with turn:
+                return work(_ThreadRanks(index, count, index, turn, barrier, values))
         except BaseException:
             barrier.abort()  # so that the others do not wait
             raise
 
     with ThreadPoolExecutor(count) as threads:
-        return list(threads.map(of, range(count)))
+        started = [threads.submit(of, index) for index in range(count)]
+    errors = [thread.exception() for thread in started]
+    causes = [e for e in errors if e and not isinstance(e, threading.BrokenBarrierError)]
+    if causes:
+        raise causes[0]
+    return [thread.result() for thread in started]
