@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from offline_quantize import commands
-from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, printable, shortened
+from offline_quantize.errors import (
+    EndedElsewhereError,
+    Option,
+    QuantizeError,
+    is_out_of_memory,
+    printable,
+    shortened,
+)
 from offline_quantize.evaluation.conventions import BOS_RULE, CONVENTIONS
 from qamw_kernels.errors import QamwError
 
@@ -34,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except EndedElsewhereError as error:  # of several processes, one has the word
+        if args.debug:
+            traceback.print_exception(error)
+        return 2
     except KeyboardInterrupt:
         print(f"qamw: interrupted{commands.kept_after_interruption(args)}", file=sys.stderr)
         return 130
@@ -86,8 +97,14 @@ def make_parser() -> argparse.ArgumentParser:
     quantize = add("quantize", commands.quantize, "quantize MODEL into the new directory OUT")
     _add_model_options(quantize)
     _add_quantize_options(quantize)
-    _add_model_options(
-        add("plan", commands.plan, "show what quantize would do; reads headers only")
+    plan = add("plan", commands.plan, "show what quantize would do; reads headers only")
+    _add_model_options(plan)
+    plan.add_argument(
+        "--processes",
+        type=_at_least(1),
+        default=1,
+        metavar="N",
+        help="that torchrun is to start (default 1)",
     )
     _add_dequantize_options(
         add(

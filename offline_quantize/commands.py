@@ -50,21 +50,24 @@ def progress_bars(**options: Any) -> Iterator[Progress]:
 
 
 def quantize(args: argparse.Namespace) -> None:
-    """``qamw quantize MODEL OUT``."""
+    """``qamw quantize MODEL OUT``, in each process that torchrun starts."""
     from offline_quantize import pipeline
     from offline_quantize.model.checkpoint import resolve_model
+    from offline_quantize.ranks import joined
 
-    request = _request(args)
-    with progress_bars(unit_scale=True) as progress:
+    with joined() as ranks, progress_bars(unit_scale=True) as progress:
+        request = _request(args)
         report = pipeline.quantize(
-            resolve_model(args.model),
+            ranks.decide(lambda: resolve_model(args.model)),
             args.out,
             request,
             device=args.device,
             resume=args.resume,
             progress=progress,
+            ranks=ranks,
         )
-    _print_report(report, args.out, request)
+    if ranks.first:
+        _print_report(report, args.out, request)
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -79,7 +82,7 @@ def plan(args: argparse.Namespace) -> None:
     made = make_plan(resolve_model(args.model), request)
     check_copies(made, made.checkpoint.directory)
     _print_table(made)
-    _print_sizes(made)
+    _print_sizes(made, args.processes)
 
 
 def dequantize(args: argparse.Namespace) -> None:
@@ -203,7 +206,7 @@ def _print_table(made: "Plan") -> None:
         )
 
 
-def _print_sizes(made: "Plan") -> None:
+def _print_sizes(made: "Plan", processes: int) -> None:
     from offline_quantize.calibration.text import default_num_tokens
     from offline_quantize.planning.plan import HEAD_INDEX_BITS
     from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
@@ -227,9 +230,10 @@ def _print_sizes(made: "Plan") -> None:
         f"disk: {(made.output_bytes + made.bytes_left) / 1e6:.1f} MB in {len(made.shards)} shards, "
         f"instead of {made.source_bytes / 1e6:.1f} MB{scratch}"
     )
-    gibibytes = estimate_memory(made, tokens).total / 2**30
+    gibibytes = estimate_memory(made, tokens, processes).total / 2**30
+    each = f" in each of {processes} processes" if processes > 1 else ""
     read = f", for {tokens} tokens of calibration text" if tokens else ""
-    show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{read}")
+    show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{each}{read}")
     served = ", ".join(map(str, made.tensor_parallel_sizes))
     show(f"tensor-parallel sizes up to {request.tp_max} that can serve the result: {served}")
 

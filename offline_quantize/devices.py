@@ -5,13 +5,17 @@ import torch
 from offline_quantize.errors import Option, QuantizeError
 
 
-def usable_device(device: str) -> torch.device:
+def usable_device(device: str, local: int = 0) -> torch.device:
     """The torch device of a name: auto, cpu, cuda, cuda:1.
 
+    Args:
+        local: which of several processes on this machine asks; each gets a GPU of its own.
     Raises:
         QuantizeError: torch cannot use it.
     """
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if name == "cuda" and local:
+        name = f"cuda:{local}"
     try:
         return torch.empty(0, device=name).device
     except Exception as error:  # torch raises several kinds

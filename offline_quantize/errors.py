@@ -67,6 +67,10 @@ class QuantizeError(QamwError):
         return "".join(spell(part) if isinstance(part, Option) else part for part in self.parts)
 
 
+class EndedElsewhereError(Exception):
+    """Another process of this run was the first to fail, and says why."""
+
+
 @contextmanager
 def explained(what: str) -> Iterator[None]:
     """Make one line of whatever the code of a model raises; unless memory ran out, which is none of

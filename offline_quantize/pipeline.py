@@ -7,12 +7,10 @@ Then its decoder layer is loaded, calibrated, encoded by :mod:`.encoding`, and w
 """
 
 import functools
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from offline_quantize.calibration.sensitivity import (
     measure_sensitivities,
     to_state,
 )
-from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows, default_num_tokens
+from offline_quantize.decisions import Decisions, decide
 from offline_quantize.devices import usable_device
 from offline_quantize.encoding.group import encode_group
 from offline_quantize.errors import Option, QuantizeError
@@ -33,14 +31,15 @@ from offline_quantize.files import STATE, existing_parent
 from offline_quantize.model.structure import DecoderLayer, Linear
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
-from offline_quantize.output.other_files import check_copies, write_other_files
+from offline_quantize.output.other_files import write_other_files
 from offline_quantize.output.report import LayerReport, Report
 from offline_quantize.planning.allocation import allocate
-from offline_quantize.planning.plan import Plan, make_plan
+from offline_quantize.planning.plan import Plan
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.shards import Shard
-from offline_quantize.planning.sizes import check_disk, explained_memory_errors
+from offline_quantize.planning.sizes import explained_memory_errors
 from offline_quantize.progress import Progress, silent
+from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import QuantizedWeight
@@ -66,15 +65,20 @@ class Run:
     """What the steps of one run share.
 
     Attributes:
+        output: None in all processes but the first.
+        finished: the shards that a run before this one finished.
         sensitivities: of every input group of every layer; empty with uniform rates.
         calibrator: None without calibration, or where every shard is finished already.
+        ranks: the processes that carry out the run.
     """
 
     plan: Plan
-    output: Output
+    output: Output | None
+    finished: frozenset[str]
     device: torch.device
     sensitivities: Sequence[Sequence[Sensitivity]]
     calibrator: Calibrator | None
+    ranks: Ranks
 
 
 def quantize(
@@ -85,6 +89,7 @@ def quantize(
     device: str = "auto",
     resume: bool = False,
     progress: Progress = silent,
+    ranks: Ranks = ALONE,
 ) -> Report:
     """Quantize the checkpoint directory ``model`` into the new directory ``out``.
 
@@ -94,7 +99,9 @@ def quantize(
     Args:
         device: "auto", "cpu" or "cuda".
         resume: continue an interrupted run of the same request.
-        progress: the stages are "hashing", "sensitivity" and "quantizing".
+        progress: the stages are "hashing", "sensitivity" and "quantizing"; called in the first
+            process alone.
+        ranks: the processes that carry this out together, all called with the same arguments.
     Returns:
         The report, as written to qamw_report.json.
     Raises:
@@ -103,89 +110,55 @@ def quantize(
         TensorError: a tensor is not finite; known when it is read.
     """
     model, out = Path(model), Path(out)
-    torch_device = usable_device(device)
-    with Output.reserved(out, model, resume) as unfinished:
-        plan = make_plan(model, request)
-        check_copies(plan, out)
-        tokens = _read_tokens(plan)
-        num_tokens = tokens.numel() if tokens is not None else 0
-        check_disk(plan, out, num_tokens if request.mixed else 0)
-        plan.checkpoint.sources.hash_all(unfinished.sources if unfinished else {}, progress)
-        journal = Journal(fingerprint(plan, tokens, torch_device), plan.checkpoint.sources.files)
-        if unfinished:
-            unfinished.require(out, journal.fingerprint)
-
-        with explained_memory_errors(plan, num_tokens, out):
-            return _run(plan, tokens, torch_device, out, journal, unfinished, progress)
+    torch_device = usable_device(device, ranks.local)
+    if ranks.decide(lambda: torch_device.type) != torch_device.type:
+        raise QuantizeError(Option("device", device), ": the processes have devices of two kinds")
+    reserved: AbstractContextManager[Journal | None] = nullcontext()
+    if ranks.first:
+        reserved = Output.reserved(out, model, resume)
+    else:
+        progress = silent
+    with reserved as unfinished:
+        begin = functools.partial(decide, model, out, request, torch_device, unfinished)
+        decisions = ranks.decide(lambda: begin(ranks.count, progress))
+        with explained_memory_errors(decisions.plan, decisions.num_tokens, out, ranks.count):
+            return _run(decisions, torch_device, out, unfinished, progress, ranks)
 
 
 def _run(
-    plan: Plan,
-    tokens: torch.Tensor | None,
+    decisions: Decisions,
     device: torch.device,
     out: Path,
-    journal: Journal,
     unfinished: Journal | None,
     progress: Progress,
+    ranks: Ranks,
 ) -> Report:
     """The work, once nothing speaks against it."""
+    plan, tokens = decisions.plan, decisions.tokens
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and plan.request.mixed:
-        sensitivities = _kept_sensitivities(out, unfinished)
+        sensitivities = ranks.decide(lambda: _kept_sensitivities(out, unfinished))
         if not sensitivities:
-            sensitivities = measure_sensitivities(
-                plan.checkpoint, plan.layers, tokens, device, existing_parent(out), progress
+            checkpoint, scratch = plan.checkpoint, existing_parent(out)
+            measured = measure_sensitivities(
+                checkpoint, plan.layers, tokens, device, scratch, progress, ranks=ranks
             )
+            sensitivities = ranks.decide(lambda: measured)
         plan = _allocate(plan, sensitivities)
-    output = Output(out, journal, to_state(sensitivities), unfinished)
-    missing = any(shard.file not in journal.files for shard in plan.shards)
+    output = None
+    if ranks.first:
+        output = Output(out, decisions.journal, to_state(sensitivities), unfinished)
+    finished = ranks.decide(lambda: frozenset(output.journal.files if output else ()))
     calibrator = None
-    if tokens is not None and missing:
-        calibrator = Calibrator(plan.checkpoint, tokens, device)
-    _write_shards(Run(plan, output, device, sensitivities, calibrator), progress)
-    return write_other_files(plan, output, 0 if tokens is None else tokens.numel())
+    if tokens is not None and any(shard.file not in finished for shard in plan.shards):
+        calibrator = Calibrator(plan.checkpoint, tokens, device, ranks=ranks)
+    _write_shards(Run(plan, output, finished, device, sensitivities, calibrator, ranks), progress)
 
+    def finish() -> Report:
+        assert output
+        return write_other_files(plan, output, decisions.num_tokens)
 
-def fingerprint(plan: Plan, tokens: torch.Tensor | None, device: torch.device) -> str:
-    """Hash of everything that decides the output's bytes; a resumed run needs it unchanged.
-
-    Args:
-        plan: as it is before anything is measured; its source is hashed.
-    """
-    packages = ("qamw-vllm", "torch", "transformers", "matplotlib")
-    decisive = {
-        "versions": [version(package) for package in packages],
-        "device": device.type,
-        "request": plan.request.identity(),
-        "config": plan.checkpoint.config,
-        "format": plan.format.to_dict(),
-        "sources": {name: file.sha256 for name, file in plan.checkpoint.sources.files.items()},
-        "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
-        "tokens": None,
-    }
-    if tokens is not None:
-        decisive["tokens"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _read_tokens(plan: Plan) -> torch.Tensor | None:
-    """Windows [windows, window_tokens] int64 of the calibration text; None without calibration."""
-    request, directory = plan.request, plan.checkpoint.directory
-    if request.calibration is None:
-        return None
-    num_tokens, at_least = request.calibration_tokens, None
-    if num_tokens is None:
-        num_tokens, at_least = default_num_tokens(plan.widest), MIN_TOKENS
-    tokens = calibration_windows(
-        directory, request.calibration, num_tokens, at_least, request.window_tokens
-    )
-    if tokens.max() >= plan.vocabulary:
-        raise QuantizeError(
-            f"{directory}: its tokenizer makes token {tokens.max()} of the text, "
-            f"but {plan.structure.head_source} has {plan.vocabulary} rows; use ",
-            Option("calibration", None),
-        )
-    return tokens
+    return ranks.decide(finish)
 
 
 def _kept_sensitivities(out: Path, unfinished: Journal | None) -> list[list[Sensitivity]]:
@@ -217,10 +190,12 @@ def _write_shard(
 ) -> None:
     """Take a shard's layers from ``layers``, and write the shard unless it is finished."""
     content = _join(islice(layers, len(shard.layers)))
-    if shard.file in run.output.journal.files:
+    if shard.file in run.finished:
         return
     if not shard.layers:
-        content = _outside_layers(run.plan, shard, quantized_head)
+        content = _outside_layers(run, shard, quantized_head)
+    if not run.output:
+        return
     tensors = {info.name: content.tensors[info.name] for info in shard.tensors}
     run.output.write_shard(shard.file, tensors, [report.to_dict() for report in content.reports])
 
@@ -235,21 +210,21 @@ def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
     for shard in run.plan.shards:
         for index in shard.layers:
             layer, quantized = run.plan.layers[index], Quantized({}, [])
-            if shard.file not in run.output.journal.files:
+            if shard.file not in run.finished:
                 quantized = _quantize_layer(run, layer)
                 _pass_tokens(run, layer, quantized.tensors)
             elif run.calibrator and index < num_needed:
-                _pass_tokens(run, layer, _read_layer(run.output, shard, layer))
+                _pass_tokens(run, layer, _read_layer(run, shard, layer))
             done += layer.num_weights
             progress("quantizing", done, run.plan.num_quantized_weights)
-            yield quantized
+            yield quantized if run.output else Quantized({}, [])  # which is all that writes it
             del quantized  # before the next layer is loaded
 
 
 def _num_needed_layers(run: Run) -> int:
     """How many decoder layers the calibration tokens have to pass through."""
     plan = run.plan
-    unfinished = [shard for shard in plan.shards if shard.file not in run.output.journal.files]
+    unfinished = [shard for shard in plan.shards if shard.file not in run.finished]
     written = {info.name for shard in unfinished for info in shard.tensors}
     if not written.isdisjoint(_head_names(plan)):
         return len(plan.layers)
@@ -268,7 +243,7 @@ def _quantize_layer(run: Run, layer: DecoderLayer) -> Quantized:
     reports = []
     for group in layer.groups:
         originals = {x.name: weights.pop(x.weight_name).to(run.device) for x in group}
-        quantized = _quantize_linears(run.plan, list(group), originals, hessians)
+        quantized = _quantize_linears(run, list(group), originals, hessians)
         weights |= quantized.tensors
         reports += quantized.reports
     return Quantized(weights, reports)
@@ -280,11 +255,11 @@ def _quantize_head(run: Run) -> Quantized:
     assert head is not None
     hessian = run.calibrator.head_hessian() if run.calibrator else None
     originals = {head.name: run.plan.load_head().to(run.device)}
-    return _quantize_linears(run.plan, [head], originals, {head.reads: hessian})
+    return _quantize_linears(run, [head], originals, {head.reads: hessian})
 
 
 def _quantize_linears(
-    plan: Plan,
+    run: Run,
     linears: Sequence[Linear],
     originals: dict[str, torch.Tensor],
     hessians: Mapping[str, torch.Tensor | None],
@@ -295,7 +270,7 @@ def _quantize_linears(
         originals: name -> weight [N, K].
         hessians: :attr:`Linear.reads` -> [K, K] float32, None where no token reached it.
     """
-    name, num_inputs = linears[0].name, linears[0].num_inputs
+    plan, name, num_inputs = run.plan, linears[0].name, linears[0].num_inputs
     encoded = encode_group(
         originals,
         plan.format.index_bits_of(name),
@@ -303,21 +278,22 @@ def _quantize_linears(
         {linear.name: hessians.get(linear.reads) for linear in linears},
         plan.request.encoder,
         plan.request.balance_scales,
+        run.ranks,
     )
     result = Quantized({}, [])
     for linear in linears:
         quantized = encoded.quantized[linear.name]
         for suffix, tensor in quantized.tensors().items():
-            result.tensors[f"{linear.name}.{suffix}"] = tensor.cpu().clone()
+            result.tensors[f"{linear.name}.{suffix}"] = tensor.clone()  # linears share their scales
         errors = encoded.errors[linear.name]
         result.reports.append(LayerReport.of(linear, quantized, errors))
     return result
 
 
-def _read_layer(output: Output, shard: Shard, layer: DecoderLayer) -> dict[str, torch.Tensor]:
+def _read_layer(run: Run, shard: Shard, layer: DecoderLayer) -> dict[str, torch.Tensor]:
     """The tensors of a layer from its finished shard."""
     names = [info.name for info in shard.tensors if info.name.startswith(f"{layer.name}.")]
-    return output.read_shard(shard.file, names)
+    return run.ranks.decide(lambda: run.output.read_shard(shard.file, names) if run.output else {})
 
 
 def _pass_tokens(run: Run, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -326,17 +302,18 @@ def _pass_tokens(run: Run, layer: DecoderLayer, tensors: Mapping[str, torch.Tens
         run.calibrator.finish(_decoded(run.plan, layer, tensors))
 
 
-def _outside_layers(plan: Plan, shard: Shard, quantized_head: Callable[[], Quantized]) -> Quantized:
+def _outside_layers(run: Run, shard: Shard, quantized_head: Callable[[], Quantized]) -> Quantized:
     """The content of a shard without decoder layers: embeddings, norms, the head."""
-    names, head_names = [info.name for info in shard.tensors], _head_names(plan)
+    names, head_names = [info.name for info in shard.tensors], _head_names(run.plan)
     content = Quantized({}, [])
     if not set(head_names).isdisjoint(names):
         head = quantized_head()
         content.tensors |= head.tensors
         if head_names[0] in names:  # it is reported once
             content.reports += head.reports
-    others = [name for name in names if name not in head_names]
-    content.tensors |= plan.checkpoint.load_finite(others)
+    if run.ranks.first:
+        others = [name for name in names if name not in head_names]
+        content.tensors |= run.plan.checkpoint.load_finite(others)
     return content
 
 

@@ -11,9 +11,10 @@ import torch
 from offline_quantize.encoding.feedback import shrink
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.runner import DTYPE, LayerRunner
+from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
 from offline_quantize.model.tracing import head_input, on_linear_inputs
+from offline_quantize.ranks import ALONE, Ranks
 
 
 class _Reached(Exception):
@@ -48,6 +49,13 @@ class _Sums:
         }
         self.num_tokens = dict.fromkeys(self.sums, 0)
 
+    def add_up(self, ranks: Ranks) -> None:
+        """Make these the sums of all processes."""
+        for total in self.sums.values():
+            ranks.sum_(total)
+        counts = ranks.gather(self.num_tokens)
+        self.num_tokens = {name: sum(own[name] for own in counts) for name in self.sums}
+
     def add(self, name: str, x: torch.Tensor) -> None:
         """Add what a linear reads: its name inside the layer, and its input [..., K].
 
@@ -71,7 +79,8 @@ class Calibrator:
     """Second moments of every input group's activation, layer by layer.
 
     Each layer reads what the quantized layers before it put out. For every layer in turn call
-    :meth:`hessians`, then :meth:`finish`; after the last, :meth:`head_hessian`.
+    :meth:`hessians`, then :meth:`finish`; after the last, :meth:`head_hessian`. Several processes
+    have a part of the tokens each, and get the moments of all.
     """
 
     def __init__(
@@ -81,16 +90,21 @@ class Calibrator:
         device: torch.device,
         dtype: torch.dtype = DTYPE,
         shrink_routed: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Embed the tokens.
 
         Args:
-            tokens: [windows, T] int64.
+            tokens: [windows, T] int64, the same in all processes.
             dtype: in which layers run.
             shrink_routed: whether the Hessians of what experts read are shrunk by how few tokens
                 reached them.
+            ranks: the processes that share the windows.
         """
-        self._runner = LayerRunner(checkpoint, tokens, device, dtype)
+        self._ranks = ranks
+        self._num_windows = len(tokens)
+        self._own = ranks.share(len(tokens), BATCH)
+        self._runner = LayerRunner(checkpoint, tokens[self._own], device, dtype)
         self._runner.unload_embeddings_and_head()
         self._shrink_routed = shrink_routed
         self._index = 0
@@ -115,12 +129,13 @@ class Calibrator:
             QuantizeError: an input is not finite.
         """
         runner = self._runner
-        inputs = _Sums(layer, importance, runner.device)
+        inputs = _Sums(layer, [self._own_part(tokens) for tokens in importance], runner.device)
         runner.load(self._index, weights)
         with on_linear_inputs(runner.layers[self._index], inputs.add):
             for i, batch in enumerate(runner.hidden):
                 with suppress(_Reached):
                     runner.run(self._index, i, batch.to(runner.device))
+        inputs.add_up(self._ranks)
         for name, total in inputs.sums.items():
             if not total.isfinite().all():
                 raise QuantizeError(f"{name}: its input is not finite on the calibration text")
@@ -134,6 +149,14 @@ class Calibrator:
             for name in routed & reached.keys():
                 shrink(reached[name], inputs.num_tokens[name])
         return {name: reached.get(name) for name in inputs.sums}
+
+    def _own_part(self, importance: torch.Tensor | None) -> torch.Tensor | None:
+        """The importance of this process's tokens."""
+        if importance is None:
+            return None
+        edges = (self._own.start, self._own.stop)
+        start, stop = (len(importance) * edge // self._num_windows for edge in edges)
+        return importance[start:stop]
 
     def finish(self, weights: dict[str, torch.Tensor]) -> None:
         """Carry the tokens through the layer and go on to the next.
@@ -159,4 +182,4 @@ class Calibrator:
             rows = states.reshape(-1, head.in_features).float()
             total.addmm_(rows.T, rows)
             num_tokens += len(rows)
-        return total / num_tokens
+        return self._ranks.sum_(total) / sum(self._ranks.gather(num_tokens))

@@ -25,9 +25,10 @@ from torch.utils.hooks import RemovableHandle
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
 from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.runner import DTYPE, LayerRunner
+from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
 from offline_quantize.progress import Progress, silent
+from offline_quantize.ranks import ALONE, Ranks
 
 HESSIAN_BATCHES = 2  # of the calibration tokens: traces need fewer tokens than encoding
 
@@ -98,6 +99,7 @@ def measure_sensitivities(
     dtype: torch.dtype = DTYPE,
     hessian_batches: int = HESSIAN_BATCHES,
     cost: Cost = feedback_cost,
+    ranks: Ranks = ALONE,
 ) -> list[list[Sensitivity]]:
     """Sensitivity of every input group of every layer.
 
@@ -105,16 +107,22 @@ def measure_sensitivities(
 
     Args:
         layers: all decoder layers of the model, with the groups to measure.
-        tokens: [windows, T] int64.
+        tokens: [windows, T] int64, the same in all processes.
         scratch: directory with room for layers * tokens * hidden size values of ``dtype``.
         dtype: in which layers run.
         hessian_batches: number of batches whose inputs make the Hessians.
         cost: makes a group's ``distortion_cost`` of its Hessian.
+        ranks: the processes that share the windows, and get the sensitivities of all.
     Raises:
         QuantizeError: hidden states or gradients are not finite, or the file cannot be written.
         TensorError: a tensor of the checkpoint is not finite.
     """
-    runner = LayerRunner(checkpoint, tokens, device, dtype)
+    own = ranks.share(len(tokens), BATCH)
+    runner = LayerRunner(checkpoint, tokens[own], device, dtype)
+    # The same batches make the Hessians, whichever process has them.
+    stride = max(1, -(-len(tokens) // BATCH) // hessian_batches)
+    kept = [(own.start // BATCH + i) % stride == 0 for i in range(len(runner.hidden))]
+    num_kept = sum(batch.numel() for batch in torch.split(tokens, BATCH)[::stride])
     steps = 3 * len(layers)  # backwards is twice the work
 
     def load(layer: DecoderLayer, step: int) -> None:
@@ -129,12 +137,13 @@ def measure_sensitivities(
             inputs.push(runner.hidden)
             runner.advance(layer.index)
             runner.unload(layer.index)
-        gradients = _output_gradients(runner, tokens)
+        gradients = _output_gradients(runner, tokens, own)
         for layer in reversed(layers):
             load(layer, steps - 2 * (layer.index + 1))
-            found = _backward(runner, layer, inputs.pop(), gradients, hessian_batches, cost)
-            sensitivities.insert(0, found)
+            readings = _backward(runner, layer, inputs.pop(), gradients, kept)
             runner.unload(layer.index)
+            found = _sensitivities(layer, readings, num_kept, cost, device, ranks)
+            sensitivities.insert(0, found)
     progress("sensitivity", steps, steps)
     return sensitivities
 
@@ -178,16 +187,20 @@ class Stack:
         return tensors
 
 
-def _output_gradients(runner: LayerRunner, tokens: torch.Tensor) -> list[torch.Tensor]:
+def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> list[torch.Tensor]:
     """The gradient of the log-likelihood of drawn labels, at the output of the last layer.
 
-    Labels are drawn from the model itself.
+    Labels are drawn from the model itself, the same ones whichever process draws them.
 
+    Args:
+        own: the windows of ``tokens`` that this process has.
     Returns:
         For every batch [batch, T, hidden size].
     """
     generator = torch.Generator(runner.device).manual_seed(0)
-    gradients, start = [], 0
+    for window in tokens[: own.start]:
+        _draw(len(window), generator)
+    gradients, start = [], own.start
     for batch in runner.hidden:
         gradient = torch.empty_like(batch)
         for i in range(len(batch)):  # by window: the logits are large
@@ -206,8 +219,13 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor) -> list[torch.T
 def _draw_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """A label [T] int64 for every row of logits [T, vocabulary]."""
     edges = logits.softmax(1).cumsum(1)  # much faster than torch.multinomial
-    drawn = torch.rand(len(edges), 1, generator=generator, device=edges.device) * edges[:, -1:]
+    drawn = _draw(len(edges), generator) * edges[:, -1:]
     return torch.searchsorted(edges, drawn)[:, 0].clamp_max(edges.shape[1] - 1)
+
+
+def _draw(num_labels: int, generator: torch.Generator) -> torch.Tensor:
+    """What decides the labels of a window: [num_labels, 1] float32."""
+    return torch.rand(num_labels, 1, generator=generator, device=generator.device)
 
 
 @dataclass
@@ -228,16 +246,15 @@ def _backward(
     layer: DecoderLayer,
     inputs: Sequence[torch.Tensor],
     gradients: list[torch.Tensor],
-    hessian_batches: int,
-    cost: Cost,
-) -> list[Sensitivity]:
-    """Sensitivities of the groups of one layer.
+    kept: Sequence[bool],
+) -> list[list[_Reading]]:
+    """All runs of the linears of every group of a layer, in order.
 
     Args:
         inputs: of the layer, for every batch.
         gradients: at the layer's output, for every batch; become those at its input.
+        kept: for every batch, whether the tokens that linears read are kept.
     """
-    stride = max(1, len(inputs) // hessian_batches)
     readings: list[list[_Reading]] = [[] for _ in layer.groups]
     keep = False
 
@@ -269,7 +286,7 @@ def _backward(
         for linear in group
     ]
     for i, batch in enumerate(inputs):
-        keep = i % stride == 0
+        keep = kept[i]
         hidden = batch.to(runner.device).requires_grad_()
         output = runner.run(layer.index, i, hidden)
         at_output = gradients[i].to(runner.device)
@@ -278,27 +295,50 @@ def _backward(
         handle.remove()
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise QuantizeError(f"{layer.name}: its gradient is not finite on the calibration text")
-    num_tokens = sum(batch[..., 0].numel() for batch in inputs[::stride])
-    return [
-        _sensitivity(own, num_tokens, group.routed, cost)
-        for group, own in zip(layer.groups, readings, strict=True)
-    ]
+    return readings
 
 
-def _sensitivity(
-    readings: list[_Reading], num_tokens: int, routed: bool, cost: Cost
-) -> Sensitivity:
-    """Of one input group.
+def _sensitivities(
+    layer: DecoderLayer,
+    readings: Sequence[list[_Reading]],
+    num_tokens: int,
+    cost: Cost,
+    device: torch.device,
+    ranks: Ranks,
+) -> list[Sensitivity]:
+    """Of all groups of a layer; every process finds the costs of some.
 
     Args:
-        readings: all runs of its linears, in order.
-        num_tokens: of the batches whose inputs were kept.
+        readings: of every group, what this process has.
+        num_tokens: of the batches whose tokens were kept, in all processes.
     """
+    importance: list[torch.Tensor | None] = []
+    hessians: dict[int, tuple[torch.Tensor, int]] = {}
+    for number, (group, own) in enumerate(zip(layer.groups, readings, strict=True)):
+        importance.append(None if group.routed else _importance(own, ranks))
+        hessian = ranks.sum_(_hessian(own, group.num_inputs, num_tokens, device))
+        num_rows = sum(ranks.gather(sum(len(r.inputs) for r in own if r.inputs is not None)))
+        if number % ranks.count == ranks.index:
+            hessians[number] = hessian, num_rows
+    costs: dict[int, float] = {}
+    for found in ranks.gather({number: cost(*of) for number, of in hessians.items()}):
+        costs |= found
+    return [Sensitivity(costs[number], tokens) for number, tokens in enumerate(importance)]
+
+
+def _importance(readings: Sequence[_Reading], ranks: Ranks) -> torch.Tensor:
+    """Of all tokens, in order, with mean 1; none where no token reaches the group."""
+    own = [reading.importance for reading in readings]
+    every = ranks.cat(torch.cat(own) if own else torch.zeros(0))
+    return (every / (every.mean() or 1.0)).cpu()
+
+
+def _hessian(
+    readings: Sequence[_Reading], num_inputs: int, num_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """This process's part of a Hessian [K, K], the mean over ``num_tokens``."""
     kept = [(r.inputs, r.importance) for r in readings if r.inputs is not None]
-    if not kept:  # no token reaches the group
-        return Sensitivity(0.0, None if routed else torch.zeros(0))
+    if not kept:
+        return torch.zeros(num_inputs, num_inputs, device=device)
     rows, weights = (torch.cat(parts).float() for parts in zip(*kept, strict=True))
-    hessian = (rows * (weights / num_tokens)[:, None]).T @ rows
-    every = torch.cat([reading.importance for reading in readings])
-    importance = None if routed else (every / (every.mean() or 1.0)).cpu()
-    return Sensitivity(cost(hessian, len(rows)), importance)
+    return (rows * (weights / num_tokens)[:, None]).T @ rows

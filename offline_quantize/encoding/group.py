@@ -6,6 +6,9 @@
 3. ``qamw_kernels``' ``encode_weight`` scales, normalizes and rotates some rows of a weight at a
    time, has the coder choose their indices (or takes the nearest codewords), and packs them.
 4. The quantized weight is decoded again and compared with the original (:func:`measure`).
+
+Given scales and Hessian, a row is encoded by itself. Several processes lay the rows of all weights
+of a group end to end, and each encodes a stretch: whole weights of experts, parts of large ones.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,6 +18,7 @@ import torch
 
 from offline_quantize.encoding.feedback import feedback_coder
 from offline_quantize.encoding.scales import balanced_scales, searched_scales
+from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import ENCODE_CHUNK, encode_weight, make_input_scales
 from qamw_kernels.format.weight import QuantizedWeight
@@ -39,6 +43,51 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class _Energies:
+    """Sums over some rows of a weight.
+
+    Attributes:
+        error: squared errors.
+        weight: squared originals.
+        output_error: squared errors of the layer's output; 0 where its input is not known.
+        output: squared outputs; likewise.
+    """
+
+    error: float = 0.0
+    weight: float = 0.0
+    output_error: float = 0.0
+    output: float = 0.0
+
+    def __add__(self, other: "_Energies") -> "_Energies":
+        return _Energies(
+            self.error + other.error,
+            self.weight + other.weight,
+            self.output_error + other.output_error,
+            self.output + other.output,
+        )
+
+    def errors(self, of_output: bool) -> Errors:
+        """Relative errors; those of the output are None where nothing is known of the input."""
+        output = self.output_error / (self.output or 1.0) if of_output else None
+        return Errors(self.error / (self.weight or 1.0), output)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a quantized weight, on the CPU.
+
+    Attributes:
+        qweight: [index_bits, n, K / 64] int32.
+        row_norms: [n] float32.
+        energies: of these rows.
+    """
+
+    qweight: torch.Tensor
+    row_norms: torch.Tensor
+    energies: _Energies
+
+
+@dataclass(frozen=True)
 class EncodedGroup:
     """The quantized weights of an input group, and their errors, by module name."""
 
@@ -60,18 +109,25 @@ def measure(
         weight: the original [N, K].
         hessian: second moment [K, K] float32 of its input, None where nothing is known of it.
     """
-    error = energy = output_error = output_energy = 0.0
+    return _energies(weight, quantized, hessian).errors(of_output=hessian is not None)
+
+
+def _energies(
+    weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor | None
+) -> _Energies:
+    """The sums that errors are made of; the arguments are those of :func:`measure`."""
+    total = _Energies()
     for start in range(0, len(weight), MEASURED_ROWS):
         part = slice(start, start + MEASURED_ROWS)
         original = weight[part].float()
         difference = decode_weight(quantized.rows(part)) - original
-        error += float(difference.square().sum())
-        energy += float(original.square().sum())
-        if hessian is not None:
-            output_error += _output_energy(difference, hessian)
-            output_energy += _output_energy(original, hessian)
-    nmse = error / (energy or 1.0)
-    return Errors(nmse, None if hessian is None else output_error / (output_energy or 1.0))
+        error, energy = float(difference.square().sum()), float(original.square().sum())
+        if hessian is None:
+            total += _Energies(error, energy)
+        else:
+            outputs = (_output_energy(x, hessian) for x in (difference, original))
+            total += _Energies(error, energy, *outputs)
+    return total
 
 
 def _scales_for_nearest(
@@ -109,6 +165,7 @@ def encode_group(
     hessians: Mapping[str, torch.Tensor | None],
     encoder: str,
     balance: bool = True,
+    ranks: Ranks = ALONE,
 ) -> EncodedGroup:
     """Quantize the weights of an input group, which share input scales.
 
@@ -119,34 +176,67 @@ def encode_group(
             nearest there.
         encoder: one of ENCODERS.
         balance: whether error feedback has channel scales, :func:`balanced_scales`.
+        ranks: the processes that share the rows; each has all weights, and gets all results.
+    Returns:
+        Tensors on the CPU.
     Raises:
         TensorError: a weight is not finite, or a Hessian is not.
     """
-    known = any(hessian is not None for hessian in hessians.values())
-    if known and encoder == "nearest":
-        scales = _scales_for_nearest(weights, index_bits, rotation_block_size, hessians)
-    elif known and balance:
-        scales = balanced_scales(weights.values())
-    else:
-        scales = make_input_scales(next(iter(weights.values())).shape[1])
-    quantized, errors = {}, {}
+
+    def choose_scales() -> torch.Tensor:
+        known = any(hessian is not None for hessian in hessians.values())
+        if known and encoder == "nearest":
+            return _scales_for_nearest(weights, index_bits, rotation_block_size, hessians)
+        if known and balance:
+            return balanced_scales(weights.values())
+        return make_input_scales(next(iter(weights.values())).shape[1])
+
+    scales = ranks.decide(choose_scales)
+    of_coders = hessians if encoder == "feedback" else {}
+    own: dict[str, _Part] = {}
     coder: Callable[[torch.Tensor], torch.Tensor] | None = None
     coder_hessian = None
-    for name, weight in weights.items():
-        hessian = hessians[name]
-        if encoder == "feedback" and hessian is not coder_hessian:
+    for name, rows in _own_rows(weights, ranks).items():
+        hessian = of_coders.get(name)
+        if hessian is not coder_hessian:
             coder = None  # a coder is large: one at a time
             if hessian is not None:
                 coder = feedback_coder(hessian, scales, index_bits, rotation_block_size)
             coder_hessian = hessian
-        quantized[name] = encode_weight(
+        weight = weights[name][rows]
+        encoded = encode_weight(
             weight,
             index_bits,
             rotation_block_size,
             scales,
-            name=f"{name}.weight",
+            name=f"{name}.weight" + (f"[{rows.start}:]" if rows.start else ""),
             coder=coder,
             weights_at_once=FEEDBACK_WEIGHTS if coder else ENCODE_CHUNK,
         )
-        errors[name] = measure(weight, quantized[name], hessian)
+        energies = _energies(weight, encoded, hessians[name])
+        own[name] = _Part(encoded.qweight.cpu(), encoded.row_norms.cpu(), energies)
+    parts = ranks.gather(own)
+    quantized, errors = {}, {}
+    for name in weights:
+        of_weight = [found[name] for found in parts if name in found]
+        quantized[name] = QuantizedWeight(
+            torch.cat([part.qweight for part in of_weight], 1),
+            torch.cat([part.row_norms for part in of_weight]),
+            scales.cpu(),
+            rotation_block_size,
+        )
+        total = sum((part.energies for part in of_weight), _Energies())
+        errors[name] = total.errors(of_output=hessians[name] is not None)
     return EncodedGroup(quantized, errors)
+
+
+def _own_rows(weights: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, slice]:
+    """The rows of each weight that this process encodes: a stretch of all rows, end to end."""
+    stretch = ranks.share(sum(map(len, weights.values())))
+    rows, first = {}, 0
+    for name, weight in weights.items():
+        part = slice(max(stretch.start - first, 0), min(stretch.stop - first, len(weight)))
+        if part.start < part.stop:
+            rows[name] = part
+        first += len(weight)
+    return rows

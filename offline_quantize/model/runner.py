@@ -41,7 +41,7 @@ class LayerRunner:
         """Load all but the decoder layers, and embed the tokens.
 
         Args:
-            tokens: [windows, T] int64.
+            tokens: [windows, T] int64; there may be no window.
             dtype: of parameters and hidden states.
             batch: windows per forward call.
         Raises:
@@ -56,7 +56,7 @@ class LayerRunner:
         self.hidden: list[torch.Tensor] = []
         # Masks and positions: (args, kwargs) for every batch and layer.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        for part in torch.split(tokens, batch):
+        for part in torch.split(tokens, batch) if len(tokens) else ():
             calls = record_layer_calls(self.model, self.layers, part.to(device))
             self._arguments.append([(call.args, call.kwargs) for call in calls])
             self.hidden.append(calls[0].hidden.cpu())

@@ -63,11 +63,12 @@ class MemoryEstimate:
         return always + calibration + max(encoding, self.logits)
 
 
-def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
-    """Memory that a run takes.
+def estimate_memory(plan: Plan, calibration_tokens: int = 0, processes: int = 1) -> MemoryEstimate:
+    """Memory that a run takes, in each of its processes.
 
     Args:
         calibration_tokens: 0 for a run without calibration.
+        processes: that share the tokens; all else they have each.
     """
     layers = _layer_tensors(plan)
     alone = [[plan.checkpoint.tensors[plan.structure.head_source]]] if plan.head else []
@@ -78,6 +79,8 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
         return MemoryEstimate(libraries, layer, shards)
 
     window = plan.request.window_tokens
+    batches = -(-calibration_tokens // (BATCH * window))
+    own_tokens = min(calibration_tokens, -(-batches // processes) * BATCH * window)
     widths = [list(layer.input_widths().values()) for layer in plan.layers]
     hessians, factoring = max(map(_encoding_bytes, widths), key=sum)
     activations = ACTIVATIONS_OF_A_LAYER * HIDDEN_STATE_BYTES * BATCH * window
@@ -86,7 +89,7 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
         layer,
         shards,
         outside_layers=plan.source_bytes - sum(map(total_bytes, layers)),
-        states=STATES_OF_A_LAYER * state_bytes(plan, calibration_tokens),
+        states=STATES_OF_A_LAYER * state_bytes(plan, own_tokens),
         activations=activations * max(max(own, default=0) for own in widths),
         layer_float32=FLOAT32_BYTES * max(map(_num_elements, layers)),
         hessians=hessians,
@@ -96,12 +99,15 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0) -> MemoryEstimate:
 
 
 @contextmanager
-def explained_memory_errors(plan: Plan, calibration_tokens: int, out: Path) -> Iterator[None]:
+def explained_memory_errors(
+    plan: Plan, calibration_tokens: int, out: Path, processes: int = 1
+) -> Iterator[None]:
     """Turn any kind of error for too little memory into one that says what helps.
 
     Args:
         calibration_tokens: see :func:`estimate_memory`.
         out: the output directory.
+        processes: see :func:`estimate_memory`.
     Raises:
         QuantizeError: there was too little memory.
     """
@@ -110,7 +116,8 @@ def explained_memory_errors(plan: Plan, calibration_tokens: int, out: Path) -> I
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        gibibytes = estimate_memory(plan, calibration_tokens).total / 2**30
+        gibibytes = estimate_memory(plan, calibration_tokens, processes).total / 2**30
+        each = " in each process" if processes > 1 else ""
         less: tuple[str | Option, ...] = ()
         if calibration_tokens:
             fewer, none = Option("calibration_tokens"), Option("calibration", None)
@@ -119,7 +126,7 @@ def explained_memory_errors(plan: Plan, calibration_tokens: int, out: Path) -> I
         if (out / files.PROGRESS).exists():
             kept = ("; with more memory, ", Option("resume", True), " goes on")
         raise QuantizeError(
-            f"{out}: not enough memory, the run takes about {gibibytes:.1f} GiB "
+            f"{out}: not enough memory, the run takes about {gibibytes:.1f} GiB{each} "
             f"({shortened(error)})",
             *less,
             *kept,

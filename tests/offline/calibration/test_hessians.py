@@ -14,7 +14,9 @@ from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
+from offline_quantize.ranks import ALONE, Ranks
 from tests.helpers.models import tiny_model
+from tests.helpers.ranks import in_ranks
 
 CPU = torch.device("cpu")
 
@@ -70,3 +72,28 @@ def test_what_experts_read_is_shrunk(tmp_path: Path) -> None:
     for name, whole in hessians(shrink_routed=False).items():
         ratio = shrunk[name].triu(1).sum() / whole.triu(1).sum()
         assert (0 < ratio < 0.9) if ".experts." in name else ratio == 1
+
+
+def test_processes_share_the_windows(tmp_path: Path) -> None:
+    """Three of them, and batches for two; each has the moments of all tokens."""
+    plan = make_plan(tiny_model(tmp_path / "model", "mixtral"))
+    tokens = calibration_windows(plan.checkpoint.directory, DEFAULT_TEXT, 640, window_tokens=128)
+    generator = torch.Generator().manual_seed(1)
+    layer = plan.layers[0]
+    importance = [
+        None if group.routed else torch.rand(tokens.numel(), generator=generator)
+        for group in layer.groups
+    ]
+
+    def hessians(ranks: Ranks) -> dict[str, torch.Tensor | None]:
+        calibrator = Calibrator(plan.checkpoint, tokens, CPU, ranks=ranks)
+        weights = layer.load(plan.checkpoint)
+        found = calibrator.hessians(weights, layer, importance)
+        for following in plan.layers:
+            calibrator.finish(following.load(plan.checkpoint))
+        return {**found, "head": calibrator.head_hessian()}
+
+    alone = hessians(ALONE)
+    assert len(tokens) == 5
+    for found in in_ranks(3, hessians):
+        torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from offline_quantize.calibration.sensitivity import (
+    Sensitivity,
     Stack,
     feedback_cost,
     from_state,
@@ -16,6 +17,9 @@ from offline_quantize.calibration.sensitivity import (
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.model.structure import InputGroup
 from offline_quantize.planning.plan import make_plan
+from offline_quantize.ranks import ALONE, Ranks
+from tests.helpers.models import tiny_model
+from tests.helpers.ranks import in_ranks
 
 
 def test_sensitivity_predicts_the_divergence(tiny_llama: Path, tmp_path: Path) -> None:
@@ -93,6 +97,22 @@ def test_progress_and_state(tiny_llama: Path, tmp_path: Path) -> None:
     assert list(restored) == list(state)
     assert all(torch.equal(restored[name], state[name]) for name in state)
     assert from_state({}) == []
+
+
+def test_processes_share_the_windows(tmp_path: Path) -> None:
+    """Labels are drawn alike, and the same batches make the Hessians, whoever has them."""
+    plan = make_plan(tiny_model(tmp_path / "model", "mixtral"))
+    tokens = torch.randint(0, 300, (17, 32), generator=torch.Generator().manual_seed(9))
+
+    def measure(ranks: Ranks) -> list[list[Sensitivity]]:
+        cpu = torch.device("cpu")
+        return measure_sensitivities(
+            plan.checkpoint, plan.layers, tokens, cpu, tmp_path, ranks=ranks
+        )
+
+    alone = to_state(measure(ALONE))
+    for found in in_ranks(3, measure):
+        torch.testing.assert_close(to_state(found), alone, rtol=1e-3, atol=1e-5)
 
 
 def test_nothing_but_zeros_counts_for_nothing() -> None:

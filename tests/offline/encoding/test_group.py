@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from offline_quantize.encoding.group import encode_group
+from offline_quantize.encoding.group import EncodedGroup, Errors, encode_group, measure
+from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.encode import make_input_scales
 from tests.helpers.hessians import correlated_hessian
+from tests.helpers.ranks import in_ranks
 
 
 @pytest.mark.parametrize("index_bits", [7, 11])
@@ -55,3 +57,36 @@ def test_channel_scales_are_left_out_where_nothing_is_to_be_balanced() -> None:
     without = encode_group(weights, 8, 64, {"w": None}, "feedback")
     assert torch.equal(without.quantized["w"].input_scales, signs)
     assert without.errors["w"].output_nmse is None
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("encoder", ["feedback", "nearest"])
+def test_processes_share_the_rows(encoder: str, count: int) -> None:
+    """Some weights are cut, some have Hessians of their own, as experts have, or none."""
+    generator = torch.Generator().manual_seed(8)
+    sizes = {"a": 33, "b": 64, "c": 20, "d": 7}
+    weights = {name: torch.randn(n, 128, generator=generator) for name, n in sizes.items()}
+    shared, own = (correlated_hessian(128, 500).float() for _ in range(2))
+    hessians = {"a": shared, "b": shared, "c": None, "d": own}
+
+    def encode(ranks: Ranks) -> EncodedGroup:
+        return encode_group(weights, 9, 64, hessians, encoder, ranks=ranks)
+
+    alone = encode(ALONE)
+    for group in in_ranks(count, encode):
+        assert group.quantized.keys() == weights.keys()
+        for name, weight in weights.items():
+            quantized, expected = group.quantized[name], alone.quantized[name]
+            assert torch.equal(quantized.input_scales, expected.input_scales)
+            # Matrix products of other shapes may round otherwise.
+            torch.testing.assert_close(quantized.row_norms, expected.row_norms)
+            assert_alike(group.errors[name], alone.errors[name])
+            assert_alike(measure(weight, quantized, hessians[name]), alone.errors[name])
+
+
+def assert_alike(errors: Errors, expected: Errors) -> None:
+    assert errors.nmse == pytest.approx(expected.nmse, rel=0.05)
+    if expected.output_nmse is None:
+        assert errors.output_nmse is None
+    else:
+        assert errors.output_nmse == pytest.approx(expected.output_nmse, rel=0.05)

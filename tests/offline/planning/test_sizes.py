@@ -71,6 +71,15 @@ def test_memory_with_calibration(tiny_llama: Path) -> None:
     assert estimate.total == sum(asdict(estimate).values()) - min(encoding, estimate.logits)
 
 
+def test_processes_share_the_tokens_by_batches(tiny_llama: Path) -> None:
+    plan = make_plan(tiny_llama)
+    estimates = [estimate_memory(plan, 16384, processes) for processes in (1, 2, 3, 100)]
+    assert [e.states // (3 * 2 * 256) for e in estimates] == [16384, 8192, 3 * 2048, 2048]
+    assert estimates[0].total - estimates[1].total == estimates[1].states
+    alike = {"states": 0}
+    assert asdict(estimates[0]) | alike == asdict(estimates[1]) | alike
+
+
 def test_encoding_and_logits_do_not_come_together() -> None:
     common = {"libraries": 1, "layer": 2, "shards": 4, "outside_layers": 8, "states": 16}
     estimate = MemoryEstimate(
