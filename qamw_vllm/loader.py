@@ -32,8 +32,12 @@ from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verifi
 
 logger = init_logger(f"vllm.{__name__}")
 
-# What vLLM's models raise for a tensor that they do not have, or have in another shape.
-_MISFITS = (AssertionError, IndexError, KeyError, RuntimeError, ValueError, SafetensorError)
+# What vLLM raises for a shard that is not there or cannot be read, and its models for a tensor that
+# they do not have, or have in another shape.
+_MISFITS = (
+    *(AssertionError, IndexError, KeyError, OSError, RuntimeError, ValueError),
+    SafetensorError,
+)
 
 
 class QamwModelLoader(DefaultModelLoader):
@@ -76,10 +80,11 @@ class QamwModelLoader(DefaultModelLoader):
         except (QamwError, torch.OutOfMemoryError):
             raise
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
-            if not self._arriving:
+            if not is_packed_model(model_config):
                 raise
+            where = f"{self._arriving}, or what follows it" if self._arriving else "its weights"
             raise TensorError(
-                f"{model_config.model}: vLLM cannot load {self._arriving}, or what follows it "
+                f"{model_config.model}: vLLM cannot load {where} "
                 f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
             ) from error
 

@@ -120,8 +120,15 @@ def test_what_vllm_cannot_load_is_named(tmp_path: Path) -> None:
     message = r"(?s)model: vLLM cannot load norm\.weight, or what .*RuntimeError: .*'qamw verify'"
     with pytest.raises(TensorError, match=message):
         load(settings(directory))
-    with pytest.raises(RuntimeError, match="size mismatch"):  # of other models, as vLLM says it
-        load(settings(directory, quantization=None))
+    for other in (settings(directory, PLAIN), settings(directory, quantization=None)):
+        with pytest.raises(RuntimeError, match="size mismatch"):  # as vLLM says it
+            load(other)
+    (directory / "model.safetensors").rename(directory / "moved")
+    sign(directory)
+    with pytest.raises(
+        TensorError, match=r"vLLM cannot load its weights \(RuntimeError: Cannot find"
+    ):
+        load(settings(directory))
 
 
 def test_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
