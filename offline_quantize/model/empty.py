@@ -1,6 +1,8 @@
 """A model without its weights: built from config.json, and given parameters one part at a time."""
 
+import math
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 import torch
@@ -15,16 +17,25 @@ from offline_quantize.model.experts import unfuse_experts
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
 
 
-def build_empty_model(checkpoint: Checkpoint) -> Any:
-    """The transformers model of config.json, with parameters on the meta device and real buffers.
+# transformers changes settings of the whole process while it builds a model.
+_BUILDING = Lock()
 
-    Experts are taken apart (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
+
+def build_empty_model(checkpoint: Checkpoint) -> Any:
+    """The transformers model of config.json, without weights.
+
+    Parameters, and buffers that checkpoints have, are on the meta device; all other buffers hold
+    what transformers computes for them. Experts are taken apart
+    (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
 
     Raises:
         QuantizeError: transformers does not know the architecture, or refuses its config.json.
     """
-    from accelerate import init_empty_weights  # both are slow to import
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+    from transformers import (  # slow to import
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
     with explained(unsupported):
@@ -38,12 +49,30 @@ def build_empty_model(checkpoint: Checkpoint) -> Any:
             "transformers' AutoModelForCausalLM knows"
         )
     _check_counts(checkpoint, config)
-    with explained(unsupported), init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-            config, trust_remote_code=False
-        )
+    with explained(unsupported), _BUILDING:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, trust_remote_code=False
+            )
+        _compute_buffers(model)
         unfuse_experts(model)
     return model.eval()
+
+
+def _compute_buffers(model: Any) -> None:
+    """Compute the buffers of a model on the meta device that no checkpoint has."""
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        path, _, attribute = name.rpartition(".")
+        real = torch.empty_like(buffer, device="cpu")
+        # One that transformers forgets shall be noticed.
+        setattr(
+            model.get_submodule(path),
+            attribute,
+            real.fill_(math.nan if real.is_floating_point() else 0),
+        )
+    for module in model.modules():
+        module._is_hf_initialized = False  # it was, on the meta device
+    model.initialize_weights()
 
 
 def _check_counts(checkpoint: Checkpoint, config: Any) -> None:

@@ -1,9 +1,12 @@
 """Models are built of config.json only if the checkpoint can be one of them."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
@@ -64,3 +67,24 @@ def test_what_a_model_raises_becomes_one_line() -> None:
     with pytest.raises(QuantizeError, match=expected) as caught, explained("unsupported"):
         raise ValueError("no\n" * 999)
     assert len(str(caught.value)) < 400
+
+
+def test_building_in_two_threads_leaves_the_process_as_it_was(tiny_llama: Path) -> None:
+    checkpoint = Checkpoint(tiny_llama)
+    build_empty_model(checkpoint)  # imports everything
+    before = nn.Module.register_parameter, torch.get_default_dtype(), nn.init.normal_
+    for _ in range(10):
+        with ThreadPoolExecutor(2) as threads:
+            models = list(threads.map(build_empty_model, [checkpoint] * 2))
+        assert all(p.is_meta for model in models for p in model.parameters())
+        assert before == (nn.Module.register_parameter, torch.get_default_dtype(), nn.init.normal_)
+
+
+def test_buffers_that_no_checkpoint_has_are_those_of_transformers(tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tiny_llama).named_buffers())
+    built = dict(build_empty_model(Checkpoint(tiny_llama)).named_buffers())
+    assert loaded and loaded.keys() == built.keys()
+    for name, buffer in loaded.items():
+        assert buffer.dtype == built[name].dtype and torch.equal(buffer, built[name]), name
