@@ -11,7 +11,6 @@ from typing import Any
 from offline_quantize.errors import QuantizeError
 
 CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"

@@ -16,10 +16,10 @@ from offline_quantize.checkpoints.quantized import (
     open_quantized,
 )
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import INDEX, json_bytes, write_atomically
+from offline_quantize.files import json_bytes, write_atomically
 from offline_quantize.model.structure import InputGroup, Structure, find_structure
 from qamw_kernels.errors import QamwError
-from qamw_kernels.files import read_json
+from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
 
@@ -98,7 +98,7 @@ def _shard_faults(quantized: QuantizedCheckpoint, files: set[str]) -> list[str]:
     weights = {file for file in files if file.endswith(".safetensors")}
     faults += [f"{directory / file}: not in {INDEX}" for file in weights - shards]
     if (directory / INDEX).is_file():
-        indexed = set(read_json(directory / INDEX)["weight_map"])
+        indexed = set(read_index(directory))
         faults += [
             f"{tensors[name].file}: {name} is not in {INDEX}" for name in set(tensors) - indexed
         ]

@@ -5,17 +5,18 @@ Only safetensors is read, never pickle.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, INDEX, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.files import CONFIG, SINGLE, WEIGHT_SUFFIXES
 from offline_quantize.model.copied import copied_files
 from offline_quantize.model.sources import Sources
 from qamw_kernels.files import read_json
+from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.weight import check_plain
 
 _DTYPES = {
@@ -64,7 +65,8 @@ class Checkpoint:
         """Read config.json, the index and the header of every shard.
 
         Raises:
-            QuantizeError: one of them is missing or cannot be read, or they contradict each other.
+            FileError, FormatError: config.json or the index cannot be understood.
+            QuantizeError: a shard is missing or cannot be read, or they contradict each other.
         """
         self.directory = directory
         self.name = _model_name(directory)
@@ -81,22 +83,9 @@ class Checkpoint:
 
     def _weight_map(self) -> dict[str, str] | None:
         """The index: name of a tensor -> its file. None where one file holds all."""
-        path = self.directory / INDEX
-        if path.exists():
+        if (self.directory / INDEX).exists():
             self.sources.note(INDEX)
-            weight_map = read_json(path).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise QuantizeError(
-                    f"{path}: weight_map must be a JSON object that is not empty, "
-                    f"got {type(weight_map).__name__}"
-                )
-            for file in map(str, weight_map.values()):
-                if not _is_safe_shard(file):
-                    raise QuantizeError(
-                        f"{path}: weight_map names {file!r}, "
-                        "expected a .safetensors file inside the directory"
-                    )
-            return {name: str(file) for name, file in weight_map.items()}
+            return read_index(self.directory)
         if not (self.directory / SINGLE).exists():
             raise QuantizeError(self._no_weights())
         return None
@@ -179,13 +168,6 @@ def _model_name(directory: Path) -> str:
     if repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/")
     return directory.name
-
-
-def _is_safe_shard(file: str) -> bool:
-    """Whether an index may name this file: one of safetensors, inside the directory."""
-    path = PurePosixPath(file)
-    escapes = path.is_absolute() or ".." in path.parts or "\\" in file
-    return not escapes and path.suffix == ".safetensors"
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import (
     CONFIG,
-    INDEX,
     LOCK,
     PROGRESS,
     STATE,
@@ -30,6 +29,7 @@ from offline_quantize.files import (
 )
 from offline_quantize.output.journal import Journal
 from offline_quantize.output.lock import locked
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from offline_quantize.files import (
     BASE_CARD,
     CARD,
     CONFIG,
-    INDEX,
     PLOT,
     REPORT,
     existing_parent,
@@ -24,6 +23,7 @@ from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
 from offline_quantize.output.report import LayerReport, Report, plot
 from offline_quantize.planning.plan import Plan
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST
 
 

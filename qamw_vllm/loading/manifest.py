@@ -13,6 +13,7 @@ weights: vLLM fetches there what it needs.
 import os
 import re
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from qamw_kernels.errors import FileError
+from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_vllm.loading.digests import Digests, remembered_digests
 
@@ -29,7 +31,7 @@ VERIFY_VARIABLE = "QAMW_VERIFY"
 
 _WEIGHTS = ".safetensors"
 # vLLM reads these, so no manifest may leave them out.
-_READ_BY_NAME = ("config.json", "model.safetensors.index.json")
+_READ_BY_NAME = ("config.json", INDEX)
 _DOCUMENTATION = re.compile(
     r"(^|/)(\.[^/]+|[^/]+\.(md|png|jpe?g|gif|svg|pdf)|(licen[cs]e|notice)[^/]*|qamw_report\.json)$",
     re.IGNORECASE,
@@ -86,7 +88,7 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     Raises:
         FileError: there is no manifest; or with every file that is missing, differs, or is read
             though the manifest does not list it.
-        FormatError: the manifest cannot be understood.
+        FormatError: the manifest or the index cannot be understood.
     """
     start = time.perf_counter()
     if not (directory / MANIFEST).is_file():
@@ -114,7 +116,7 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     cache = cache or Path(envs.VLLM_CACHE_ROOT) / "qamw"
     with remembered_digests(cache, directory) as digests:
         faults = _digest_faults(directory, served, digests)
-    _refuse(directory, faults)
+    _refuse(directory, faults or _index_faults(directory, listed))
     num_bytes = sum(entry.num_bytes for entry in served.values())
     return Checked(len(served), num_bytes, digests.num_hashed, time.perf_counter() - start)
 
@@ -141,6 +143,14 @@ def _read_files(directory: Path) -> list[str]:
     """Files that vLLM's loader finds by itself, whatever a manifest lists."""
     by_name = [file for file in _READ_BY_NAME if (directory / file).exists()]
     return by_name + sorted(path.name for path in directory.glob(f"*{_WEIGHTS}"))
+
+
+def _index_faults(directory: Path, listed: Collection[str]) -> list[str]:
+    """Shards that the index names and the manifest does not list."""
+    if not (directory / INDEX).exists():
+        return []
+    shards = sorted(set(read_index(directory).values()))
+    return [f"{INDEX}: {file} is not in {MANIFEST}" for file in shards if file not in listed]
 
 
 def _refuse(directory: Path, faults: list[str]) -> None:

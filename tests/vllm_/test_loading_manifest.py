@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from qamw_kernels.errors import FileError, FormatError
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.loading.manifest import check_checkpoint
@@ -18,7 +19,6 @@ from tests.helpers.checkpoints import sign
 from tests.vllm_.layers import make_config
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
-INDEX = "model.safetensors.index.json"
 SERVED = 5  # files of the checkpoint below
 
 
@@ -29,6 +29,7 @@ def checkpoint(tmp_path: Path) -> Path:
     directory.mkdir()
     for file in (*SHARDS, INDEX, "config.json", "tokenizer.json", "README.md", "qamw_report.json"):
         (directory / file).write_text(f"content of {file}")
+    (directory / INDEX).write_text(json.dumps({"weight_map": {"weight": SHARDS[0]}}))
     sign(directory)
     return directory
 
@@ -104,6 +105,24 @@ def test_changes_are_refused(
     text = str(error.value)
     assert text.startswith(f"{checkpoint}: changed since it was quantized:\n  ")
     assert f"'qamw verify --sign {checkpoint}'" in text and "QAMW_VERIFY=0" in text
+
+
+@pytest.mark.parametrize(
+    "weight_map, error, message",
+    [
+        ({"weight": "more/x.safetensors"}, FileError, f"{INDEX}: more/x.safetensors is not in"),
+        ({"weight": "config.json"}, FormatError, f"{INDEX}: weight_map names 'config.json'"),
+        ({"weight": "../x.safetensors"}, FormatError, f"{INDEX}: weight_map names '../x"),
+        ({"weight": None}, FormatError, f"{INDEX}: weight_map names None"),
+    ],
+)
+def test_an_index_that_was_signed_must_name_files_that_are_listed(
+    checkpoint: Path, cache: Path, weight_map: object, error: type[Exception], message: str
+) -> None:
+    (checkpoint / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    sign(checkpoint)
+    with pytest.raises(error, match=message):
+        check_checkpoint(checkpoint, cache)
 
 
 def test_many_changes_are_counted(checkpoint: Path, cache: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import random
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,14 +44,6 @@ class Victim:
         """Open every door once; after that this process has imported all that they need."""
         expected = {name: door(directory) for name, door in doors.items()}
         return Victim(directory, read_content(directory), expected, doors)
-
-    def names(self) -> set[str]:
-        """What a message can be about."""
-        tensors = set(self.content.tensors)
-        modules = {name.rpartition(".")[0] for name in tensors}
-        files = {path.name for path in self.directory.iterdir()}
-        keys = {*self.content.config, *self.content.config.get("quantization_config", {})}
-        return tensors | modules | files | keys
 
 
 @dataclass(frozen=True)
@@ -122,19 +114,22 @@ def carry_out(attack: Attack, victims: Victims, limit: float) -> tuple[str, list
         directory = Path(folder) / victim.directory.name
         shutil.copytree(victim.directory, directory)
         line = attack.damage(directory)
-        meant = (attack.signed or attack.kind in SOURCES) and may_be_meant(
-            victim.content, try_to_read(directory)
-        )
-        return line, try_doors(directory, victim, meant, limit)
+        damaged = try_to_read(directory)
+        meant = (attack.signed or attack.kind in SOURCES) and may_be_meant(victim.content, damaged)
+        names = _names(victim.directory, victim.content) | _names(directory, damaged)
+        return line, try_doors(directory, victim, meant, limit, names)
 
 
-def try_doors(directory: Path, victim: Victim, meant: bool, limit: float) -> list[Outcome]:
+def try_doors(
+    directory: Path, victim: Victim, meant: bool, limit: float, names: Collection[str] = ()
+) -> list[Outcome]:
     """What every door did with a damaged copy of a model.
 
     Args:
         meant: whether it may also be a sound checkpoint of another model.
+        names: what a message can be about, beside files that are not there.
     """
-    names = {f"{directory}/", *victim.names()}  # a file of the directory, or what files are about
+    names = {f"{directory}/", *names}
     remaining, outcomes = list(victim.doors), []
 
     def steps() -> Iterator[Outcome]:
@@ -168,3 +163,14 @@ def sign(directory: Path) -> None:
                 "bytes": len(content),
             }
     path.write_text(json.dumps({"manifest_version": 1, "files": files}))
+
+
+def _names(directory: Path, content: Content | None) -> set[str]:
+    """Names of the files, tensors, modules and settings of a directory."""
+    names = {path.name for path in directory.iterdir()}
+    if content:
+        tensors = set(content.tensors)
+        settings = content.config.get("quantization_config", {})
+        names |= tensors | {name.rpartition(".")[0] for name in tensors}
+        names |= {*content.config, *settings}
+    return names

@@ -10,10 +10,10 @@ from offline_quantize.checkpoints.dequantize import dequantize
 from offline_quantize.checkpoints.quantized import decoded_tensors
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST
 from tests.helpers.checkpoints import SMALL_SHARDS, tensors_of
 

@@ -11,8 +11,8 @@ from offline_quantize.checkpoints.quantized import (
     open_quantized,
 )
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX
 from offline_quantize.model.checkpoint import Checkpoint
+from qamw_kernels.format.index import INDEX
 from tests.helpers.checkpoints import change_quantization_config, change_tensor, decoded
 from tests.helpers.models import copy_model
 

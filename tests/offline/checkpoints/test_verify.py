@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX, PROGRESS, json_bytes
+from offline_quantize.files import PROGRESS, json_bytes
 from qamw_kernels.errors import FileError, FormatError
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from tests.helpers.checkpoints import change_quantization_config
 from tests.helpers.models import copy_model

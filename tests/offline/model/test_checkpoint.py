@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import save_file
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import INDEX, SINGLE
+from offline_quantize.files import SINGLE
 from offline_quantize.model.checkpoint import Checkpoint, resolve_model
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.errors import QamwError, TensorError
+from qamw_kernels.format.index import INDEX
 from tests.helpers.models import copy_model
 
 

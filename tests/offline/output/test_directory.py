@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, INDEX, LOCK, PROGRESS, STATE, TEMPORARY
+from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE, TEMPORARY
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
+from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from tests.offline.interruptions import file_size_limit
 

@@ -1,0 +1,37 @@
+"""model.safetensors.index.json: which file holds which tensor."""
+
+from pathlib import Path, PurePosixPath
+
+from qamw_kernels.errors import FormatError
+from qamw_kernels.files import read_json
+
+INDEX = "model.safetensors.index.json"
+
+
+def read_index(directory: Path) -> dict[str, str]:
+    """Name of every tensor of a checkpoint -> path of its shard inside the directory.
+
+    Raises:
+        FileError: no such file, or no JSON object.
+        FormatError: it does not say that, or names files that no index may name.
+    """
+    path = directory / INDEX
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError(
+            f"{path}: weight_map must be a JSON object that is not empty, "
+            f"got {type(weight_map).__name__}"
+        )
+    for file in weight_map.values():
+        if not isinstance(file, str) or not _is_safe_shard(file):
+            raise FormatError(
+                f"{path}: weight_map names {file!r}, "
+                "expected a .safetensors file inside the directory"
+            )
+    return dict(weight_map)
+
+
+def _is_safe_shard(file: str) -> bool:
+    path = PurePosixPath(file)
+    escapes = path.is_absolute() or ".." in path.parts or "\\" in file
+    return not escapes and path.suffix == ".safetensors"
