@@ -292,7 +292,7 @@ def _quantize_linears(
 
 def _read_layer(run: Run, shard: Shard, layer: DecoderLayer) -> dict[str, torch.Tensor]:
     """The tensors of a layer from its finished shard."""
-    names = [info.name for info in shard.tensors if info.name.startswith(f"{layer.name}.")]
+    names = [info.name for info in run.plan.written(layer.tensors)]
     return run.ranks.decide(lambda: run.output.read_shard(shard.file, names) if run.output else {})
 
 

@@ -37,7 +37,7 @@ class _Sums:
     ) -> None:
         prefix = f"{layer.name}."
         self._counted: dict[str, tuple[Linear, torch.Tensor | None]] = {
-            linear.name.removeprefix(prefix): (linear, tokens)
+            linear.modules[0].removeprefix(prefix): (linear, tokens)
             for group, tokens in zip(layer.groups, importance, strict=True)
             for linear in group
             if linear.counted

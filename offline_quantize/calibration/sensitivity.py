@@ -26,7 +26,7 @@ from offline_quantize.encoding.feedback import DAMPING, factor, shrink
 from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
-from offline_quantize.model.structure import DecoderLayer, Linear
+from offline_quantize.model.structure import DecoderLayer, InputGroup
 from offline_quantize.progress import Progress, silent
 from offline_quantize.ranks import ALONE, Ranks
 
@@ -241,6 +241,12 @@ class _Reading:
     inputs: torch.Tensor | None
 
 
+def _modules(group: InputGroup) -> dict[str, bool]:
+    """Names of the modules that read for a group -> whether it is the first that reads an input."""
+    counted = {linear.modules[0] for linear in group if linear.counted}
+    return {name: name in counted for linear in group for name in linear.modules}
+
+
 def _backward(
     runner: LayerRunner,
     layer: DecoderLayer,
@@ -258,14 +264,14 @@ def _backward(
     readings: list[list[_Reading]] = [[] for _ in layer.groups]
     keep = False
 
-    def watch(linear: Linear, own: list[_Reading]) -> RemovableHandle:
-        name = linear.name.removeprefix(f"{layer.name}.")
+    def watch(full_name: str, counted: bool, own: list[_Reading]) -> RemovableHandle:
+        name = full_name.removeprefix(f"{layer.name}.")
         module = runner.layers[layer.index].get_submodule(name)
         assert isinstance(module, nn.Linear)
         energies = module.weight.float().square().mean(1)
 
         def record(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            if linear.counted:
+            if counted:
                 rows = args[0].detach().reshape(-1, module.in_features)
                 importance = torch.zeros(len(rows), device=runner.device)
                 own.append(_Reading(importance, rows if keep else None))
@@ -281,9 +287,9 @@ def _backward(
         return module.register_forward_hook(record)
 
     handles = [
-        watch(linear, own)
+        watch(name, counted, own)
         for group, own in zip(layer.groups, readings, strict=True)
-        for linear in group
+        for name, counted in _modules(group).items()
     ]
     for i, batch in enumerate(inputs):
         keep = kept[i]

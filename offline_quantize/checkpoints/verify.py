@@ -113,13 +113,15 @@ def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -
     stored, tensors = quantized.decoded_names(), quantized.checkpoint.tensors
     faults = [
         f"{quantized.directory}: no tensor {name}, which the architecture of config.json has"
-        for name in structure.parameter_names
+        for name in structure.expected
         if name not in stored
     ]
-    linears = {linear.name for linear in structure.linears()} | {structure.head.name}
+    linears = {linear.name for linear in structure.linears()}
+    if structure.head:
+        linears.add(structure.head.name)
     for name, held_by in stored.items():
         info, module = tensors[held_by], name.removesuffix(".weight")
-        shape, wanted = info.shape, structure.shapes.get(name)
+        shape, wanted = info.shape, structure.expected.get(name)
         if module in quantized.modules:
             layer = quantized.modules[module]
             shape = layer.num_rows, layer.num_inputs

@@ -11,7 +11,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, set_parameters
-from offline_quantize.model.tied import parameter_tensors, share_tensors
+from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.wanted import unwanted
 
 # Of every window: [num_scored, hidden size], after the last norm.
@@ -28,16 +28,16 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
         QuantizeError: a parameter of the model has no tensor, or a tensor no parameter.
     """
     checkpoint = Checkpoint(directory)
-    tensors = dict(decoded_tensors(checkpoint, dtype))
-    model = build_empty_model(checkpoint)
+    model, tensor_map = build_empty_model(checkpoint)
+    values = dict(tensor_map.parameters(decoded_tensors(checkpoint, dtype)))
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
-        return tensors[name].to(dtype) if name in tensors else old
+        return values.pop(name).to(dtype) if name in values else old
 
     set_parameters(model, real, buffers=True)
-    share_tensors(model, parameter_tensors(model, tensors))
+    share_tensors(model, tensor_map.shared())
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    unknown = unwanted(model, tensors)
+    unknown = unwanted(model, tensor_map)
     faults = []
     if missing:
         faults.append(f"no tensor for {missing[:3]}")

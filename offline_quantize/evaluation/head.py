@@ -10,8 +10,8 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.evaluation.metrics import Scores
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.empty import build_empty_model, set_parameters
-from offline_quantize.model.tied import parameter_tensors, share_tensors, stored_parameters
+from offline_quantize.model.empty import build_empty_model, name_of, set_parameters
+from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.tracing import replaced_forward
 
 # Tokens x vocabulary that are in memory at once, in each of a few float32 arrays.
@@ -67,20 +67,26 @@ class _LastStates:
 def _load_head(directory: Path, device: torch.device) -> Any:
     """The transformers model of a checkpoint, of which only the head has weights."""
     checkpoint = Checkpoint(directory)
-    model = build_empty_model(checkpoint)
+    model, tensor_map = build_empty_model(checkpoint)
     head = model.get_output_embeddings()
-    output = next(name for name, module in model.named_modules() if module is head)
-    sources = parameter_tensors(model, stored_parameters(checkpoint))
-    wanted = {sources[f"{output}.{name}"] for name, _ in head.named_parameters()}
+    if head is None:
+        raise QuantizeError(
+            f"{directory}: {type(model).__name__} makes no logits, so neither perplexity nor KL "
+            "divergence can be measured"
+        )
+    output = name_of(model, head)
+    parameters = [f"{output}.{name}" for name, _ in head.named_parameters()]
+    wanted = {tensor_map.tensor_of(name) for name in parameters}
     tensors = dict(decoded_tensors(checkpoint, torch.float32, wanted))
     if missing := sorted(wanted - set(tensors)):
         raise QuantizeError(f"{directory}: no tensor {missing[0]}, which the logits need")
+    tensors = dict(tensor_map.parameters(tensors.items()))
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
         return tensors[name].to(device, torch.float32) if name in tensors else old
 
     set_parameters(model, real)
-    share_tensors(model, sources)
+    share_tensors(model, tensor_map.shared())
     return model
 
 

@@ -12,6 +12,7 @@ from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
+from offline_quantize.model.tensor_map import TensorMap, plain_shapes
 
 # Of modules that have tensors of their own: names in config.json, as transformers unifies them.
 _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
@@ -21,42 +22,57 @@ _COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_ex
 _BUILDING = Lock()
 
 
-def build_empty_model(checkpoint: Checkpoint) -> Any:
-    """The transformers model of config.json, without weights.
+def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
+    """The transformers model of config.json, without weights, and where those are.
 
-    Parameters, and buffers that checkpoints have, are on the meta device; all other buffers hold
-    what transformers computes for them. Experts are taken apart
-    (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
+    It is of the class that config.json names. Parameters, and buffers that checkpoints have, are on
+    the meta device; all other buffers hold what transformers computes for them. Experts are taken
+    apart (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
 
     Raises:
         QuantizeError: transformers does not know the architecture, or refuses its config.json.
     """
-    from transformers import (  # slow to import
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        AutoModelForCausalLM,
-    )
+    from transformers import AutoConfig  # slow to import
 
     unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
     with explained(unsupported):
         config = AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=False
         )
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    model_class = _model_class(config)
+    if model_class is None:
         names = [config.model_type, *(config.architectures or ())]
         raise QuantizeError(
-            f"{unsupported} {' '.join(names)}: expected one whose decoder makes text, and which "
-            "transformers' AutoModelForCausalLM knows"
+            f"{unsupported} {' '.join(names)}: expected one whose decoder reads text, and which "
+            "transformers knows"
         )
     _check_counts(checkpoint, config)
     with explained(unsupported), _BUILDING:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, trust_remote_code=False
-            )
+            model = model_class._from_config(config)
         _compute_buffers(model)
-        unfuse_experts(model)
-    return model.eval()
+        tensor_map = TensorMap(model, plain_shapes(checkpoint))
+        unfuse_experts(model, tensor_map)
+    return model.eval(), tensor_map
+
+
+def _model_class(config: Any) -> Any:
+    """The class that config.json names, or else transformers' own choice; None if it has none."""
+    import transformers
+
+    listed = config.architectures if isinstance(config.architectures, list) else []
+    for name in listed[:1]:
+        found: Any = getattr(transformers, str(name), None)
+        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if known and isinstance(config, found.config_class or ()):
+            return found
+    for mapping in (
+        transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+        transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    ):
+        if type(config) in mapping:
+            return mapping[type(config)]
+    return None
 
 
 def _compute_buffers(model: Any) -> None:
@@ -88,8 +104,21 @@ def _check_counts(checkpoint: Checkpoint, config: Any) -> None:
             )
 
 
-def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and module of the repeated decoder layers: the ``nn.ModuleList`` with most parameters.
+def text_decoder(model: Any) -> Any:
+    """The part of a model that reads text: in one that also sees or hears, beside its towers."""
+    return model.get_decoder()
+
+
+def name_of(model: nn.Module, module: nn.Module) -> str:
+    """The name of a module inside a model."""
+    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
+    return names[id(module)]
+
+
+def decoder_layers(model: Any) -> tuple[str, nn.ModuleList]:
+    """Name and module of the repeated decoder layers.
+
+    That is the ``nn.ModuleList`` of the text decoder with most parameters.
 
     Raises:
         QuantizeError: the model has no ``nn.ModuleList``.
@@ -98,12 +127,13 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     def size(module: nn.Module) -> int:
         return sum(p.numel() for p in module.parameters())
 
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and m]
+    lists = [m for m in text_decoder(model).modules() if isinstance(m, nn.ModuleList) and m]
     if not lists:
         raise QuantizeError(
             f"unsupported architecture {type(model).__name__}: it has no repeated layers"
         )
-    return max(lists, key=lambda item: size(item[1]))
+    layers = max(lists, key=size)
+    return name_of(model, layers), layers
 
 
 def set_parameters(

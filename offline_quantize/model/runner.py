@@ -1,6 +1,6 @@
 """Runs a model that is larger than memory: one decoder layer at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,8 +9,14 @@ from torch import nn
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
-from offline_quantize.model.tied import parameter_tensors, share_tensors
+from offline_quantize.model.empty import (
+    build_empty_model,
+    decoder_layers,
+    name_of,
+    set_parameters,
+    text_decoder,
+)
+from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.tracing import record_layer_calls, replaced_forward
 
 BATCH = 4  # windows per forward call
@@ -49,7 +55,7 @@ class LayerRunner:
             TensorError: a tensor outside the decoder layers is not finite.
         """
         self.device = device
-        self.model = build_empty_model(checkpoint)
+        self.model, self._tensor_map = build_empty_model(checkpoint)
         self.layers_name, self.layers = decoder_layers(self.model)
         self._dtype = dtype
         self._load_outside_layers(checkpoint)
@@ -62,20 +68,32 @@ class LayerRunner:
             self.hidden.append(calls[0].hidden.cpu())
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
+        """Load what reading text takes: not the towers of a model that also sees or hears."""
+        layers = f"{self.layers_name}."
+        wanted = {
+            tensor: None
+            for module in (text_decoder(self.model), self.model.get_output_embeddings())
+            if module is not None
+            for tensor in self._tensor_map.tensors_of(name_of(self.model, module))
+        }
+        inside = set(self._tensor_map.tensors_of(layers))
+        tensors = checkpoint.load_finite(name for name in wanted if name not in inside)
+        values = dict(self._tensor_map.parameters(tensors))
+
         def stored(name: str, old: torch.Tensor) -> torch.Tensor:
-            if name in checkpoint.tensors:
-                tensor = next(checkpoint.load_finite([name]))[1]
-                return tensor.to(self.device, self._dtype)
+            if name in values:
+                return values.pop(name).to(self.device, self._dtype)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, stored, skip=self.layers_name, buffers=True)
-        share_tensors(self.model, parameter_tensors(self.model, checkpoint.tensors))
+        share_tensors(self.model, self._tensor_map.shared())
 
-    def load(self, index: int, weights: dict[str, torch.Tensor]) -> None:
-        """Give decoder layer ``index`` its tensors, by full name."""
+    def load(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give decoder layer ``index`` its parameters, from tensors of the checkpoint by name."""
+        parameters = dict(self._tensor_map.parameters(weights.items()))
 
         def given(name: str, old: torch.Tensor) -> torch.Tensor:
-            tensor = weights.get(f"{self.layers_name}.{index}.{name}")
+            tensor = parameters.get(f"{self.layers_name}.{index}.{name}")
             if tensor is None:
                 return old.to(self.device)
             is_parameter = isinstance(old, nn.Parameter)  # routers have buffers of float32
@@ -93,7 +111,7 @@ class LayerRunner:
         One zero takes the place of each, so that the model can still be called.
         """
         ends = (self.model.get_input_embeddings(), self.model.get_output_embeddings())
-        done = {id(parameter) for module in ends for parameter in module.parameters()}
+        done = {id(p) for module in ends if module is not None for p in module.parameters()}
         set_parameters(
             self.model,
             lambda _, p: p.new_zeros(()).expand(p.shape) if id(p) in done else p,

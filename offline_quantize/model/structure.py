@@ -1,11 +1,14 @@
-"""The linears of a model that can be quantized: every ``nn.Linear`` in its decoder layers.
+"""The linears of a model that can be quantized: every matrix of its decoder layers' ``nn.Linear``.
 
 The model is built without weights. One decoder layer at a time is run on meta tensors. Linears that
 receive the very same tensor object form an input group: they share input scales and rotation, as
 vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
+
+Linears have the names and shapes of the checkpoint's matrices: one that is split while it is loaded
+is one linear, and several that are merged are several.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +18,14 @@ from torch.utils._pytree import tree_map_only
 
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.empty import build_empty_model, decoder_layers, set_parameters
+from offline_quantize.model.empty import (
+    build_empty_model,
+    decoder_layers,
+    name_of,
+    set_parameters,
+)
 from offline_quantize.model.experts import Experts
-from offline_quantize.model.tied import parameter_tensors, stored_parameters, stored_twice
+from offline_quantize.model.tensor_map import TensorMap
 from offline_quantize.model.tracing import (
     LayerCall,
     head_input,
@@ -33,9 +41,10 @@ MIN_LINEAR_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Linear:
-    """One ``nn.Linear``: its module name and its weight's shape [num_rows, num_inputs].
+    """A matrix of the checkpoint: its tensor's name without ``.weight``, and its shape.
 
     Attributes:
+        modules: names of the ``nn.Linear`` of the model that it is the weight of, or a part.
         row_parallel: True where vLLM may cut the inputs between tensor-parallel ranks.
         reads: name of the first linear that reads the same input: they have one Hessian. All
             experts of a layer read the same input, but each gets only some of its tokens.
@@ -46,6 +55,7 @@ class Linear:
     num_inputs: int
     row_parallel: bool
     reads: str
+    modules: tuple[str, ...]
 
     @property
     def weight_name(self) -> str:
@@ -106,11 +116,16 @@ class InputGroup:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One decoder layer: its module name, its position, and its input groups."""
+    """One decoder layer: its module name, its position, and its input groups.
+
+    Attributes:
+        tensors: names of the checkpoint's tensors that belong to it.
+    """
 
     name: str
     index: int
     groups: tuple[InputGroup, ...]
+    tensors: tuple[str, ...]
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all groups."""
@@ -126,17 +141,13 @@ class DecoderLayer:
         """Number of inputs K of every activation that linears read, by :attr:`Linear.reads`."""
         return {linear.reads: linear.num_inputs for linear in self.linears()}
 
-    def tensor_names(self, checkpoint: Checkpoint) -> list[str]:
-        """Names of the checkpoint's tensors that belong to this layer."""
-        return [name for name in checkpoint.tensors if name.startswith(f"{self.name}.")]
-
     def load(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
         """The checkpoint's tensors of this layer, by name.
 
         Raises:
             TensorError: a tensor is not finite.
         """
-        return dict(checkpoint.load_finite(self.tensor_names(checkpoint)))
+        return dict(checkpoint.load_finite(self.tensors))
 
 
 @dataclass(frozen=True)
@@ -150,12 +161,14 @@ class Structure:
         num_kv_heads: the same, of keys and values.
         kv_rows: rows of a key projection, which vLLM replicates rather than cuts when there are
             more ranks than key heads.
-        tensors: every parameter -> the tensor with its values, which differs where it is tied.
-        head: the linear that makes logits.
+        head: the linear that makes logits; None for a model without one.
+        head_source: the tensor with the head's weight, which may be that of the embeddings.
         embeddings: the tensor of the embeddings.
+        tied: what the decoder layers or the head have no tensor of their own for -> the tensor of
+            another parameter that they use.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
-        shapes: of every parameter and every buffer that a checkpoint may have.
+        expected: name -> shape of every tensor that a checkpoint must have.
         unwanted: tensors of the checkpoint that are nothing of the model's.
     """
 
@@ -164,23 +177,14 @@ class Structure:
     num_heads: int | None
     num_kv_heads: int | None
     kv_rows: int | None
-    tensors: Mapping[str, str]
-    head: Linear
+    head: Linear | None
+    head_source: str
     embeddings: str
+    tied: Mapping[str, str]
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
-    shapes: Mapping[str, tuple[int, ...]]
+    expected: Mapping[str, tuple[int, ...]]
     unwanted: tuple[str, ...]
-
-    @property
-    def parameter_names(self) -> tuple[str, ...]:
-        """Every tensor that a checkpoint must have."""
-        return tuple(dict.fromkeys(self.tensors.values()))
-
-    @property
-    def head_source(self) -> str:
-        """The tensor with the head's weight, which may be that of the embeddings."""
-        return self.tensors[self.head.weight_name]
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all decoder layers; not the head."""
@@ -195,32 +199,38 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         QuantizeError: the architecture is not known, cannot be traced, or has most of its weights
             elsewhere than in ``nn.Linear`` of repeated layers.
     """
-    model = build_empty_model(checkpoint)
-    stored = stored_parameters(checkpoint)
-    tensors = parameter_tensors(model, stored)
+    model, tensor_map = build_empty_model(checkpoint)
     layers_name, modules = decoder_layers(model)
     calls = _layer_calls(model, layers_name, modules)
-    row_parallel = _row_parallel_names(model.config)
+    row_parallel = _row_parallel_names(model.config.get_text_config())
     layers = []
     for index, (module, call) in enumerate(zip(modules, calls, strict=True)):
+        name = f"{layers_name}.{index}"
         try:
-            groups = _input_groups(f"{layers_name}.{index}", module, call, row_parallel)
+            groups = _input_groups(name, module, call, tensor_map, row_parallel)
         except QuantizeError as error:
             raise QuantizeError(
                 f"unsupported architecture {type(model).__name__}: {error}"
             ) from error
-        layers.append(DecoderLayer(f"{layers_name}.{index}", index, groups))
+        layers.append(DecoderLayer(name, index, groups, tuple(tensor_map.tensors_of(f"{name}."))))
+    head, output = _head(model, tensor_map), model.get_output_embeddings()
+    embeddings = f"{name_of(model, model.get_input_embeddings())}.weight"
+    shared = tensor_map.shared()
+    needed = {name for name in shared if name.startswith(f"{layers_name}.")}
+    if output is not None and shared.get(embeddings) == f"{name_of(model, output)}.weight":
+        needed.add(embeddings)
     return Structure(
         layers_name,
         tuple(layers),
         *_attention_heads(model.config.get_text_config()),
-        tensors,
-        _head(model),
-        tensors[f"{_name_of(model, model.get_input_embeddings())}.weight"],
-        stored_twice(model, stored),
+        head,
+        tensor_map.tensor_of(f"{name_of(model, output)}.weight") if output is not None else "",
+        tensor_map.tensor_of(embeddings),
+        {name: tensor_map.tensor_of(name) for name in needed},
+        tensor_map.stored_twice(),
         type(model).__name__,
-        {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        unwanted(model, stored),
+        tensor_map.expected,
+        unwanted(model, tensor_map),
     )
 
 
@@ -252,7 +262,11 @@ def _row_parallel_names(config: Any) -> set[str] | None:
 
 
 def _input_groups(
-    layer_name: str, layer: nn.Module, call: LayerCall, row_parallel: set[str] | None
+    layer_name: str,
+    layer: nn.Module,
+    call: LayerCall,
+    tensor_map: TensorMap,
+    row_parallel: set[str] | None,
 ) -> tuple[InputGroup, ...]:
     """The input groups of one decoder layer."""
     modules = _quantizable(layer)
@@ -264,16 +278,46 @@ def _input_groups(
     groups += [[name] for name in modules if name not in called]
 
     by_role: dict[str, list[Linear]] = {}  # one for all that experts have in the same place
-    for names in filter(None, groups):
-        reads = f"{layer_name}.{names[0]}"
-        for name in dict.fromkeys(names):
-            full = f"{layer_name}.{name}"
-            inner = len(names) == 1 and role_of(full) != full  # what an expert computes itself
-            cut = inner or row_parallel is None or name.rpartition(".")[2] in row_parallel
-            rows, inputs = modules[name].weight.shape
-            linear = Linear(full, rows, inputs, cut, reads)
+    for names in groups:
+        matrices = _matrices(layer_name, dict.fromkeys(names), tensor_map)
+        for name, (shape, parts) in matrices.items():
+            reads = next(iter(matrices))
+            inner = len(matrices) == 1 and role_of(name) != name  # what an expert computes itself
+            last = parts[0].rpartition(".")[2]
+            cut = inner or row_parallel is None or last in row_parallel
+            linear = Linear(name, *shape, cut, reads, tuple(parts))
             by_role.setdefault(role_of(reads), []).append(linear)
     return tuple(InputGroup(tuple(linears)) for linears in by_role.values())
+
+
+def _matrices(
+    layer_name: str, modules: Iterable[str], tensor_map: TensorMap
+) -> dict[str, tuple[tuple[int, int], list[str]]]:
+    """The checkpoint's matrices that hold the weights of ``nn.Linear`` which read the same input.
+
+    Args:
+        modules: names inside the layer.
+    Returns:
+        Name of the matrix -> its shape, and the full names of the modules that it is the weight of.
+    """
+    found: dict[str, tuple[tuple[int, int], list[str]]] = {}
+    read = {f"{layer_name}.{module}.weight" for module in modules}
+    for parameter in (f"{layer_name}.{module}.weight" for module in modules):
+        conversion = tensor_map.conversion_to(parameter)
+        if (
+            conversion is None
+            or not conversion.keeps_inputs
+            or not read >= conversion.parameters.keys()
+        ):
+            continue
+        for tensor, shape in conversion.tensors.items():
+            if len(shape) == 2 and tensor.endswith(".weight"):
+                name = tensor.removesuffix(".weight")
+                rows, inputs = shape
+                found.setdefault(name, ((rows, inputs), []))[1].append(
+                    parameter.removesuffix(".weight")
+                )
+    return found
 
 
 def _quantizable(layer: nn.Module) -> dict[str, nn.Linear]:
@@ -328,13 +372,13 @@ def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     return num_heads, num_kv_heads, kv_rows
 
 
-def _head(model: Any) -> Linear:
+def _head(model: Any, tensor_map: TensorMap) -> Linear | None:
     output = model.get_output_embeddings()
-    name = _name_of(model, output)
+    if output is None:
+        return None
+    module = name_of(model, output)
+    conversion = tensor_map.conversion_to(f"{module}.weight")
+    tensor = next(iter(conversion.tensors)) if conversion else f"{module}.weight"
+    name = tensor.removesuffix(".weight")
     rows, inputs = output.weight.shape
-    return Linear(name, rows, inputs, row_parallel=False, reads=name)
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    names: dict[int, str] = {id(module): name for name, module in model.named_modules()}
-    return names[id(wanted)]
+    return Linear(name, rows, inputs, row_parallel=False, reads=name, modules=(module,))

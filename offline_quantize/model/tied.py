@@ -1,12 +1,12 @@
-"""Which tensor of a checkpoint holds which parameter, where parameters are tied to each other.
+"""Parameters that are tied to each other, as head and embeddings often are.
 
-config.json says which parameters may share one tensor, as head and embeddings often do. The
+config.json says which parameters may share one tensor. The
 checkpoint decides: a parameter that has a tensor of its own uses it, and only one that has none
 shares another's. So it is in transformers, which looks at the config of the model's own class and
 shares in both directions, and in vLLM, which builds a head of its own if the checkpoint has one.
 """
 
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +18,25 @@ from offline_quantize.model.checkpoint import Checkpoint
 _COMPARED_ELEMENTS = 2**24  # of each of two tensors, in memory at once
 
 
-def stored_parameters(checkpoint: Checkpoint) -> set[str]:
-    """Names of the parameters that a plain or QAM-W checkpoint has tensors of."""
-    packed = ".qweight"
-    return {
-        f"{name.removesuffix(packed)}.weight" if name.endswith(packed) else name
-        for name in checkpoint.tensors
-    }
+def tied_groups(model: Any) -> list[list[str]]:
+    """Names of parameters that config.json ties; first the one that transformers saves."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    groups: dict[str, list[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        if {name, source} <= parameters:
+            groups.setdefault(source, [source]).append(name)
+    return list(groups.values())
 
 
-def parameter_tensors(model: Any, stored: Container[str]) -> dict[str, str]:
-    """Name of every parameter -> name of the tensor that holds its values.
-
-    Where several are tied and none is stored, that is the one which transformers would save.
-
-    Args:
-        model: of transformers.
-        stored: names of the parameters that the checkpoint has tensors of.
-    """
-    tensors = {name: name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for group in _tied_groups(model):
-        shared = next((name for name in group if name in stored), group[0])
-        tensors |= {name: shared for name in group if name not in stored}
-    return tensors
-
-
-def stored_twice(model: Any, stored: Container[str]) -> tuple[tuple[str, str], ...]:
-    """Pairs of parameters that config.json ties although the checkpoint stores both."""
-    groups = [[name for name in group if name in stored] for group in _tied_groups(model)]
-    return tuple((group[0], other) for group in groups for other in group[1:])
-
-
-def share_tensors(model: Any, tensors: Mapping[str, str]) -> None:
-    """Put one parameter in the place of all that share its tensor.
+def share_tensors(model: Any, shared: Mapping[str, str]) -> None:
+    """Put one parameter in the place of all that use its tensor.
 
     Args:
-        tensors: of :func:`parameter_tensors`.
+        shared: name of a parameter -> name of the one whose tensor it uses.
     """
-    for name, shared in tensors.items():
-        if name != shared:
-            module, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(module), attribute, model.get_parameter(shared))
+    for name, holder in shared.items():
+        module, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(module), attribute, model.get_parameter(holder))
 
 
 def any_differ(checkpoint: Checkpoint, pairs: Collection[tuple[str, str]]) -> bool:
@@ -79,13 +57,3 @@ def _differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
             torch.equal(*(part[start : start + step] for part in slices))
             for start in range(0, rows, step)
         )
-
-
-def _tied_groups(model: Any) -> list[list[str]]:
-    """Names of parameters that config.json ties; first the one that transformers saves."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    groups: dict[str, list[str]] = {}
-    for name, source in model.all_tied_weights_keys.items():
-        if {name, source} <= parameters:
-            groups.setdefault(source, [source]).append(name)
-    return list(groups.values())

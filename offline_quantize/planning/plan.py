@@ -4,7 +4,7 @@ A plan is decided from config.json and the headers of the shards; no tensor is r
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,24 +85,15 @@ class Plan:
 
     def with_shards(self) -> "Plan":
         """The same plan with the output files that its format leads to."""
-        quantized = {linear.weight_name: linear for linear in self.linears()}
-        if self.head:
-            quantized[self.head.weight_name] = self.head
-
-        def written(name: str) -> list[TensorInfo]:
-            if name in quantized:
-                return self.output_tensors(quantized[name])
-            return [self.checkpoint.tensors[name]]
-
-        names_by_layer = [layer.tensor_names(self.checkpoint) for layer in self.layers]
+        names_by_layer = [layer.tensors for layer in self.layers]
         in_layers = {name for names in names_by_layer for name in names}
         outside = [name for name in self.checkpoint.tensors if name not in in_layers]
         if self.head:  # comes last; without a weight of its own it is not among the tensors
             outside = [name for name in outside if name != self.head.weight_name]
             outside.append(self.head.weight_name)
         shards = make_shards(
-            [[info for name in names for info in written(name)] for names in names_by_layer],
-            [info for name in outside for info in written(name)],
+            [self.written(names) for names in names_by_layer],
+            self.written(outside),
             self.request.max_shard_bytes,
         )
         return dataclasses.replace(self, shards=shards)
@@ -126,6 +117,21 @@ class Plan:
             for suffix, (shape, dtype) in tensors.items()
         ]
 
+    def written(self, names: Iterable[str]) -> list[TensorInfo]:
+        """What is written for tensors of the checkpoint, or of a head that has none there."""
+        quantized = {linear.weight_name: linear for linear in self.linears()}
+        if self.head:
+            quantized[self.head.weight_name] = self.head
+        return [
+            info
+            for name in names
+            for info in (
+                self.output_tensors(quantized[name])
+                if name in quantized
+                else [self.checkpoint.tensors[name]]
+            )
+        ]
+
     def load_head(self) -> torch.Tensor:
         """The weight [vocabulary, hidden size] of the head, from the embeddings if it is tied.
 
@@ -141,8 +147,10 @@ class Plan:
 
     @property
     def vocabulary(self) -> int:
-        """Rows of the head's weight."""
-        return self.checkpoint.tensors[self.structure.head_source].shape[0]
+        """Rows of the weight of the head, or of the embeddings where there is no head."""
+        return self.checkpoint.tensors[
+            self.structure.head_source or self.structure.embeddings
+        ].shape[0]
 
     @property
     def num_quantized_weights(self) -> int:

@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
 from offline_quantize.model.tied import any_differ
 from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
@@ -84,6 +84,8 @@ def check_tensors(
         QuantizeError: one is missing, or has a shape or dtype that cannot be quantized.
     """
     _check_complete(checkpoint, structure)
+    for name, shape in structure.expected.items():
+        _check_shape(checkpoint.tensors[name], shape)
     for linear in linears:
         _check_weight(checkpoint, linear, linear.weight_name, linears)
     if head:
@@ -152,9 +154,9 @@ def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
 
 
 def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
-    for name in structure.parameter_names:
+    for name in structure.expected:
         if name not in checkpoint.tensors:
-            unknown = sorted(set(checkpoint.tensors) - set(structure.parameter_names))[:3]
+            unknown = sorted(set(checkpoint.tensors) - structure.expected.keys())[:3]
             hint = f"; it does not have these tensors: {', '.join(unknown)}" if unknown else ""
             raise QuantizeError(
                 f"{checkpoint.directory}: no tensor {name}, "
@@ -165,13 +167,11 @@ def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
             f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
             f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
         )
-    for name, tensor in structure.tensors.items():
-        inside = name.startswith(f"{structure.layers_name}.")
-        if name != tensor and (inside or tensor == structure.head.weight_name):
-            raise QuantizeError(
-                f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
-                "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
-            )
+    for name, tensor in structure.tied.items():
+        raise QuantizeError(
+            f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
+            "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
+        )
 
 
 def _check_weight(
@@ -179,12 +179,7 @@ def _check_weight(
 ) -> None:
     """Check the tensor ``source`` with the weight of one of the ``linears``."""
     info = checkpoint.tensors[source]
-    expected = (linear.num_rows, linear.num_inputs)
-    if info.shape != expected:
-        raise QuantizeError(
-            f"{info.file}: {info.name} has shape {list(info.shape)}, "
-            f"expected {list(expected)} by config.json"
-        )
+    _check_shape(info, (linear.num_rows, linear.num_inputs))
     check_source_dtype(f"{info.file}: {info.name}", info.dtype)
     if linear.num_inputs % UNIT_INPUTS:
         same_input = [x.name.rpartition(".")[2] for x in linears if x.reads == linear.reads]
@@ -192,4 +187,12 @@ def _check_weight(
             f"{info.file}: {info.name} has {linear.num_inputs} inputs, "
             f"not a multiple of {UNIT_INPUTS}: leave what reads them unquantized with ",
             Option("ignore", [f"*.{name}" for name in same_input]),
+        )
+
+
+def _check_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:
+    if info.shape != expected:
+        raise QuantizeError(
+            f"{info.file}: {info.name} has shape {list(info.shape)}, "
+            f"expected {list(expected)} by config.json"
         )

@@ -165,7 +165,7 @@ def check_disk(plan: Plan, out: Path, scratch_tokens: int, free: int | None = No
 def _layer_tensors(plan: Plan) -> list[list[TensorInfo]]:
     """The source tensors of every decoder layer."""
     tensors = plan.checkpoint.tensors
-    return [[tensors[name] for name in x.tensor_names(plan.checkpoint)] for x in plan.layers]
+    return [[tensors[name] for name in x.tensors] for x in plan.layers]
 
 
 def _num_elements(tensors: list[TensorInfo]) -> int:

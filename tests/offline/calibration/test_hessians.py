@@ -36,7 +36,7 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path) -
     first, second = plan.layers
     tokens = calibration_windows(model, DEFAULT_TEXT, num_tokens, window_tokens=128)
     decoded = dict(decoded_tensors(Checkpoint(out), torch.float32))
-    decoded = {name: decoded[name] for name in first.tensor_names(plan.checkpoint)}
+    decoded = {name: decoded[name] for name in first.tensors}
     calibrator = Calibrator(plan.checkpoint, tokens, CPU, torch.float32)
     no_groups = dataclasses.replace(first, groups=())
     assert calibrator.hessians(first.load(plan.checkpoint), no_groups, ()) == {}

@@ -11,6 +11,7 @@ from torch import nn
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model
+from offline_quantize.model.structure import find_structure
 from offline_quantize.planning.plan import make_plan
 from tests.helpers.models import copy_model
 
@@ -22,11 +23,14 @@ def changed(tiny_llama: Path, target: Path, **changes: object) -> Path:
     return model
 
 
-def test_what_is_no_text_model_is_refused_in_one_line(tmp_path: Path, tiny_llama: Path) -> None:
-    wrapper = {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]}
-    model = changed(tiny_llama, tmp_path / "model", **wrapper)
-    with pytest.raises(QuantizeError, match="llava LlavaForConditionalGeneration") as caught:
-        build_empty_model(Checkpoint(model))
+@pytest.mark.parametrize("architectures", [["ViTForImageClassification"], ["Unknown"], [5], None])
+def test_what_is_no_text_model_is_refused_in_one_line(
+    architectures: object, tmp_path: Path, tiny_llama: Path
+) -> None:
+    other = {"model_type": "vit", "architectures": architectures, "num_hidden_layers": 2}
+    model = changed(tiny_llama, tmp_path / "model", **other)
+    with pytest.raises(QuantizeError, match="unsupported architecture") as caught:
+        find_structure(Checkpoint(model))
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
@@ -75,8 +79,8 @@ def test_building_in_two_threads_leaves_the_process_as_it_was(tiny_llama: Path) 
     before = nn.Module.register_parameter, torch.get_default_dtype(), nn.init.normal_
     for _ in range(10):
         with ThreadPoolExecutor(2) as threads:
-            models = list(threads.map(build_empty_model, [checkpoint] * 2))
-        assert all(p.is_meta for model in models for p in model.parameters())
+            built = list(threads.map(build_empty_model, [checkpoint] * 2))
+        assert all(p.is_meta for model, _ in built for p in model.parameters())
         assert before == (nn.Module.register_parameter, torch.get_default_dtype(), nn.init.normal_)
 
 
@@ -84,7 +88,7 @@ def test_buffers_that_no_checkpoint_has_are_those_of_transformers(tiny_llama: Pa
     from transformers import AutoModelForCausalLM
 
     loaded = dict(AutoModelForCausalLM.from_pretrained(tiny_llama).named_buffers())
-    built = dict(build_empty_model(Checkpoint(tiny_llama)).named_buffers())
+    built = dict(build_empty_model(Checkpoint(tiny_llama))[0].named_buffers())
     assert loaded and loaded.keys() == built.keys()
     for name, buffer in loaded.items():
         assert buffer.dtype == built[name].dtype and torch.equal(buffer, built[name]), name

@@ -26,7 +26,7 @@ def test_input_groups_and_sizes(tiny_llama: Path) -> None:
     assert [group.num_inputs for group in layer.groups] == [256, 256, 256, 512]
     assert layer.input_widths() == {group.name: group.num_inputs for group in layer.groups}
     weights = layer.load(checkpoint)
-    assert list(weights) == layer.tensor_names(checkpoint) and len(weights) == 9
+    assert list(weights) == list(layer.tensors) and len(weights) == 9
     linears = list(layer.linears())
     assert layer.num_weights == sum(weights[x.weight_name].numel() for x in linears)
     assert layer.num_weights == sum(group.num_weights for group in layer.groups)
@@ -35,7 +35,7 @@ def test_input_groups_and_sizes(tiny_llama: Path) -> None:
     assert [x.name for x in linears if x.row_parallel] == [g.name for g in layer.groups[1::2]]
     assert len(list(structure.linears())) == 14
     assert structure.head.name == "lm_head" and structure.head_source == "lm_head.weight"
-    assert set(structure.parameter_names) == set(checkpoint.tensors)
+    assert set(structure.expected) == set(checkpoint.tensors)
     assert (structure.num_heads, structure.num_kv_heads, structure.kv_rows) == (4, 2, 128)
 
 
@@ -43,7 +43,7 @@ def test_tied_head(tmp_path: Path) -> None:
     structure = find_structure(Checkpoint(tiny_model(tmp_path / "model", "gemma3_text")))
     assert structure.head.name == "lm_head"
     assert structure.head_source == "model.embed_tokens.weight"
-    assert "lm_head.weight" not in structure.parameter_names
+    assert "lm_head.weight" not in structure.expected
 
 
 def test_layers_that_differ_in_their_heads(tmp_path: Path) -> None:

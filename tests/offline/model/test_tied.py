@@ -83,7 +83,7 @@ def test_the_head_is_the_one_that_transformers_uses(case: str, tmp_path: Path) -
     judge = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     checkpoint = Checkpoint(model)
     structure = find_structure(checkpoint)
-    assert set(structure.parameter_names) <= set(checkpoint.tensors)
+    assert set(structure.expected) <= set(checkpoint.tensors)
     weight = judge.lm_head.weight
     assert torch.equal(tensors_of(model)[structure.head_source].float(), weight)
     runner = LayerRunner(checkpoint, IDS, CPU, torch.float32)

@@ -47,9 +47,7 @@ def test_finished_shards_count_as_written(tmp_path: Path, tiny_llama: Path) -> N
 def test_memory_without_calibration_is_a_layer_and_a_shard(tiny_llama: Path) -> None:
     plan = make_plan(tiny_llama, QuantizeRequest(calibration=None))
     estimate = estimate_memory(plan)
-    layer = sum(
-        plan.checkpoint.tensors[n].num_bytes for n in plan.layers[0].tensor_names(plan.checkpoint)
-    )
+    layer = sum(plan.checkpoint.tensors[n].num_bytes for n in plan.layers[0].tensors)
     shards = 2 * max(shard.num_bytes for shard in plan.shards)
     assert (estimate.layer, estimate.shards) == (layer, shards)
     assert estimate.total == estimate.libraries + layer + shards
