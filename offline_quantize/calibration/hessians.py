@@ -178,7 +178,7 @@ class Calibrator:
         head = runner.model.get_output_embeddings()
         total = torch.zeros(head.in_features, head.in_features, device=runner.device)
         for batch in runner.hidden:
-            states = head_input(runner.model, runner.layers, batch.to(runner.device))
+            states = head_input(runner.model, runner.layers, runner.calls, batch.to(runner.device))
             rows = states.reshape(-1, head.in_features).float()
             total.addmm_(rows.T, rows)
             num_tokens += len(rows)

@@ -27,6 +27,7 @@ from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, InputGroup
+from offline_quantize.model.tracing import constant_layers
 from offline_quantize.progress import Progress, silent
 from offline_quantize.ranks import ALONE, Ranks
 
@@ -206,7 +207,7 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
         for i in range(len(batch)):  # by window: the logits are large
             hidden = batch[i : i + 1].to(runner.device).requires_grad_()
             window = tokens[start + i : start + i + 1].to(runner.device)
-            with runner.layers_put_out(hidden):
+            with constant_layers(runner.layers, runner.calls, hidden):
                 logits = runner.model(input_ids=window, use_cache=False).logits[0].float()
             labels = _draw_labels(logits.detach(), generator)
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")

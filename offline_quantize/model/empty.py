@@ -41,7 +41,7 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
         )
     model_class = _model_class(config)
     if model_class is None:
-        names = [config.model_type, *(config.architectures or ())]
+        names = [config.model_type, *map(str, config.architectures or ())]
         raise QuantizeError(
             f"{unsupported} {' '.join(names)}: expected one whose decoder reads text, and which "
             "transformers knows"

@@ -5,6 +5,8 @@ checkpoint's matrices into them while loading. Taken apart again, experts are fo
 decoded like all other linears.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +45,13 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """The experts of a layer, in the place of transformers' fused ones."""
+    """The experts of a layer, in the place of transformers' fused ones.
+
+    Attributes:
+        all_run: whether every expert runs on all tokens, see :func:`all_experts_run`.
+    """
+
+    all_run = False
 
     def forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -58,10 +66,8 @@ class Experts(nn.ModuleList):
             [T, hidden size] in the dtype of ``hidden``.
         """
         out = torch.zeros_like(hidden)
-        if hidden.is_meta:
-            # While tracing, nobody knows which experts are chosen. All read one tensor, which
-            # nothing else reads.
-            own = hidden.clone()
+        if self.all_run:
+            own = hidden.clone()  # all read one tensor, which nothing else reads
             for expert in self:
                 expert(own)
             return out
@@ -71,6 +77,19 @@ class Experts(nn.ModuleList):
                 weighted = expert(hidden[token]) * top_k_weights[token, slot, None]
                 out = out.index_add(0, token, weighted.to(out.dtype))
         return out
+
+
+@contextmanager
+def all_experts_run(layer: nn.Module) -> Iterator[None]:
+    """While active, every expert of a layer runs, for nothing: without weights, none is chosen."""
+    blocks = [module for module in layer.modules() if isinstance(module, Experts)]
+    for block in blocks:
+        block.all_run = True
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.all_run
 
 
 def unfuse_experts(model: Any, tensor_map: TensorMap) -> None:

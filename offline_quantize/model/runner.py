@@ -1,7 +1,6 @@
 """Runs a model that is larger than memory: one decoder layer at a time."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from offline_quantize.model.empty import (
     text_decoder,
 )
 from offline_quantize.model.tied import share_tensors
-from offline_quantize.model.tracing import record_layer_calls, replaced_forward
+from offline_quantize.model.tracing import LayerCall, record_layer_calls
 
 BATCH = 4  # windows per forward call
 DTYPE = torch.bfloat16  # as layers are served
@@ -33,6 +32,7 @@ class LayerRunner:
         model: the whole model; its decoder layers have weights only while they are loaded.
         layers_name: module name of the list of decoder layers.
         layers: the decoder layers.
+        calls: of the layers, with the last batch.
         hidden: what the next layer reads, [batch, T, hidden size] in ``dtype`` for every batch.
     """
 
@@ -60,12 +60,14 @@ class LayerRunner:
         self._dtype = dtype
         self._load_outside_layers(checkpoint)
         self.hidden: list[torch.Tensor] = []
+        self.calls: list[LayerCall] = []
         # Masks and positions: (args, kwargs) for every batch and layer.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
         for part in torch.split(tokens, batch) if len(tokens) else ():
             calls = record_layer_calls(self.model, self.layers, part.to(device))
             self._arguments.append([(call.args, call.kwargs) for call in calls])
             self.hidden.append(calls[0].hidden.cpu())
+            self.calls = calls
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
         """Load what reading text takes: not the towers of a model that also sees or hears."""
@@ -124,16 +126,6 @@ class LayerRunner:
         out = self.layers[index](hidden, *args, **kwargs)
         first: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return first
-
-    @contextmanager
-    def layers_put_out(self, hidden: torch.Tensor) -> Iterator[None]:
-        """While active, every decoder layer puts out ``hidden``: only what follows them is run."""
-
-        def constant(*args: Any, **kwargs: Any) -> torch.Tensor:
-            return hidden
-
-        with replaced_forward(self.layers, lambda _: constant):
-            yield
 
     @torch.no_grad()
     def advance(self, index: int) -> None:

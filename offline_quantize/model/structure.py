@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map_only
 
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.model.checkpoint import Checkpoint
@@ -29,8 +28,8 @@ from offline_quantize.model.tensor_map import TensorMap
 from offline_quantize.model.tracing import (
     LayerCall,
     head_input,
-    on_linear_inputs,
     record_layer_calls,
+    trace_layer,
 )
 from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
@@ -246,7 +245,8 @@ def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[La
         model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
     )
     calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
-    head_input(model, layers, calls[-1].hidden)
+    if model.get_output_embeddings() is not None:
+        head_input(model, layers, calls, calls[-1].hidden)
     layers.to("meta")
     return calls
 
@@ -272,8 +272,8 @@ def _input_groups(
     modules = _quantizable(layer)
     _check_linear_share(layer_name, layer, modules)
     with explained(f"{layer_name} cannot be traced"):
-        traced = _names_by_input(layer, call)
-    groups = [[name for name in group if name in modules] for group in traced]
+        traced = trace_layer(layer, call)
+    groups = [[name for name in group if name in modules] for group in traced.inputs]
     called = {name for group in groups for name in group}
     groups += [[name] for name in modules if name not in called]
 
@@ -341,21 +341,6 @@ def _check_linear_share(layer_name: str, layer: nn.Module, modules: dict[str, nn
             f"nn.Linear holds only {in_linears / total:.0%} of the weights of {layer_name}; "
             f"the rest is in {sorted(matrices - set(modules))}"
         )
-
-
-def _names_by_input(layer: nn.Module, call: LayerCall) -> list[list[str]]:
-    """Names inside the layer of the linears that receive the same tensor, in order of running."""
-    by_input: dict[int, list[str]] = {}
-    alive = []  # keeps ids unique while the layer runs
-
-    def record(name: str, x: torch.Tensor) -> None:
-        alive.append(x)
-        by_input.setdefault(id(x), []).append(name)
-
-    hidden, args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to("meta"), call)
-    with on_linear_inputs(layer, record), torch.no_grad():
-        layer(hidden, *args, **kwargs)
-    return list(by_input.values())
 
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:

@@ -1,27 +1,37 @@
 """Watching a model run: what its decoder layers are called with, and what their linears read."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
-from offline_quantize.errors import QuantizeError, explained
+from offline_quantize.errors import QuantizeError, explained, is_out_of_memory
+from offline_quantize.model.empty import set_parameters, text_decoder
+from offline_quantize.model.experts import all_experts_run
 
 
 class LayerCall(NamedTuple):
-    """How the model calls a decoder layer: ``layer(hidden, *args, **kwargs)``.
+    """How the model calls a decoder layer, ``layer(hidden, *args, **kwargs)``, and what it gets.
 
     Attributes:
         hidden: the hidden states [batch, T, hidden size].
         args: further arguments, as masks and rotary embeddings; they may differ by layer.
         kwargs: the same, by name.
+        num_outputs: how many values the layer puts out in a tuple, of which hidden states are the
+            first; 0 where it puts out just these.
     """
 
     hidden: torch.Tensor
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    num_outputs: int = 0
+
+    def with_outputs(self, hidden: torch.Tensor) -> Any:
+        """Hidden states in the form in which the layer puts them out."""
+        return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
 
 @contextmanager
@@ -37,6 +47,75 @@ def replaced_forward(
     finally:
         for module in replaced:
             del module.forward
+
+
+@contextmanager
+def constant_layers(
+    layers: nn.ModuleList, calls: Sequence[LayerCall], hidden: torch.Tensor
+) -> Iterator[None]:
+    """While active, every decoder layer puts out ``hidden``: only what follows them is run.
+
+    Args:
+        calls: of the layers, whatever with.
+    """
+
+    def constant(index: int) -> Callable[..., Any]:
+        return lambda *_, **__: calls[index].with_outputs(hidden)
+
+    with replaced_forward(layers, constant):
+        yield
+
+
+class Traced(NamedTuple):
+    """A decoder layer that was run without weights.
+
+    Attributes:
+        output: what it put out; the values mean nothing.
+        inputs: names inside the layer of the linears that received the same tensor, in order of
+            running.
+    """
+
+    output: Any
+    inputs: list[list[str]]
+
+
+def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
+    """Run a decoder layer whose weights are on the meta device.
+
+    Code that looks at values cannot run there: then every weight is a single zero, expanded.
+    """
+    try:
+        return _traced(layer, *tree_map_only(torch.Tensor, lambda t: t.to("meta"), call[:3]))
+    except Exception as error:  # of whatever kind the model's own code raises
+        if is_out_of_memory(error):
+            raise
+    empty: set[str] = set()
+
+    def zero(name: str, old: torch.Tensor) -> torch.Tensor:
+        if not old.is_meta:
+            return old
+        empty.add(name)
+        return torch.zeros((), dtype=old.dtype).expand(old.shape)
+
+    set_parameters(layer, zero, buffers=True)
+    traced = _traced(layer, *call[:3])
+    set_parameters(layer, lambda name, t: t.to("meta") if name in empty else t, buffers=True)
+    return traced
+
+
+def _traced(
+    layer: nn.Module, hidden: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Traced:
+    by_input: dict[int, list[str]] = {}
+    alive = []  # keeps ids unique while the layer runs
+
+    def record(name: str, x: torch.Tensor) -> None:
+        alive.append(x)
+        by_input.setdefault(id(x), []).append(name)
+
+    with on_linear_inputs(layer, record), torch.no_grad(), all_experts_run(layer):
+        output = type(layer).forward(layer, hidden, *args, **kwargs)  # whatever stands in for it
+    return Traced(output, list(by_input.values()))
 
 
 class _Reached(Exception):
@@ -56,14 +135,19 @@ def record_layer_calls(
     """
     calls: list[LayerCall] = []
     order: list[int] = []
+    num_outputs: dict[type[nn.Module], int] = {}
 
-    def recorder(index: int) -> Callable[..., torch.Tensor]:
-        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def recorder(index: int) -> Callable[..., Any]:
+        def record(hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             order.append(index)
-            calls.append(LayerCall(hidden, args, kwargs))
+            call, kind = LayerCall(hidden, args, kwargs), type(layers[index])
+            if kind not in num_outputs:
+                output = trace_layer(layers[index], call).output
+                num_outputs[kind] = len(output) if isinstance(output, tuple) else 0
+            calls.append(call._replace(num_outputs=num_outputs[kind]))
             if len(calls) == len(layers):
                 raise _Reached
-            return hidden
+            return calls[-1].with_outputs(hidden)
 
         return record
 
@@ -74,7 +158,7 @@ def record_layer_calls(
         explained(f"{unsupported}: calling it fails"),
         suppress(_Reached),
     ):
-        model.base_model(input_ids=input_ids, use_cache=False)
+        text_decoder(model)(input_ids=input_ids, use_cache=False)
     if order != list(range(len(layers))):
         raise QuantizeError(
             f"{unsupported}: its {len(layers)} decoder layers were called as {order}"
@@ -82,11 +166,14 @@ def record_layer_calls(
     return calls
 
 
-def head_input(model: Any, layers: nn.ModuleList, hidden: torch.Tensor) -> torch.Tensor:
+def head_input(
+    model: Any, layers: nn.ModuleList, calls: Sequence[LayerCall], hidden: torch.Tensor
+) -> torch.Tensor:
     """What the head reads [batch, T, K], where the decoder layers put out ``hidden``.
 
     Args:
         model: needs no weights in layers and head; those of the embeddings do not matter.
+        calls: of its layers, whatever with.
         hidden: [batch, T, hidden size].
     Raises:
         QuantizeError: the model cannot be called, or does not call its head.
@@ -101,7 +188,7 @@ def head_input(model: Any, layers: nn.ModuleList, hidden: torch.Tensor) -> torch
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
     handle = model.get_output_embeddings().register_forward_pre_hook(read)
     with (
-        replaced_forward(layers, lambda _: lambda *args, **kwargs: hidden),
+        constant_layers(layers, calls, hidden),
         torch.no_grad(),
         explained(f"{unsupported}: what follows its decoder layers fails"),
         suppress(_Reached),
