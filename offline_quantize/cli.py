@@ -184,6 +184,12 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         help="leave linear layers that match this glob pattern as they are; may be repeated",
     )
     add(
+        "--allow-partial",
+        action="store_true",
+        help="go on where more than a tenth of the decoder's weights cannot be quantized; they "
+        "stay as they are",
+    )
+    add(
         "--quantize-lm-head",
         action="store_true",
         help="also the head that makes logits, at 6 bits per weight; it gets a weight of its own "

@@ -173,6 +173,7 @@ def _request(args: argparse.Namespace) -> "QuantizeRequest":
         rates=args.rates,
         tp_max=args.tp_max,
         ignore=args.ignore,
+        allow_partial=args.allow_partial,
         quantize_lm_head=args.quantize_lm_head,
     )
 
@@ -209,6 +210,7 @@ def _print_table(made: "Plan") -> None:
 def _print_sizes(made: "Plan", processes: int) -> None:
     from offline_quantize.calibration.text import default_num_tokens
     from offline_quantize.planning.plan import HEAD_INDEX_BITS
+    from offline_quantize.planning.selection import kept_matrices
     from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
     from qamw_kernels.format.rates import nominal_bits_per_weight
 
@@ -234,6 +236,11 @@ def _print_sizes(made: "Plan", processes: int) -> None:
     each = f" in each of {processes} processes" if processes > 1 else ""
     read = f", for {tokens} tokens of calibration text" if tokens else ""
     show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{each}{read}")
+    if kept := kept_matrices(made.structure):
+        show(
+            f"{made.structure.kept_share:.1%} of the decoder's weights stay as they are:",
+            *(f"  {line}" for line in kept),
+        )
     served = ", ".join(map(str, made.tensor_parallel_sizes))
     show(f"tensor-parallel sizes up to {request.tp_max} that can serve the result: {served}")
 

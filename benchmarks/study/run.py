@@ -32,8 +32,8 @@ from offline_quantize.evaluation.conventions import Window, open_text
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.evaluation.head import Head, compare_window
 from offline_quantize.evaluation.metrics import Divergence, Perplexity, Scores
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import find_structure
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tools.real_models import real_model

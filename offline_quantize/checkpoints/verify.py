@@ -17,7 +17,8 @@ from offline_quantize.checkpoints.quantized import (
 )
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import json_bytes, write_atomically
-from offline_quantize.model.structure import InputGroup, Structure, find_structure
+from offline_quantize.model.analysis import find_structure
+from offline_quantize.model.structure import InputGroup, Structure
 from qamw_kernels.errors import QamwError
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest

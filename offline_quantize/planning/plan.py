@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 
 from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
-from offline_quantize.model.structure import DecoderLayer, Linear, Structure, find_structure
+from offline_quantize.model.structure import DecoderLayer, Linear, Structure
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.selection import (
+    check_share,
     check_tensors,
     select_head,
     select_layers,
@@ -210,6 +212,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     checkpoint = Checkpoint(directory)
     _check_unquantized(checkpoint)
     structure = find_structure(checkpoint)
+    check_share(structure, request.allow_partial)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]
     head = select_head(checkpoint, structure, request.quantize_lm_head)

@@ -32,6 +32,7 @@ class QuantizeRequest:
             by what their errors cost. "uniform" treats all alike, in about half the time.
         tp_max: widest tensor parallelism that rotation blocks are chosen for.
         ignore: glob patterns of linear layers that stay as they are.
+        allow_partial: go on where more than a tenth of the decoder's weights cannot be quantized.
         quantize_lm_head: also quantize the head, at 6 bits per weight; it no longer shares its
             weight with the embeddings.
         max_shard_bytes: size of an output file, unless one layer is larger.
@@ -46,6 +47,7 @@ class QuantizeRequest:
     rates: str
     tp_max: int
     ignore: tuple[str, ...]
+    allow_partial: bool
     quantize_lm_head: bool
     max_shard_bytes: int
     window_tokens: int
@@ -60,6 +62,7 @@ class QuantizeRequest:
         rates: str | None = None,
         tp_max: int = TP_MAX,
         ignore: Iterable[str] = (),
+        allow_partial: bool = False,
         quantize_lm_head: bool = False,
         max_shard_bytes: int = MAX_SHARD_BYTES,
         window_tokens: int = WINDOW_TOKENS,
@@ -82,6 +85,7 @@ class QuantizeRequest:
             "rates": rates or ("mixed" if calibrated else "uniform"),
             "tp_max": tp_max,
             "ignore": tuple(ignore),
+            "allow_partial": allow_partial,
             "quantize_lm_head": quantize_lm_head,
             "max_shard_bytes": max_shard_bytes,
             "window_tokens": window_tokens,

@@ -12,6 +12,39 @@ from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
 from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.format.packing import UNIT_INPUTS
 
+# Of the weights of all matrices in the decoder layers.
+MAX_KEPT_SHARE = 0.1
+_SHOWN = 8  # reasons in a message
+
+
+def kept_matrices(structure: Structure) -> list[str]:
+    """Lines that say which matrices of the decoder layers stay as they are, and why."""
+    lines = {f"{pattern_of(name)}: {reason}": None for name, reason in structure.kept.items()}
+    return list(lines)
+
+
+def pattern_of(name: str) -> str:
+    """The name of a tensor or module with ``*`` for every number."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def check_share(structure: Structure, allow_partial: bool) -> None:
+    """Refuse a model of which too much would stay as it is.
+
+    Raises:
+        QuantizeError: names what would stay, and why.
+    """
+    if structure.kept_share <= MAX_KEPT_SHARE or allow_partial:
+        return
+    lines = kept_matrices(structure)
+    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
+    listed = "\n  ".join([*lines[:_SHOWN], *more])
+    raise QuantizeError(
+        f"{structure.architecture}: {structure.kept_share:.0%} of the decoder's weights cannot be "
+        f"quantized:\n  {listed}\nthey would stay as they are with ",
+        Option("allow_partial", True),
+    )
+
 
 def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderLayer, ...]:
     """All decoder layers, with the input groups that are quantized.

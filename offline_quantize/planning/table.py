@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from offline_quantize.model.structure import Linear
 from offline_quantize.planning.plan import HEAD_INDEX_BITS, Plan
+from offline_quantize.planning.selection import pattern_of
 from offline_quantize.planning.shards import total_bytes
 from qamw_kernels.format.rates import nominal_bits_per_weight
 
@@ -53,7 +54,7 @@ def _single_rows(plan: Plan) -> Iterator[TableRow]:
         elif not (plan.head and info.name == plan.head.weight_name):
             dtype = str(info.dtype).removeprefix("torch.")
             yield TableRow(
-                _pattern(info.name), _shape(*info.shape), f"kept {dtype}", info.num_bytes
+                pattern_of(info.name), _shape(*info.shape), f"kept {dtype}", info.num_bytes
             )
     if plan.head:
         yield _quantized_row(plan, plan.head, _rate(HEAD_INDEX_BITS))
@@ -62,7 +63,7 @@ def _single_rows(plan: Plan) -> Iterator[TableRow]:
 def _quantized_row(plan: Plan, linear: Linear, rate: str) -> TableRow:
     block_size = plan.format.rotation_block_size_of(linear.name, linear.num_inputs)
     return TableRow(
-        _pattern(linear.name),
+        pattern_of(linear.name),
         _shape(linear.num_rows, linear.num_inputs),
         f"{rate}, rotation {block_size}",
         total_bytes(plan.output_tensors(linear)),
@@ -71,10 +72,6 @@ def _quantized_row(plan: Plan, linear: Linear, rate: str) -> TableRow:
 
 def _rate(index_bits: int) -> str:
     return f"{nominal_bits_per_weight(index_bits):g} bpw"
-
-
-def _pattern(name: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _shape(*sizes: int) -> str:

@@ -10,8 +10,8 @@ import torch
 from benchmarks.study.activations import Fold, largest, layer_statistics, products, squares
 from benchmarks.study.baselines import BASELINES
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import find_structure
 from tests.helpers.models import tiny_model
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from benchmarks.study.baselines import num_weights
 from benchmarks.study.gguf_files import gguf_names, read_gguf, write_gguf
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import find_structure
 
 
 def test_gguf_file(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import InputGroup, find_structure
+from offline_quantize.model.structure import InputGroup
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.checkpoints import tensors_of

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import find_structure
 from offline_quantize.output.report import Report
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from offline_quantize.errors import QuantizeError, explained
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model
-from offline_quantize.model.structure import find_structure
 from offline_quantize.planning.plan import make_plan
 from tests.helpers.models import copy_model
 

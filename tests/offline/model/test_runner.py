@@ -7,9 +7,9 @@ import torch
 
 from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import LayerRunner
-from offline_quantize.model.structure import find_structure
 from tests.helpers.models import tiny_model
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from offline_quantize.errors import QuantizeError
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.structure import find_structure
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.models import copy_model, tiny_model

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.evaluation.head import Head
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import LayerRunner
-from offline_quantize.model.structure import find_structure
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest

@@ -1,0 +1,238 @@
+"""The linears of a model that can be quantized: every matrix of its decoder layers' ``nn.Linear``.
+
+The model is built without weights. One decoder layer at a time is run on meta tensors. Linears that
+receive the very same tensor object form an input group: they share input scales and rotation, as
+vLLM's fused layers need. So do the experts of a layer, which vLLM holds in one tensor.
+
+Linears have the names and shapes of the checkpoint's matrices: one that is split while it is loaded
+is one linear, and several that are merged are several.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from offline_quantize.errors import explained
+from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import (
+    build_empty_model,
+    decoder_layers,
+    name_of,
+    set_parameters,
+)
+from offline_quantize.model.experts import Experts
+from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
+from offline_quantize.model.tensor_map import TensorMap
+from offline_quantize.model.tracing import (
+    LayerCall,
+    Traced,
+    head_input,
+    record_layer_calls,
+    trace_layer,
+)
+from offline_quantize.model.wanted import unwanted
+from qamw_kernels.format.config import role_of
+from qamw_kernels.format.packing import UNIT_INPUTS
+
+
+class _Kept(NamedTuple):
+    reason: str
+    num_weights: int
+
+
+def find_structure(checkpoint: Checkpoint) -> Structure:
+    """Analyze the model of a plain or QAM-W checkpoint; no tensor is read.
+
+    Raises:
+        QuantizeError: the architecture is not known, or cannot be traced.
+    """
+    model, tensor_map = build_empty_model(checkpoint)
+    layers_name, modules = decoder_layers(model)
+    calls = _layer_calls(model, layers_name, modules)
+    row_parallel = _row_parallel_names(model.config.get_text_config())
+    unsupported = f"unsupported architecture {type(model).__name__}"
+    layers: list[DecoderLayer] = []
+    kept: dict[str, _Kept] = {}
+    for index, (module, call) in enumerate(zip(modules, calls, strict=True)):
+        name = f"{layers_name}.{index}"
+        with explained(f"{unsupported}: {name} cannot be traced"):
+            traced = trace_layer(module, call)
+        groups = _input_groups(name, module, traced, tensor_map, row_parallel)
+        tensors = tuple(tensor_map.tensors_of(f"{name}."))
+        layers.append(DecoderLayer(name, index, groups, tensors))
+        kept |= _kept(layers[-1], module, tensor_map)
+    num_kept = sum(matrix.num_weights for matrix in kept.values())
+    num_weights = num_kept + sum(layer.num_weights for layer in layers)
+    head, output = _head(model, tensor_map), model.get_output_embeddings()
+    embeddings = f"{name_of(model, model.get_input_embeddings())}.weight"
+    shared = tensor_map.shared()
+    needed = {name for name in shared if name.startswith(f"{layers_name}.")}
+    if output is not None and shared.get(embeddings) == f"{name_of(model, output)}.weight":
+        needed.add(embeddings)
+    return Structure(
+        layers_name,
+        tuple(layers),
+        *_attention_heads(model.config.get_text_config()),
+        head,
+        tensor_map.tensor_of(f"{name_of(model, output)}.weight") if output is not None else "",
+        tensor_map.tensor_of(embeddings),
+        {name: tensor_map.tensor_of(name) for name in needed},
+        tensor_map.stored_twice(),
+        type(model).__name__,
+        tensor_map.expected,
+        unwanted(model, tensor_map),
+        {name: matrix.reason for name, matrix in kept.items()},
+        num_kept / max(1, num_weights),
+    )
+
+
+def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[LayerCall]:
+    """How the model calls its decoder layers, which are on the meta device, with four tokens.
+
+    Raises:
+        QuantizeError: the model cannot be called with decoder layers that pass their input
+            through, as in calibration.
+    """
+    # Weights outside the layers are needed to call the model: one zero stands for all of a weight.
+    set_parameters(
+        model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
+    )
+    calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    if model.get_output_embeddings() is not None:
+        head_input(model, layers, calls, calls[-1].hidden)
+    layers.to("meta")
+    return calls
+
+
+def _row_parallel_names(config: Any) -> set[str] | None:
+    """Last parts of the names of linears whose inputs may be cut; None: any linear's may be."""
+    plan = type(config).base_model_tp_plan  # config.json may have anything there
+    if not plan:
+        return None
+    # Not whole names: plans leave out whole blocks (shared experts, the attention of some models).
+    names = {pattern.rpartition(".")[2] for pattern, style in plan.items() if "rowwise" in style}
+    return names | {"o_proj", "down_proj"}
+
+
+def _input_groups(
+    layer_name: str,
+    layer: nn.Module,
+    traced: Traced,
+    tensor_map: TensorMap,
+    row_parallel: set[str] | None,
+) -> tuple[InputGroup, ...]:
+    """The input groups of one decoder layer."""
+    modules = {
+        name.removesuffix(".weight"): None
+        for name, parameter in layer.named_parameters()
+        if parameter.ndim > 1 and not _reason_to_keep(layer, name)
+    }
+    groups = [[name for name in group if name in modules] for group in traced.inputs]
+    called = {name for group in groups for name in group}
+    groups += [[name] for name in modules if name not in called]
+
+    by_role: dict[str, list[Linear]] = {}  # one for all that experts have in the same place
+    for names in groups:
+        matrices = _matrices(layer_name, dict.fromkeys(names), tensor_map)
+        for name, (shape, parts) in matrices.items():
+            reads = next(iter(matrices))
+            inner = len(matrices) == 1 and role_of(name) != name  # what an expert computes itself
+            last = parts[0].rpartition(".")[2]
+            cut = inner or row_parallel is None or last in row_parallel
+            linear = Linear(name, *shape, cut, reads, tuple(parts))
+            by_role.setdefault(role_of(reads), []).append(linear)
+    return tuple(InputGroup(tuple(linears)) for linears in by_role.values())
+
+
+def _kept(layer: DecoderLayer, module: nn.Module, tensor_map: TensorMap) -> dict[str, _Kept]:
+    """Matrices of a decoder layer that stay as they are, by the name of their tensor."""
+    read = {name for linear in layer.linears() for name in linear.modules}
+    return {
+        tensor_map.tensor_of(f"{layer.name}.{name}"): _Kept(
+            _reason_to_keep(module, name) or "transposed or cut while it is loaded",
+            parameter.numel(),
+        )
+        for name, parameter in module.named_parameters()
+        if parameter.ndim > 1 and f"{layer.name}.{name}".removesuffix(".weight") not in read
+    }
+
+
+def _matrices(
+    layer_name: str, modules: Iterable[str], tensor_map: TensorMap
+) -> dict[str, tuple[tuple[int, int], list[str]]]:
+    """The checkpoint's matrices that hold the weights of ``nn.Linear`` which read the same input.
+
+    Args:
+        modules: names inside the layer.
+    Returns:
+        Name of the matrix -> its shape, and the full names of the modules that it is the weight of.
+    """
+    found: dict[str, tuple[tuple[int, int], list[str]]] = {}
+    read = {f"{layer_name}.{module}.weight" for module in modules}
+    for parameter in (f"{layer_name}.{module}.weight" for module in modules):
+        conversion = tensor_map.conversion_to(parameter)
+        if (
+            conversion is None
+            or not conversion.keeps_inputs
+            or not read >= conversion.parameters.keys()
+        ):
+            continue
+        for tensor, shape in conversion.tensors.items():
+            if len(shape) == 2 and tensor.endswith(".weight"):
+                name = tensor.removesuffix(".weight")
+                rows, inputs = shape
+                found.setdefault(name, ((rows, inputs), []))[1].append(
+                    parameter.removesuffix(".weight")
+                )
+    return found
+
+
+def _reason_to_keep(layer: nn.Module, name: str) -> str:
+    """Why the matrix with this name of a parameter in a layer stays as it is; empty if it need not.
+
+    A linear alone in its module, in a block with experts, is a router or a gate: other readers of
+    a block's input, as shared experts, have several.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    module = layer.get_submodule(module_name)
+    if not isinstance(module, nn.Linear) or attribute != "weight":
+        return f"no nn.Linear, but {type(module).__name__}"
+    if module.in_features % UNIT_INPUTS:
+        return f"{module.in_features} inputs, not a multiple of {UNIT_INPUTS}"
+    parent_name = module_name.rpartition(".")[0]
+    parent = layer.get_submodule(parent_name)
+    if any(isinstance(child, Experts) for child in parent.children()):
+        return "a router or a gate"
+    block = layer.get_submodule(parent_name.rpartition(".")[0]) if parent_name else layer
+    in_block = any(isinstance(child, Experts) for child in block.children())
+    if in_block and sum(isinstance(child, nn.Linear) for child in parent.children()) == 1:
+        return "a router or a gate"
+    return ""
+
+
+def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
+    """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
+    num_heads = getattr(config, "num_attention_heads", None)
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    try:
+        head_dim = getattr(config, "head_dim", None)
+        if not head_dim and num_heads:
+            head_dim = config.hidden_size // num_heads
+    except Exception:  # transformers has an error of its own for layers that differ in it (Gemma 4)
+        head_dim = None
+    kv_rows = num_kv_heads * head_dim if num_kv_heads and head_dim else None
+    return num_heads, num_kv_heads, kv_rows
+
+
+def _head(model: Any, tensor_map: TensorMap) -> Linear | None:
+    output = model.get_output_embeddings()
+    if output is None:
+        return None
+    module = name_of(model, output)
+    conversion = tensor_map.conversion_to(f"{module}.weight")
+    tensor = next(iter(conversion.tensors)) if conversion else f"{module}.weight"
+    name = tensor.removesuffix(".weight")
+    rows, inputs = output.weight.shape
+    return Linear(name, rows, inputs, row_parallel=False, reads=name, modules=(module,))
