@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
 from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import text_decoder
 from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, InputGroup
 from offline_quantize.model.tracing import constant_layers
@@ -189,9 +190,10 @@ class Stack:
 
 
 def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> list[torch.Tensor]:
-    """The gradient of the log-likelihood of drawn labels, at the output of the last layer.
+    """The gradient of the log-likelihood of what is drawn, at the output of the last layer.
 
-    Labels are drawn from the model itself, the same ones whichever process draws them.
+    Labels are drawn from the model itself, the same ones whichever process draws them. Where a
+    model makes no logits, what is drawn is normally distributed around its last hidden states.
 
     Args:
         own: the windows of ``tokens`` that this process has.
@@ -200,7 +202,7 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
     """
     generator = torch.Generator(runner.device).manual_seed(0)
     for window in tokens[: own.start]:
-        _draw(len(window), generator)
+        _draw(runner.model, len(window), generator)
     gradients, start = [], own.start
     for batch in runner.hidden:
         gradient = torch.empty_like(batch)
@@ -208,25 +210,32 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
             hidden = batch[i : i + 1].to(runner.device).requires_grad_()
             window = tokens[start + i : start + i + 1].to(runner.device)
             with constant_layers(runner.layers, runner.calls, hidden):
-                logits = runner.model(input_ids=window, use_cache=False).logits[0].float()
-            labels = _draw_labels(logits.detach(), generator)
-            loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+                loss = _drawn_loss(runner.model, window, generator)
             gradient[i] = torch.autograd.grad(loss, hidden)[0][0].cpu()
         gradients.append(gradient)
         start += len(batch)
     return gradients
 
 
-def _draw_labels(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A label [T] int64 for every row of logits [T, vocabulary]."""
-    edges = logits.softmax(1).cumsum(1)  # much faster than torch.multinomial
-    drawn = _draw(len(edges), generator) * edges[:, -1:]
-    return torch.searchsorted(edges, drawn)[:, 0].clamp_max(edges.shape[1] - 1)
+def _drawn_loss(model: Any, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Minus the log-likelihood of what is drawn for a window [1, T], up to a constant."""
+    drawn = _draw(model, window.shape[1], generator)
+    if model.get_output_embeddings() is None:
+        states = text_decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]
+        loss: torch.Tensor = (states.float() * drawn).sum()
+        return loss  # half the squared distance has the same gradient
+    logits = model(input_ids=window, use_cache=False).logits[0].float()
+    edges = logits.detach().softmax(1).cumsum(1)  # much faster than torch.multinomial
+    labels = torch.searchsorted(edges, drawn * edges[:, -1:])[:, 0].clamp_max(edges.shape[1] - 1)
+    return nn.functional.cross_entropy(logits, labels, reduction="sum")
 
 
-def _draw(num_labels: int, generator: torch.Generator) -> torch.Tensor:
-    """What decides the labels of a window: [num_labels, 1] float32."""
-    return torch.rand(num_labels, 1, generator=generator, device=generator.device)
+def _draw(model: Any, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """What decides the labels of a window [T, 1], or states [T, hidden size]; float32."""
+    if model.get_output_embeddings() is None:
+        width = model.config.get_text_config().hidden_size
+        return torch.randn(num_tokens, width, generator=generator, device=generator.device)
+    return torch.rand(num_tokens, 1, generator=generator, device=generator.device)
 
 
 @dataclass
@@ -283,7 +292,8 @@ def _backward(
                 squares = gradient.reshape(-1, module.out_features).float().square()
                 importance.add_(squares @ energies)
 
-            output.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no type
+            if output.requires_grad:  # not where a model chooses, rather than computes
+                output.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no type
 
         return module.register_forward_hook(record)
 

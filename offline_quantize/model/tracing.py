@@ -84,11 +84,16 @@ def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
 
     Code that looks at values cannot run there: then every weight is a single zero, expanded.
     """
+    buffers = dict(layer.named_buffers())
     try:
         return _traced(layer, *tree_map_only(torch.Tensor, lambda t: t.to("meta"), call[:3]))
     except Exception as error:  # of whatever kind the model's own code raises
         if is_out_of_memory(error):
             raise
+    finally:  # some code moves them to where its input is
+        for name, buffer in buffers.items():
+            path, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(path), attribute, buffer)
     empty: set[str] = set()
 
     def zero(name: str, old: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,10 @@ from offline_quantize.model.tensor_map import TensorMap
 def unwanted(model: Any, tensor_map: TensorMap) -> tuple[str, ...]:
     """Names of tensors that are nothing of the model's, except those transformers leaves out too.
 
-    So it does with old buffers, and with layers behind the last that predict further tokens.
+    So it does with old buffers, and with the layers behind the last that predict further tokens, of
+    which config.json has the number.
     """
+    further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     layers_name, layers = decoder_layers(model)
     patterns = [
         *(model._keys_to_ignore_on_load_unexpected or ()),
@@ -21,7 +23,7 @@ def unwanted(model: Any, tensor_map: TensorMap) -> tuple[str, ...]:
 
     def left_out(name: str) -> bool:
         layer = re.match(rf"{re.escape(layers_name)}\.(\d+)\.", name)
-        behind = layer is not None and int(layer[1]) >= len(layers)
+        behind = layer is not None and 0 <= int(layer[1]) - len(layers) < further
         return behind or any(re.search(pattern, name) for pattern in patterns)
 
     return tuple(

@@ -16,6 +16,7 @@ from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.model.structure import DecoderLayer, Linear, Structure
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.selection import (
+    check_complete,
     check_share,
     check_tensors,
     select_head,
@@ -212,6 +213,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     checkpoint = Checkpoint(directory)
     _check_unquantized(checkpoint)
     structure = find_structure(checkpoint)
+    check_complete(checkpoint, structure)
     check_share(structure, request.allow_partial)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]

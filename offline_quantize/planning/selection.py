@@ -12,6 +12,33 @@ from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
 from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.format.packing import UNIT_INPUTS
 
+
+def check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
+    """Refuse a checkpoint that has too few tensors, or too many.
+
+    Raises:
+        QuantizeError: names the tensor.
+    """
+    for name in structure.expected:
+        if name not in checkpoint.tensors:
+            unknown = sorted(set(checkpoint.tensors) - structure.expected.keys())[:3]
+            hint = f"; it does not have these tensors: {', '.join(unknown)}" if unknown else ""
+            raise QuantizeError(
+                f"{checkpoint.directory}: no tensor {name}, "
+                f"which the architecture of config.json has{hint}"
+            )
+    if structure.unwanted:
+        raise QuantizeError(
+            f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
+            f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
+        )
+    for name, tensor in structure.tied.items():
+        raise QuantizeError(
+            f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
+            "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
+        )
+
+
 # Of the weights of all matrices in the decoder layers.
 MAX_KEPT_SHARE = 0.1
 _SHOWN = 8  # reasons in a message
@@ -116,7 +143,6 @@ def check_tensors(
     Raises:
         QuantizeError: one is missing, or has a shape or dtype that cannot be quantized.
     """
-    _check_complete(checkpoint, structure)
     for name, shape in structure.expected.items():
         _check_shape(checkpoint.tensors[name], shape)
     for linear in linears:
@@ -184,27 +210,6 @@ def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
             "layers that read the same input are fused when served, ignore all or none of them",
         )
     return bool(left_out)
-
-
-def _check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
-    for name in structure.expected:
-        if name not in checkpoint.tensors:
-            unknown = sorted(set(checkpoint.tensors) - structure.expected.keys())[:3]
-            hint = f"; it does not have these tensors: {', '.join(unknown)}" if unknown else ""
-            raise QuantizeError(
-                f"{checkpoint.directory}: no tensor {name}, "
-                f"which the architecture of config.json has{hint}"
-            )
-    if structure.unwanted:
-        raise QuantizeError(
-            f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
-            f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
-        )
-    for name, tensor in structure.tied.items():
-        raise QuantizeError(
-            f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
-            "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
-        )
 
 
 def _check_weight(

@@ -188,10 +188,10 @@ def test_nan_is_refused_by_name_and_leaves_nothing_loadable(
 
 def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "odd", "llama", intermediate_size=500)
-    message = r"down_proj.weight has 500 inputs, not a multiple of 64: .*ignore=\['\*.down_proj'\]"
+    message = r"(?s)22% of the decoder.*down_proj.weight: 500 inputs, not a multiple of 64"
     with pytest.raises(QuantizeError, match=message):
         quantize(model, tmp_path / "out", PLAIN)
-    request = QuantizeRequest(calibration=None, ignore=["*.down_proj"])
+    request = QuantizeRequest(calibration=None, allow_partial=True)
     report = quantize(model, tmp_path / "out", request)
     assert not any(layer.name.endswith("down_proj") for layer in report.layers)
     config = json.loads((tmp_path / "out" / "config.json").read_text())

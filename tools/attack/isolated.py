@@ -1,10 +1,14 @@
 """A function in a process of its own: it may hang, or take the whole process with it."""
 
 import multiprocessing
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
+
+# Of writable memory: whoever reads a file without end shall get an error before the machine does.
+MAX_BYTES = 8 * 2**30
 
 Steps = Callable[[], Iterator[Any]]
 
@@ -49,6 +53,7 @@ def run_isolated(steps: Steps, limit: float) -> Iterator[Any]:
 
 
 def _run(steps: Steps, sender: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
     for value in steps():
         sender.send((True, value))
     sender.send((False, None))
