@@ -104,7 +104,6 @@ def send_all_tokens_to_the_same_experts(model: Path) -> None:
 
 def test_experts_that_are_fused_on_disk_are_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "moe", "granitemoe")
-    with pytest.raises(
-        QuantizeError, match=r"89% of the decoder's weights cannot be quantized:\n.*Experts"
-    ):
+    message = r"(?s)89% of the decoder's weights cannot be quantized:.*GraniteMoeExperts"
+    with pytest.raises(QuantizeError, match=message):
         quantize(model, tmp_path / "out", QuantizeRequest(calibration=None))

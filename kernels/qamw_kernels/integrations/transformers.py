@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +25,6 @@ from qamw_kernels.format.config import (
     QUANT_METHOD,
     QamwFormat,
     layer_tensors,
-    role_of,
 )
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.linear import linear as quantized_linear
@@ -139,11 +140,9 @@ class QamwHfQuantizer(HfQuantizer):
                 numbers; it has another shape or dtype; or it is there twice.
         """
         fmt, stored = self.quantization_config.format, _stored_tensors(kwargs["checkpoint_files"])
-        _refuse_experts(stored)
+        names = _names_in_checkpoint(model, stored)
         for name, module in list(model.named_modules()):
-            # Loaded without its head, a model has no prefix before its names.
-            names = (name, f"{model.base_model_prefix}.{name}")
-            full = next((n for n in names if f"{n}.qweight" in stored), name)
+            full = names.get(name, name)
             if not isinstance(module, nn.Linear) or full in fmt.ignore:
                 continue
             layer = QamwLinear(
@@ -198,10 +197,26 @@ def _check_stored(
             )
 
 
-def _refuse_experts(stored: Iterable[str]) -> None:
-    packed = (name for name in stored if name.endswith(".qweight"))
-    if experts := sorted(name for name in packed if role_of(name) != name):
-        raise TensorError(
-            f"{experts[0]}: transformers merges experts while loading, which packed ones cannot "
-            "be; use qamw dequantize, or vLLM"
-        )
+def _names_in_checkpoint(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Module of the model -> its name in the checkpoint, of all that have a matrix there.
+
+    Raises:
+        TensorError: a matrix is quantized that transformers does not load as it is.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    shapes, names = model.state_dict(), {}
+    for name in stored:
+        module, _, suffix = name.rpartition(".")
+        if suffix not in ("qweight", "weight"):
+            continue
+        prefix, weight = model.base_model_prefix, f"{module}.weight"
+        renamed, merged = rename_source_key(weight, renamings, converters, prefix, shapes)
+        if suffix == "qweight" and merged:
+            raise TensorError(
+                f"{name}: transformers merges or splits it while loading, which a packed one "
+                "cannot be; use qamw dequantize, or vLLM"
+            )
+        names[renamed.removesuffix(".weight")] = module
+    return names
