@@ -108,6 +108,11 @@ def read_records(file: Path) -> list[Record]:
     return [Record.from_json(line) for line in file.read_text().splitlines()]
 
 
+def write_records(file: Path, records: Iterable[Record]) -> None:
+    """Write them as JSON lines, those of which no stage was reached left out."""
+    file.write_text("".join(f"{record.to_json()}\n" for record in records if record.stages))
+
+
 def outcome_of(action: Callable[[], Any], hide: Path) -> Outcome:
     """Run a stage and judge how it ends.
 

@@ -1,6 +1,7 @@
 """The stages of vLLM's CPU engine, for one architecture in one folder."""
 
 import gc
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from offline_quantize.checkpoints.dequantize import dequantize
 from tests.architectures.build import PROMPT, Architecture
 from tests.architectures.outcomes import NotApplicable
-from tests.helpers.engine_script import OPTIONS, import_model_classes, prompt_logprobs
+from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
 
 ENVIRONMENT = {
     # In this process: starting another one for each engine would take most of the time.
@@ -69,7 +70,7 @@ class Engine:
         from vllm import LLM, PoolingParams, SamplingParams
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        import_model_classes({"model": str(directory)})
+        _import_model_class(self.architecture.published)
         prompt: Any = {"prompt_token_ids": PROMPT}
         more: dict[str, Any] = {**OPTIONS, "dtype": "bfloat16", **options}
         if self.architecture.pooling:
@@ -93,6 +94,13 @@ class Engine:
             del engine
             gc.collect()
             cleanup_dist_env_and_memory()
+
+
+def _import_model_class(published: str) -> None:
+    """The class that vLLM takes for an architecture; for some pooling models, that of the text."""
+    base = re.sub(r"(Text)?Model$|ForSequenceClassification$", "", published)
+    for name in (published, f"{base}ForCausalLM"):
+        import_model_class(name)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
