@@ -89,10 +89,6 @@ def _steps(
     tasks: Sequence[tuple[str, str]], records: dict[str, Record], folder: Path
 ) -> Iterator[Step]:
     """What is done in a process of its own, which has its own copy of the records."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     for name, stage in tasks:
         record = records[name]
         if not record.reaches(stage):

@@ -20,6 +20,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
     "OMP_NUM_THREADS": "1",
 }
 ROUNDING = 0.05  # of a log-probability: experts are summed up in another order
@@ -84,9 +86,9 @@ class Engine:
                 params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
                 (output,) = engine.generate([prompt], params, use_tqdm=False)
                 return torch.tensor(prompt_logprobs(PROMPT, output))
-            task = self.architecture.pooling
-            params = PoolingParams(use_activation=False)
-            (pooled,) = engine.encode([prompt], params, pooling_task=task, use_tqdm=False)
+            task: Any = self.architecture.pooling
+            pooling = PoolingParams(use_activation=False)
+            (pooled,) = engine.encode([prompt], pooling, pooling_task=task, use_tqdm=False)
             return pooled.outputs.data.float()
         finally:
             if engine is not None:

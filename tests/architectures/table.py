@@ -26,7 +26,8 @@ through every stage on the CPU and writes this page.
 - vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one
 - while loading: the CPU engine quantizes the plain checkpoint, and computes the same as above
 
-"n/a": without this project it does not work either. "–": not reached. 16 bits: the share of the
+"n/a": without this project it does not work either. "–": not reached, as an earlier stage did not
+pass. "not run": that stage was left out. 16 bits: the share of the
 weights in the decoder's matrices that are not quantized.
 
 """
@@ -54,7 +55,7 @@ def cell(record: Record, column: str) -> str:
     """What a column says of an architecture."""
     for stage in COLUMNS[column]:
         if stage not in record.stages:
-            return "–"
+            return "not run" if record.reaches(stage) else "–"
         if (status := record.stages[stage].status) != "passed":
             return WORDS[status]
     return WORDS["passed"]
