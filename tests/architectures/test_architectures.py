@@ -140,7 +140,7 @@ def test_table() -> None:
     stages = {"build": "passed", "plan": "passed", "none": "passed", "dequantize": "passed"}
     record = Record("a", {stage: Outcome("passed") for stage in stages}, kept_share=0.014)
     record.stages |= {"calibrated": Outcome("failed", "why"), "plain": Outcome("not applicable")}
-    row = "| a | yes | **fails** | – | n/a | – | 1.4% |"
+    row = "| a | yes | **fails** | not run | n/a | – | 1.4% |"
     assert row in page([record]) and "- a, calibrated: why" in page([record])
     built = Record("b", {"build": Outcome("passed")})
     assert [cell(built, "offline"), cell(built, "calibrated")] == ["not run", "–"]
