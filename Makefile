@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test test-matrix test-quick lint format codebooks check-memory study study-report \
-	kernels-report bench-cpu bench-serve soak attack check-versions
+.PHONY: setup demo test test-matrix test-architectures test-quick lint format codebooks \
+	check-memory study study-report kernels-report bench-cpu bench-serve soak attack check-versions
 
 setup: $(VENV)/.ready
 
@@ -29,14 +29,19 @@ demo: setup
 
 # In two processes. Tests of the engine are in groups that share what takes long to make.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not matrix'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not matrix and not architectures'
 
 # The combinations that make test leaves out.
 test-matrix: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m matrix
 
+# A tiny checkpoint of every architecture, offline and in vLLM; writes docs/architectures.md.
+test-architectures: setup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m architectures; passed=$$?; \
+	$(BIN)/python -m tests.architectures.table build/architectures-*.jsonl && exit $$passed
+
 test-quick: setup
-	$(BIN)/python -m pytest -m 'not engine and not slow and not matrix'
+	$(BIN)/python -m pytest -m 'not engine and not slow and not matrix and not architectures'
 
 # What CI checks; .pre-commit-config.yaml runs the same commands before a commit.
 lint: setup

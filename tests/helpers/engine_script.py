@@ -61,14 +61,22 @@ def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
 
 
 def import_model_classes(job: dict[str, Any]) -> None:
-    """Import the model class here: vLLM would inspect it in a new process, which takes long."""
-    from vllm import ModelRegistry
-
+    """Import the classes of a job's model."""
     config = json.loads((Path(job["model"]) / "config.json").read_text())
     for architecture in config["architectures"]:
-        if architecture in ModelRegistry.models:
-            model_class = ModelRegistry.models[architecture].load_model_cls()
-            ModelRegistry.register_model(architecture, model_class)
+        import_model_class(architecture)
+
+
+def import_model_class(architecture: str) -> None:
+    """Import a model class here: vLLM would inspect it in a new process, which takes long.
+
+    An architecture that vLLM does not know is left to it.
+    """
+    from vllm import ModelRegistry
+
+    if architecture in ModelRegistry.models:
+        model_class = ModelRegistry.models[architecture].load_model_cls()
+        ModelRegistry.register_model(architecture, model_class)
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:

@@ -53,12 +53,12 @@ def _engine_config(directory: Path) -> Any:
     except QamwError:
         raise
     except Exception as error:
-        if found := _inner(error):
+        if found := plugins_error(error):
             raise found from None
         raise RefusedByVllm(f"{type(error).__name__}: {error}") from None
 
 
-def _inner(error: Exception) -> QamwError | None:
+def plugins_error(error: BaseException) -> QamwError | None:
     """The plugin's error that pydantic put into one of its own; vLLM's users see its message."""
     for entry in error.errors() if hasattr(error, "errors") else []:
         if isinstance(found := entry.get("ctx", {}).get("error"), QamwError):

@@ -1,0 +1,159 @@
+"""What became of an architecture, stage by stage, and how it is written down."""
+
+import json
+import traceback
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from offline_quantize.errors import shortened
+from qamw_kernels.errors import QamwError
+from tools.attack.serving import plugins_error
+
+Status = Literal["passed", "refused", "failed", "not applicable"]
+"""Not applicable: without this project, the plain model does not get that far either."""
+
+NEEDS = {
+    "build": (),
+    "plan": ("build",),
+    "none": ("plan",),
+    "dequantize": ("none",),
+    "transformers": ("dequantize",),
+    "calibrated": ("plan",),
+    "plain": ("build",),
+    "vllm": ("plain", "dequantize"),
+    "loading": ("plain", "none"),
+}
+"""Stages in order -> those which must have passed before:
+
+    build         transformers makes the tiny checkpoint, and reads it again
+    plan          ``make_plan``
+    none          quantized without calibration, and verified
+    dequantize    that one decoded to bfloat16, which transformers reads whole
+    transformers  the quantized checkpoint read by transformers, against the decoded one
+    calibrated    quantized with a few tokens, and verified
+    plain         vLLM's CPU engine serves the tiny checkpoint itself
+    vllm          it serves the quantized checkpoint, against the decoded one
+    loading       it quantizes while loading, against the quantized checkpoint
+"""
+OFFLINE = tuple(NEEDS)[: tuple(NEEDS).index("plain")]
+ENGINE = tuple(NEEDS)[len(OFFLINE) :]
+
+
+class NotApplicable(Exception):
+    """The plain model cannot do this either; the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one stage.
+
+    Attributes:
+        message: why it did not pass, on one line.
+    """
+
+    status: Status
+    message: str = ""
+
+
+@dataclass
+class Record:
+    """Of one architecture.
+
+    Attributes:
+        stages: those that were reached.
+        kept_share: of the weights in the decoder's matrices, those that stay in 16 bits; None
+            without a plan.
+        seconds: that all stages took.
+    """
+
+    architecture: str
+    stages: dict[str, Outcome] = field(default_factory=dict)
+    kept_share: float | None = None
+    seconds: float = 0
+
+    def reaches(self, stage: str) -> bool:
+        """Whether all that a stage needs has passed."""
+        return all(
+            need in self.stages and self.stages[need].status == "passed" for need in NEEDS[stage]
+        )
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        stages = {
+            stage: [outcome.status, *([outcome.message] if outcome.message else [])]
+            for stage, outcome in self.stages.items()
+        }
+        return json.dumps(
+            {
+                "architecture": self.architecture,
+                "stages": stages,
+                "kept_share": self.kept_share,
+                "seconds": round(self.seconds, 1),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, line: str) -> "Record":
+        """What ``to_json`` wrote."""
+        values = json.loads(line)
+        stages = {stage: Outcome(*found) for stage, found in values.pop("stages").items()}
+        return cls(stages=stages, **values)
+
+
+def read_records(file: Path) -> list[Record]:
+    """All records of a file of JSON lines."""
+    return [Record.from_json(line) for line in file.read_text().splitlines()]
+
+
+def write_records(file: Path, records: Iterable[Record]) -> None:
+    """Write them as JSON lines, those of which no stage was reached left out."""
+    file.write_text("".join(f"{record.to_json()}\n" for record in records if record.stages))
+
+
+def outcome_of(action: Callable[[], Any], hide: Path) -> Outcome:
+    """Run a stage and judge how it ends.
+
+    Only the project's own kinds of error are refusals; any other exception has failed.
+
+    Args:
+        hide: a directory whose path is left out of messages, as it differs from run to run.
+    """
+    try:
+        action()
+    except NotApplicable as reason:
+        return Outcome("not applicable", _line(reason, hide))
+    except QamwError as error:
+        return Outcome("refused", _line(error, hide))
+    except Exception as error:
+        if refusal := plugins_error(error):
+            return Outcome("refused", _line(refusal, hide))
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        return Outcome("failed", _line(f"{type(error).__name__}: {error} ({where})", hide))
+    return Outcome("passed")
+
+
+def _line(message: object, hide: Path) -> str:
+    text = str(message)
+    with suppress(ValueError):
+        text = text.replace(f"{hide}/", "")
+    return shortened(text)
+
+
+def differences(records: Iterable[Record], expected: dict[str, dict[str, list[str]]]) -> list[str]:
+    """Where records are otherwise than expected, better or worse: a line for each stage.
+
+    Args:
+        expected: architecture -> stage -> status and message, of stages that do not pass; those
+            that need one of them are not reached, and all others pass.
+    """
+    return [
+        f"{record.architecture} {stage}: {found.status}, expected {wanted[0]}"
+        f" ({found.message or '; '.join(wanted[1:])})"
+        for record in records
+        for stage, found in record.stages.items()
+        if found.status != (wanted := expected[record.architecture].get(stage, ["passed"]))[0]
+    ]

@@ -1,0 +1,114 @@
+"""The stages of vLLM's CPU engine, for one architecture in one folder."""
+
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_quantize.checkpoints.dequantize import dequantize
+from tests.architectures.build import PROMPT, Architecture
+from tests.architectures.outcomes import NotApplicable
+from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
+
+ENVIRONMENT = {
+    # In this process: starting another one for each engine would take most of the time.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "OMP_NUM_THREADS": "1",
+}
+ROUNDING = 0.05  # of a log-probability: experts are summed up in another order
+EXACT = 1e-3  # the same weights by the same path
+
+
+class Engine:
+    """Stages by name, as methods; each finds what the earlier ones left in the folder.
+
+    All checkpoints are served in bfloat16, in which the decoded one has the very weights that the
+    quantized one stands for.
+    """
+
+    def __init__(self, architecture: Architecture, folder: Path) -> None:
+        self.architecture = architecture
+        self.model = folder / "model"
+        self.none = folder / "none"
+        calibrated = folder / "calibrated"
+        # Where there are mixed rates, they are served too.
+        self.quantized = calibrated if (calibrated / "config.json").exists() else self.none
+        self.decoded = folder / "served-decoded"
+        self.answer = folder / "plain.pt"
+
+    def plain(self) -> None:
+        """The decoded checkpoint, or the tiny model itself where nothing was quantized."""
+        plain = self.model
+        if (self.quantized / "config.json").exists():
+            plain = self.decoded
+            dequantize(self.quantized, self.decoded, torch.bfloat16)
+        try:
+            found = self._answer(plain)
+        except Exception as error:
+            raise NotApplicable(f"{type(error).__name__}: {error}") from error
+        torch.save(found, self.answer)
+
+    def vllm(self) -> None:
+        """The quantized checkpoint against the decoded one."""
+        expected = torch.load(self.answer)
+        assert_close(self._answer(self.quantized), expected, ROUNDING)
+
+    def loading(self) -> None:
+        """The tiny model, quantized while loading, against the one that was quantized before."""
+        found = self._answer(self.model, quantization="qamw")
+        assert_close(found, self._answer(self.none), EXACT)
+
+    def _answer(self, directory: Path, **options: str) -> torch.Tensor:
+        """Log-probabilities of a short prompt's tokens, or what a pooling model makes of it."""
+        from vllm import LLM, PoolingParams, SamplingParams
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        _import_model_class(self.architecture.published)
+        prompt: Any = {"prompt_token_ids": PROMPT}
+        more: dict[str, Any] = {**OPTIONS, "dtype": "bfloat16", **options}
+        if self.architecture.pooling:
+            more["runner"] = "pooling"
+        if "vision_config" in self.architecture.values:
+            more["language_model_only"] = True
+        engine = None
+        try:
+            engine = LLM(model=str(directory), **more)
+            if not self.architecture.pooling:
+                params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+                (output,) = engine.generate([prompt], params, use_tqdm=False)
+                return torch.tensor(prompt_logprobs(PROMPT, output))
+            task: Any = self.architecture.pooling
+            pooling = PoolingParams(use_activation=False)
+            (pooled,) = engine.encode([prompt], pooling, pooling_task=task, use_tqdm=False)
+            return pooled.outputs.data.float()
+        finally:
+            if engine is not None:
+                engine.llm_engine.engine_core.shutdown()
+            del engine
+            gc.collect()
+            cleanup_dist_env_and_memory()
+
+
+def _import_model_class(published: str) -> None:
+    """The class that vLLM takes for an architecture; for some pooling models, that of the text."""
+    base = re.sub(r"(Text)?Model$|ForSequenceClassification$", "", published)
+    for name in (published, f"{base}ForCausalLM"):
+        import_model_class(name)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Log-probabilities agree, and there are none that are not numbers."""
+    if not found.isfinite().all():
+        raise AssertionError("log-probabilities are not finite")
+    apart = (found - expected).abs().max().item()
+    if not apart <= tolerance:
+        raise AssertionError(f"log-probabilities are {apart:.4f} apart, at most {tolerance:g}")

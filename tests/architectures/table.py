@@ -1,0 +1,74 @@
+"""Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``."""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from tests.architectures.outcomes import Record, read_records
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
+COLUMNS = {
+    "offline": ("build", "plan", "none", "dequantize"),
+    "calibrated": ("calibrated",),
+    "transformers": ("transformers",),
+    "vLLM": ("plain", "vllm"),
+    "while loading": ("loading",),
+}
+"""Column -> the stages behind it: the first one that did not pass is shown."""
+INTRODUCTION = """# Architectures
+
+A tiny random checkpoint of each, written by transformers; `make test-architectures` takes them
+through every stage on the CPU and writes this page.
+
+- offline: planned, quantized without calibration, verified, dequantized, read by transformers
+- calibrated: quantized with a few tokens, verified
+- transformers: `from_pretrained` of the quantized checkpoint computes what the dequantized one does
+- vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one
+- while loading: the CPU engine quantizes the plain checkpoint, and computes the same as above
+
+"n/a": without this project it does not work either. "–": not reached, as an earlier stage did not
+pass. "not run": that stage was left out. 16 bits: the share of the
+weights in the decoder's matrices that are not quantized.
+
+"""
+WORDS = {"passed": "yes", "refused": "refused", "failed": "**fails**", "not applicable": "n/a"}
+
+
+def page(records: Iterable[Record]) -> str:
+    """The page in Markdown: a table, and why what does not pass does not."""
+    rows, reasons = [], []
+    for record in sorted(records, key=lambda record: record.architecture):
+        share = "" if record.kept_share is None else f"{record.kept_share:.1%}"
+        cells = [record.architecture, *(cell(record, column) for column in COLUMNS), share]
+        rows.append(f"| {' | '.join(cells)} |")
+        reasons += [
+            f"- {record.architecture}, {stage}: {' '.join(outcome.message.split())}"
+            for stage, outcome in record.stages.items()
+            if outcome.status != "passed"
+        ]
+    header = ["architecture", *COLUMNS, "16 bits"]
+    table = [f"| {' | '.join(header)} |", "|---" * len(header) + "|", *rows]
+    return INTRODUCTION + "\n".join([*table, "", "## Reasons", "", *reasons, ""])
+
+
+def cell(record: Record, column: str) -> str:
+    """What a column says of an architecture."""
+    for stage in COLUMNS[column]:
+        if stage not in record.stages:
+            return "not run" if record.reaches(stage) else "–"
+        if (status := record.stages[stage].status) != "passed":
+            return WORDS[status]
+    return WORDS["passed"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("records", nargs="+", type=Path)
+    files = parser.parse_args().records
+    # Of an architecture that is in several files, the last one counts.
+    records = {record.architecture: record for file in files for record in read_records(file)}
+    PAGE.write_text(page(records.values()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
