@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Of writable memory: whoever reads a file without end shall get an error before the machine does.
-MAX_BYTES = 8 * 2**30
-
 Steps = Callable[[], Iterator[Any]]
 
 
@@ -21,18 +18,19 @@ class Died(Exception):
     """The process ended without a result."""
 
 
-def run_isolated(steps: Steps, limit: float) -> Iterator[Any]:
+def run_isolated(steps: Steps, limit: float, max_bytes: int | None = None) -> Iterator[Any]:
     """Yield what ``steps`` yields, from a copy of this process.
 
     Args:
         limit: seconds that every step may take.
+        max_bytes: of writable memory that they may have; None for all that there is.
     Raises:
         Hanging: a step took longer; the process was killed.
         Died: the process ended otherwise than by reaching the end of ``steps``.
     """
     context = multiprocessing.get_context("fork")  # what was imported need not be imported again
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(steps, sender))
+    process = context.Process(target=_run, args=(steps, sender, max_bytes))
     process.start()
     sender.close()
     try:
@@ -52,8 +50,9 @@ def run_isolated(steps: Steps, limit: float) -> Iterator[Any]:
         process.join()
 
 
-def _run(steps: Steps, sender: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (MAX_BYTES, MAX_BYTES))
+def _run(steps: Steps, sender: Connection, max_bytes: int | None) -> None:
+    if max_bytes:
+        resource.setrlimit(resource.RLIMIT_DATA, (max_bytes, max_bytes))
     for value in steps():
         sender.send((True, value))
     sender.send((False, None))

@@ -23,6 +23,10 @@ from tools.attack.verdicts import Delivered, Outcome, Verdict, judge
 KINDS: dict[str, Mutation] = {**QUANTIZED, **SOURCES}
 
 
+# Of writable memory: whoever reads a file without end shall get an error before the machine does.
+MAX_BYTES = 8 * 2**30
+
+
 @dataclass(frozen=True)
 class Victim:
     """A sound model, and what every door hands out of it.
@@ -139,7 +143,7 @@ def try_doors(
 
     while remaining:  # again after a door that took its process with it
         try:
-            for outcome in run_isolated(steps, limit):
+            for outcome in run_isolated(steps, limit, MAX_BYTES):
                 outcomes.append(outcome)
                 remaining.remove(outcome.door)
         except Hanging as error:
