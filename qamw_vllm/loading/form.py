@@ -100,19 +100,20 @@ class LayerForm:
     def _register(self, name: str) -> None:
         shape, dtype = self._size(name)
         device = self._device if 0 not in shape else torch.device("cpu")
-        options = {
-            "data": torch.empty(shape, dtype=dtype, device=device),
-            "weight_loader": self._loaders[name],
-        }
+        data, loader = torch.empty(shape, dtype=dtype, device=device), self._loaders[name]
         parameter: BasevLLMParameter
         if name == "weight":
-            parameter = ModelWeightParameter(output_dim=0, input_dim=1, **options)
+            parameter = ModelWeightParameter(
+                output_dim=0, input_dim=1, data=data, weight_loader=loader
+            )
         elif name == "qweight":
-            parameter = ModelWeightParameter(output_dim=1, input_dim=2, **options)
+            parameter = ModelWeightParameter(
+                output_dim=1, input_dim=2, data=data, weight_loader=loader
+            )
         elif name == "row_norms":
-            parameter = ChannelQuantScaleParameter(output_dim=0, **options)
+            parameter = ChannelQuantScaleParameter(output_dim=0, data=data, weight_loader=loader)
         else:
-            parameter = BasevLLMParameter(**options)
+            parameter = BasevLLMParameter(data, loader)
         self._layer.register_parameter(name, parameter)
 
     def _size(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
