@@ -73,6 +73,11 @@ class QamwLinearMethod(LinearMethodBase):
         self.backend = backend or choose_backend()
         self._plain = self.make_plain_method()
 
+    def find_name(self, name: str) -> None:
+        """Take the layer's name in vLLM's model, where its class did not say it."""
+        if not self.prefix or self.prefix.startswith("."):
+            self.prefix, self.parts = name, (name,)
+
     def make_plain_method(self) -> UnquantizedLinearMethod | UnquantizedEmbeddingMethod:
         """vLLM's method for a decoded layer, and for one that is not quantized.
 
