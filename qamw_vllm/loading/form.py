@@ -113,7 +113,7 @@ class LayerForm:
         elif name == "row_norms":
             parameter = ChannelQuantScaleParameter(output_dim=0, data=data, weight_loader=loader)
         else:
-            parameter = BasevLLMParameter(data, loader)
+            parameter = BasevLLMParameter(data=data, weight_loader=loader)
         self._layer.register_parameter(name, parameter)
 
     def _size(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
