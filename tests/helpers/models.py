@@ -109,11 +109,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "use_qk_norm": True,
         "qk_norm_type": "per_layer",
-        "scoring_func": "sigmoid",
+        "scoring_func": "softmax",  # which transformers ignores; vLLM's CPU router has no other
         "use_routing_bias": True,
     },
     # Layers that are not called ``layers``.
-    "falcon": {"ffn_hidden_size": 512, "tie_word_embeddings": True},
+    "falcon": {"tie_word_embeddings": True},
     "bloom": {"tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
     "gptj": {"rotary_dim": 32},
