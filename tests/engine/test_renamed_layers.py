@@ -104,8 +104,9 @@ def test_replicated_layers_are_quantized_while_loading(architecture, results, tm
 @pytest.mark.parametrize("architecture", ["falcon", "gpt2", "bloom", "gptj"])
 def test_layers_of_other_names_are_quantized_while_loading(architecture, results):
     """The output differs a little from the plain model's, and only a little."""
-    from tests.helpers.engine import reference
     from transformers import AutoModelForCausalLM
+
+    from tests.helpers.engine import reference
 
     result = results[f"{architecture}-online"]
     assert "error" not in result, result
