@@ -119,9 +119,9 @@ def test_layers_of_other_names_are_quantized_while_loading(architecture, results
 
 def test_layers_that_vllm_builds_without_a_config_are_named(results):
     message = (
-        "backbone.layers.0.mixer.in_proj is quantized, but vLLM's MambaForCausalLM builds "
-        "backbone.layers.0.mixer.in_proj without a quantization config, so it can only be served "
-        "plain: quantize again with --ignore '*.in_proj'"
+        "backbone.layers.0.mixer.dt_proj is quantized, but vLLM's MambaForCausalLM builds "
+        "backbone.layers.0.mixer.dt_proj without a quantization config, so it can only be served "
+        "plain: quantize again with --ignore '*.dt_proj'"
     )
     assert message in results["mamba"]["error"]
     assert "MambaForCausalLM: only 0% of its linear weights" in results["mamba-online"]["error"]
