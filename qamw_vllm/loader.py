@@ -32,6 +32,7 @@ from qamw_kernels.format.weight import check_plain
 from qamw_vllm.loading.formats import CHECKED_FORMATS, DUMMY_FORMAT
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
+from qamw_vllm.loading.reading import READING
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -47,7 +48,6 @@ class QamwModelLoader(DefaultModelLoader):
     """The default loader, for which a QAM-W model must be whole and as its manifest says."""
 
     _tracked = False  # whether the model that is being loaded is a QAM-W model
-    _arriving = ""  # the name of the tensor that is being loaded
 
     def __init__(self, load_config: LoadConfig) -> None:
         super().__init__(load_config)
@@ -83,7 +83,7 @@ class QamwModelLoader(DefaultModelLoader):
         self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
         if self._tracked:
             self.enable_weights_track = True
-        self._arriving = ""
+        READING.start()
         self._quantized.clear()
         if model_config.quantization == QUANT_METHOD:
             prepare(model, model_config)
@@ -94,10 +94,10 @@ class QamwModelLoader(DefaultModelLoader):
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
             if not is_packed_model(model_config):
                 raise
-            module, _, suffix = self._arriving.rpartition(".")
+            module, _, suffix = READING.name.rpartition(".")
             if suffix in LAYER_TENSORS and (layers := unserved_layers(model, module, str(error))):
                 raise TensorError(describe_unserved(model, module, layers)) from error
-            where = f"{self._arriving}, or what follows it" if self._arriving else "its weights"
+            where = f"{READING.name}, or what follows it" if READING.name else "its weights"
             raise TensorError(
                 f"{model_config.model}: vLLM cannot load {where} "
                 f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
@@ -141,10 +141,11 @@ class QamwModelLoader(DefaultModelLoader):
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The same weights; what arrives is remembered for messages."""
         for name, tensor in weights:
-            self._arriving = name
+            READING.note(name, tensor)
             if name.endswith(".qweight"):
                 self._quantized.add(name.removesuffix(".qweight"))
             yield name, tensor
+        READING.finish()
 
     @staticmethod
     def _checked(

@@ -27,6 +27,7 @@ from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import check_input_scales
 from qamw_vllm.loading.form import FORM_TENSORS, LayerForm
 from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
+from qamw_vllm.loading.reading import READING
 from qamw_vllm.parallel import slice_of_rank
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -155,7 +156,11 @@ class LayerLoader:
         """Copy one vector [K] into its rows of ``param`` [num_shards, K of this rank].
 
         vLLM has no parameter for a vector over the inputs that every stacked matrix brings along.
+
+        Raises:
+            TensorError: vLLM's model class has changed them.
         """
+        READING.check_input_scales(loaded)
         num_inputs = param.shape[1]
         if num_inputs != self.num_inputs:  # row parallel
             loaded = slice_of_rank(loaded, 0, num_inputs, self.layer.tp_rank)

@@ -22,6 +22,7 @@ from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.packing import packed_shape
 from qamw_vllm.backend import Backend
 from qamw_vllm.loading.names import NameCheck, unserved_layers
+from qamw_vllm.loading.reading import READING
 from tests.vllm_.layers import (
     BITS,
     ROWS,
@@ -195,6 +196,21 @@ def test_tensors_are_as_config_json_says_of_their_names() -> None:
     ):
         with pytest.raises(TensorError, match=message):
             check(name, tensor)
+
+
+def test_input_scales_that_vllm_reorders_are_refused(rank: Rank) -> None:
+    (tensors,) = make_checkpoint("o_proj")
+    scales = torch.arange(1, K + 1).half()
+    layer = make_layer("o_proj", make_config())
+    load_scales = layer.input_scales.weight_loader
+    try:
+        READING.note("h.0.dense.input_scales", scales)
+        load_scales(layer.input_scales, scales.clone())
+        with pytest.raises(TensorError, match=r"h\.0\.dense\.input_scales: .* reorders it"):
+            load_scales(layer.input_scales, scales.view(4, -1).T.reshape(-1))
+    finally:
+        READING.finish()
+    load_scales(layer.input_scales, tensors["input_scales"])
 
 
 def test_layers_without_a_config_are_found(rank: Rank) -> None:

@@ -114,6 +114,14 @@ def test_routers_and_gates_are_plain_and_other_replicated_layers_are_not() -> No
     assert quantized(model) == {f"blocks.0.{name}" for name in names}
 
 
+def test_routers_of_vllm_are_plain_at_once() -> None:
+    from vllm.model_executor.layers.fused_moe.router.gate_linear import GateLinear
+
+    router = GateLinear(K, 4, quant_config=QamwConfig(), prefix="model.layers.0.mlp.router.gate")
+    assert type(router.quant_method) is UnquantizedLinearMethod
+    assert not router.weight.is_meta
+
+
 def test_what_cannot_pay_is_listed(log_lines: list[str]) -> None:
     config, model = QamwConfig(), nn.Module()
     model.blocks = nn.ModuleList([block(config)])
