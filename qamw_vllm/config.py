@@ -13,6 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
+from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.loading.formats import check_load_format, current_load_format
 from qamw_vllm.loading.manifest import check_checkpoint, has_weights, verification_is_on
 from qamw_vllm.online.plan import OnlinePlan
@@ -159,8 +160,13 @@ class QamwConfig(QuantizationConfig):
         return tuple(parent + dot + part for part in parts)
 
     def index_bits_of(self, prefix: str) -> int | None:
-        """Index bits of a vLLM linear layer, or None for one that is not quantized.
+        """Index bits of a vLLM linear layer that config.json leads to expect.
 
+        By vLLM's names, which may not be those of the checkpoint: so what arrives decides, except
+        for layers whose modules config.json names as not quantized.
+
+        Returns:
+            None for a layer that is not quantized.
         Raises:
             FormatError: the parts of a fused layer differ.
         """
@@ -199,22 +205,36 @@ class QamwConfig(QuantizationConfig):
         check_load_format(current_load_format())
         if isinstance(layer, RoutedExperts):
             return self._method_of_experts(layer, prefix.removesuffix(".routed_experts"))
-        if isinstance(layer, ParallelLMHead) and prefix in self.format.layer_index_bits:
-            index_bits = self.format.index_bits_of(prefix)
-            return QamwHeadMethod(prefix, index_bits, self.format, self.summary, self.backend)
+        if isinstance(layer, ParallelLMHead) and (head := self._head_of(prefix)):
+            index_bits = self.format.index_bits_of(head)
+            return QamwHeadMethod(head, index_bits, self.format, self.summary, self.backend)
         if isinstance(layer, LinearBase):
             return self._method_of_linear(layer, prefix)
         return None
+
+    def _head_of(self, prefix: str) -> str | None:
+        """The quantized module that a head of vLLM holds; None for one that is not quantized.
+
+        It has the head's name, or is the only one outside of numbered layers that ends like it.
+        """
+        named = self.format.layer_index_bits
+        if prefix in named:
+            return prefix
+        last = prefix.rpartition(".")[2]
+        outside = [name for name in named if not any(map(str.isdecimal, name.split(".")))]
+        heads = [name for name in outside if name.rpartition(".")[2] == last]
+        return heads[0] if len(heads) == 1 else None
 
     def _method_of_linear(self, layer: Any, prefix: str) -> QuantizeMethodBase:
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         from qamw_vllm.linear import QamwLinearMethod
+        from qamw_vllm.online.coverage import is_router
         from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
         parts = self.parts_of(prefix)
-        if self.online_plan:
-            if not self.online_plan.covers(layer, prefix):
+        if self.online_plan:  # the others are left when all layers are made
+            if layer.input_size % UNIT_INPUTS or is_router(layer):
                 return UnquantizedLinearMethod()
             return QamwOnlineLinearMethod(
                 prefix, parts, self.online_plan, self.summary, self.backend

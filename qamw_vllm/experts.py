@@ -1,5 +1,6 @@
 """Quantized mixtures of experts: all experts of a layer, tensor parallel or expert parallel."""
 
+import functools
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 )
 
 from qamw_kernels.codec.decode import decode_checked
-from qamw_kernels.errors import FormatError
-from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors
+from qamw_kernels.errors import FormatError, TensorError
+from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.sharding import check_input_split
 from qamw_kernels.format.weight import QuantizedWeight
@@ -28,6 +29,7 @@ from qamw_vllm.backend import (
     warm_up_once,
 )
 from qamw_vllm.loading.experts import ExpertsLoader
+from qamw_vllm.loading.experts_form import MATRICES, ExpertsForm, ExpertsShape
 from qamw_vllm.state import (
     LayerState,
     LoadSummary,
@@ -38,19 +40,18 @@ from qamw_vllm.state import (
 )
 
 logger = init_logger(f"vllm.{__name__}")
-
-STEMS = ("w13", "w2")
-"""vLLM's names of gate and up, stacked, and of down."""
-
-_MATRICES = {"w13": 2, "w2": 1}  # stacked in each
+_FIRST = {"w13": "w1", "w2": "w2"}  # vLLM's shard id of the first matrix in each
 
 
 class QamwMoEMethod(FusedMoEMethodBase):
-    """The experts of one layer.
+    """The experts of one layer of a quantized checkpoint.
 
-    With the ``triton`` backend they stay packed, and one kernel multiplies every token with the
-    experts that it is sent to; with ``decode`` they become plain experts while loading, and vLLM's
-    own CPU kernel runs.
+    They are quantized if quantized tensors arrive for them; if plain weights do, they become plain
+    experts of vLLM.
+
+    With the ``triton`` backend quantized experts stay packed, and one kernel multiplies every token
+    with the experts that it is sent to; with ``decode`` they become plain experts while loading,
+    and vLLM's own CPU kernel runs.
 
     Args:
         layer: vLLM's RoutedExperts.
@@ -60,8 +61,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         backend: None for that of this machine, see :func:`choose_backend`.
 
     Raises:
-        FormatError: the layer computes something that is not built here, or the rates of matrices
-            that vLLM fuses differ.
+        FormatError: the layer computes something that is not built here.
         BackendError: vLLM is too old.
     """
 
@@ -84,18 +84,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
             self.experts_cls = self._plain.experts_cls  # tells vLLM what the kernel will want
 
     def _index_bits(self) -> dict[str, int]:
-        """Index bits of w13 and of w2."""
-        bits = {
-            shard: self.format.index_bits_of(f"{self.prefix}.0.{name}")
-            for shard, name in self.names.items()
-        }
-        if bits["w1"] != bits["w3"]:
-            raise FormatError(
-                f"{self.prefix}: vLLM fuses {self.names['w1']} and {self.names['w3']}, so they "
-                "must have the same index bits, but the checkpoint has "
-                f"{bits['w1']} and {bits['w3']}"
-            )
-        return {"w13": bits["w1"], "w2": bits["w2"]}
+        """Index bits of w13 and of w2 that config.json leads to expect."""
+        modules = {stem: f"{self.prefix}.0.{self.names[shard]}" for stem, shard in _FIRST.items()}
+        return {stem: self.format.index_bits_of(module) for stem, module in modules.items()}
 
     def create_weights(
         self,
@@ -106,47 +97,68 @@ class QamwMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the packed tensors of the experts and shards of this rank, as on disk.
+        """Register the tensors of the experts and shards of this rank, as on disk.
+
+        What cannot be quantized is expected to be plain, as of
+        :meth:`qamw_vllm.linear.QamwLinearMethod.create_weights`.
 
         Raises:
-            TensorError: the inner activation cannot be split over this many ranks.
-            FormatError: config.json has no rotation block size for this number of inputs.
+            TensorError, FormatError: of a model of random weights.
         """
         self.params_dtype = params_dtype
         local = intermediate_size_per_partition
         inner = local * self.moe.moe_parallel_config.tp_size
-        self.rotation_block_sizes = {
-            "w13": self._rotation_block_size("w1", hidden_size),
-            "w2": self._rotation_block_size("w2", inner),
-        }
-        self.check_split(inner, local)
         shapes = {
             "w1": (inner, hidden_size, self.index_bits["w13"]),
             "w3": (inner, hidden_size, self.index_bits["w13"]),
             "w2": (hidden_size, inner, self.index_bits["w2"]),
         }
         self._loader = ExpertsLoader(layer, self.prefix, self.names, shapes)
-        for stem, rows, inputs in (("w13", 2 * local, hidden_size), ("w2", hidden_size, local)):
-            tensors = layer_tensors(rows, inputs, self.index_bits[stem])
-            for suffix, (shape, dtype) in tensors.items():
-                if suffix == "input_scales":  # every matrix brings its own copy
-                    shape = (_MATRICES[stem], *shape)
-                empty = torch.empty((num_experts, *shape), dtype=dtype)
-                parameter = Parameter(empty, requires_grad=False)
-                loader = self._loader.load
-                parameter.weight_loader = loader  # type: ignore[attr-defined]  # vLLM looks for it
-                layer.register_parameter(f"{stem}_{suffix}", parameter)
+        self._loader.check_possible = functools.partial(
+            self._choose_rotation, hidden_size, inner, local
+        )
+        index_bits: dict[str, int] | None = self.index_bits
+        try:
+            self._loader.check_possible()
+        except (FormatError, TensorError):
+            if self._loader.dummy:
+                raise
+            index_bits = None
+        sizes = num_experts, hidden_size, local
+        make_plain = functools.partial(
+            self._make_plain, layer, *sizes, params_dtype, **extra_weight_attrs
+        )
+        self._loader.form = ExpertsForm(
+            layer, ExpertsShape(*sizes), index_bits, self._loader.load, make_plain, self.summary
+        )
         layer.load_weights = self._loader.wrap(layer.load_weights)
-        self.summary.expect_layer()
         logger.debug(
-            "%s: %s index bits, rotation blocks of %s, %d experts of %d x %d on this rank",
+            "%s: %s index bits expected, %d experts of %d x %d on this rank",
             self.prefix,
-            self.index_bits,
-            self.rotation_block_sizes,
+            index_bits,
             num_experts,
             local,
             hidden_size,
         )
+
+    def _make_plain(self, layer: Any, *sizes: Any, **extra_weight_attrs: Any) -> None:
+        """Register the weights of plain experts."""
+        if self.backend != "decode":
+            self._plain = UnquantizedFusedMoEMethod(self.moe)
+        self._plain.create_weights(layer, *sizes, **extra_weight_attrs)
+
+    def _choose_rotation(self, hidden: int, inner: int, inner_of_rank: int) -> None:
+        """Set the rotation block sizes.
+
+        Raises:
+            TensorError: the inner activation cannot be split over this many ranks.
+            FormatError: config.json has no rotation block size for this number of inputs.
+        """
+        self.rotation_block_sizes = {
+            "w13": self._rotation_block_size("w1", hidden),
+            "w2": self._rotation_block_size("w2", inner),
+        }
+        self.check_split(inner, inner_of_rank)
 
     def _rotation_block_size(self, shard: str, num_inputs: int) -> int:
         module = f"{self.prefix}.0.{self.names[shard]}"
@@ -175,8 +187,14 @@ class QamwMoEMethod(FusedMoEMethodBase):
         if state_of(layer) is LayerState.READY:
             return
         self._loader.check_loaded()
+        if (form := self._loader.form) is not None:
+            form.drop_other()
+            if form.index_bits is None:
+                layer._replace_quant_method(self._plain)
+                self._plain.process_weights_after_loading(layer)
+                return
         experts = {}
-        for stem in STEMS:
+        for stem in MATRICES:
             qweight, row_norms, input_scales = (
                 getattr(layer, f"{stem}_{suffix}").data for suffix in LAYER_TENSORS
             )
@@ -197,7 +215,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         """
         shapes: list[QuantizedShape] = []
         for stem, weights in experts.items():
-            matrices = _MATRICES[stem]
+            matrices = MATRICES[stem]
             for weight in weights:
                 num_rows, num_inputs = weight.shape
                 shape = QuantizedShape(num_rows // matrices, num_inputs, weight.index_bits)

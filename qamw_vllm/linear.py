@@ -1,5 +1,6 @@
 """Quantized linear layers: fused or plain, column parallel, row parallel or replicated."""
 
+import functools
 from typing import Any
 
 import torch
@@ -11,20 +12,17 @@ from vllm.model_executor.layers.linear import (
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    ModelWeightParameter,
-)
 
 from qamw_kernels.codec.decode import decode_checked
-from qamw_kernels.format.config import QamwFormat, layer_tensors
+from qamw_kernels.errors import FormatError, TensorError
+from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.sharding import check_input_split
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.linear import linear
 from qamw_kernels.ops.weight import TiledWeight
 from qamw_vllm.backend import Backend, choose_backend, describe_backend, warm_up_once
+from qamw_vllm.loading.form import FORM_TENSORS, LayerForm, LayerShape
 from qamw_vllm.loading.linear import LayerLoader
 from qamw_vllm.state import (
     LayerState,
@@ -40,16 +38,19 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of loggers below
 
 @register_weight_loader_v2_supported_method
 class QamwLinearMethod(LinearMethodBase):
-    """One quantized vLLM linear layer.
+    """One vLLM linear layer of a quantized checkpoint.
 
-    With the ``triton`` backend the layer keeps the packed weight, as the tiles that kernels read;
-    with ``decode`` it becomes a plain linear layer while loading, and vLLM's own CPU matrix
+    It is quantized if quantized tensors arrive for it; if a plain weight does, it becomes a plain
+    layer of vLLM.
+
+    With the ``triton`` backend a quantized layer keeps the packed weight, as the tiles that kernels
+    read; with ``decode`` it becomes a plain linear layer while loading, and vLLM's own CPU matrix
     multiplication runs.
 
     Args:
         prefix: the layer's name in vLLM.
         parts: names of the checkpoint's modules that it holds.
-        index_bits: bits per pair of all parts.
+        index_bits: bits per pair of all parts that config.json leads to expect.
         format: the checkpoint's format.
         summary: of all layers of the model in this process.
         backend: None for that of this machine, see :func:`choose_backend`.
@@ -70,11 +71,15 @@ class QamwLinearMethod(LinearMethodBase):
         self.format = format
         self.summary = summary
         self.backend = backend or choose_backend()
-        if self.backend == "decode":
-            self._plain = self.make_plain_method()
+        self._plain = self.make_plain_method()
+
+    def find_name(self, name: str) -> None:
+        """Take the layer's name in vLLM's model, where its class did not say it."""
+        if not self.prefix or self.prefix.startswith("."):
+            self.prefix, self.parts = name, (name,)
 
     def make_plain_method(self) -> UnquantizedLinearMethod | UnquantizedEmbeddingMethod:
-        """vLLM's method for a decoded layer.
+        """vLLM's method for a decoded layer, and for one that is not quantized.
 
         It is delegated to, not inherited from: vLLM takes subclasses for unquantized layers.
         """
@@ -90,55 +95,53 @@ class QamwLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the packed tensors of this rank, as the checkpoint holds them.
+        """Register the tensors of this rank, as the checkpoint holds them.
+
+        What cannot be quantized is expected to be plain: inputs without a rotation block size, or
+        those that cannot be split over this many ranks. It is refused when it arrives quantized.
+
+        Raises:
+            TensorError, FormatError: the same, of a model of random weights.
+        """
+        self.params_dtype = params_dtype
+        num_rows, num_shards = sum(output_partition_sizes), len(output_partition_sizes)
+        self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, num_shards)
+        self._loader.check_possible = functools.partial(
+            self._choose_rotation, input_size, input_size_per_partition
+        )
+        index_bits: int | None = self.index_bits
+        try:
+            self._loader.check_possible()
+        except (FormatError, TensorError):
+            if self._loader.dummy and input_size in self.format.rotation_block_sizes:
+                raise
+            index_bits = None
+        load = extra_weight_attrs["weight_loader"]
+        loaders = {name: self._loader.wrap(name, load) for name in FORM_TENSORS}
+        loaders["input_scales"] = self._loader.wrap("input_scales", self._loader.load_input_scales)
+        shape = LayerShape(num_rows, input_size_per_partition, num_shards, params_dtype)
+        self._loader.form = LayerForm(layer, shape, index_bits, loaders, self.summary)
+        # The layer makes its bias after this call, with its attribute weight_loader: so the
+        # arrival of the bias is noted too.
+        layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
+        logger.debug(
+            "%s: %s index bits expected, %d x %d on this rank",
+            self.prefix,
+            index_bits,
+            num_rows,
+            input_size_per_partition,
+        )
+
+    def _choose_rotation(self, num_inputs: int, num_inputs_of_rank: int) -> None:
+        """Set the rotation block size.
 
         Raises:
             TensorError: the inputs of a row-parallel layer cannot be split over this many ranks.
             FormatError: config.json has no rotation block size for this number of inputs.
         """
-        num_rows, num_shards = sum(output_partition_sizes), len(output_partition_sizes)
-        self.params_dtype = params_dtype
-        self.rotation_block_size = self.format.rotation_block_size_of(self.parts[0], input_size)
-        check_input_split(
-            self.prefix, input_size, input_size_per_partition, self.rotation_block_size
-        )
-        self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, num_shards)
-        load = extra_weight_attrs["weight_loader"]
-        tensors = layer_tensors(num_rows, input_size_per_partition, self.index_bits)
-        empty = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in tensors.items()}
-        qweight = ModelWeightParameter(
-            data=empty["qweight"],
-            output_dim=1,
-            input_dim=2,
-            weight_loader=self._loader.wrap("qweight", load),
-        )
-        row_norms = ChannelQuantScaleParameter(
-            data=empty["row_norms"],
-            output_dim=0,
-            weight_loader=self._loader.wrap("row_norms", load),
-        )
-        # One row per stacked matrix: each brings its own copy, and that they agree is checked
-        # after loading.
-        input_scales = BasevLLMParameter(
-            data=empty["input_scales"].repeat(num_shards, 1),
-            weight_loader=self._loader.wrap("input_scales", self._loader.load_input_scales),
-        )
-        layer.register_parameter("qweight", qweight)
-        layer.register_parameter("row_norms", row_norms)
-        layer.register_parameter("input_scales", input_scales)
-        # The layer makes its bias after this call, with its attribute weight_loader: so the
-        # arrival of the bias is noted too.
-        layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
-
-        self.summary.expect_layer()
-        logger.debug(
-            "%s: %d index bits, rotation blocks of %d, %d x %d on this rank",
-            self.prefix,
-            self.index_bits,
-            self.rotation_block_size,
-            num_rows,
-            input_size_per_partition,
-        )
+        block = self.format.rotation_block_size_of(self.parts[0], num_inputs)
+        check_input_split(self.prefix, num_inputs, num_inputs_of_rank, block)
+        self.rotation_block_size = block
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what arrived and bring it into the form that ``apply`` uses.
@@ -151,6 +154,12 @@ class QamwLinearMethod(LinearMethodBase):
         if state_of(layer) is LayerState.READY:
             return
         self._loader.check_loaded()
+        if (form := self._loader.form) is not None:
+            form.drop_other()
+            if form.index_bits is None:
+                layer.quant_method = self._plain
+                self._plain.process_weights_after_loading(layer)
+                return
         weight = QuantizedWeight(
             layer.qweight.data,
             layer.row_norms.data,

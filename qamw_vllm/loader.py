@@ -21,21 +21,25 @@ from vllm import envs
 from vllm.config import LoadConfig
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from qamw_kernels.errors import FileError, QamwError, TensorError
-from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD
+from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_kernels.format.weight import check_plain
-from qamw_vllm.loading.formats import CHECKED_FORMATS
+from qamw_vllm.loading.formats import CHECKED_FORMATS, DUMMY_FORMAT
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
+from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
+from qamw_vllm.loading.reading import READING
 
 logger = init_logger(f"vllm.{__name__}")
 
 # What vLLM raises for a shard that is not there or cannot be read, and its models for a tensor that
 # they do not have, or have in another shape.
 _MISFITS = (
-    *(AssertionError, IndexError, KeyError, OSError, RuntimeError, ValueError),
+    *(AssertionError, AttributeError, IndexError, KeyError, OSError, RuntimeError, ValueError),
     SafetensorError,
 )
 
@@ -44,7 +48,10 @@ class QamwModelLoader(DefaultModelLoader):
     """The default loader, for which a QAM-W model must be whole and as its manifest says."""
 
     _tracked = False  # whether the model that is being loaded is a QAM-W model
-    _arriving = ""  # the name of the tensor that is being loaded
+
+    def __init__(self, load_config: LoadConfig) -> None:
+        super().__init__(load_config)
+        self._quantized: set[str] = set()  # modules whose planes have been read
 
     def get_all_weights(
         self, model_config: Any, model: torch.nn.Module
@@ -56,10 +63,12 @@ class QamwModelLoader(DefaultModelLoader):
             TensorError: see :func:`check_plain`; known when a tensor arrives.
         """
         weights = super().get_all_weights(model_config, model)
-        if not is_packed_model(model_config) or not verification_is_on():
+        if not is_packed_model(model_config):
             return weights
+        if not verification_is_on():
+            return self._named(weights)
         self._check(model_config)
-        return self._checked(weights)
+        return self._checked(self._named(weights), NameCheck(format_of(model_config.hf_config)))
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load a model.
@@ -74,7 +83,10 @@ class QamwModelLoader(DefaultModelLoader):
         self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
         if self._tracked:
             self.enable_weights_track = True
-        self._arriving = ""
+        READING.start()
+        self._quantized.clear()
+        if model_config.quantization == QUANT_METHOD:
+            prepare(model, model_config)
         try:
             super().load_weights(model, model_config)
         except (QamwError, torch.OutOfMemoryError):
@@ -82,7 +94,10 @@ class QamwModelLoader(DefaultModelLoader):
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
             if not is_packed_model(model_config):
                 raise
-            where = f"{self._arriving}, or what follows it" if self._arriving else "its weights"
+            module, _, suffix = READING.name.rpartition(".")
+            if suffix in LAYER_TENSORS and (layers := unserved_layers(model, module, str(error))):
+                raise TensorError(describe_unserved(model, module, layers)) from error
+            where = f"{READING.name}, or what follows it" if READING.name else "its weights"
             raise TensorError(
                 f"{model_config.model}: vLLM cannot load {where} "
                 f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
@@ -112,17 +127,33 @@ class QamwModelLoader(DefaultModelLoader):
         try:
             super().track_weights_loading(model, loaded_weights | quantized, *args, **options)
         except ValueError as error:
+            for module in sorted(self._quantized):
+                layers = unserved_layers(model, module)
+                if layers := [layer for layer in layers if f"'{layer}." in str(error)]:
+                    raise TensorError(describe_unserved(model, module, layers)) from None
             raise TensorError(
                 f"{error}. They would hold what happened to be in memory; {VERIFY_VARIABLE}=0 "
                 "serves the model all the same"
             ) from None
 
-    def _checked(
+    def _named(
         self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        """The same weights; what arrives is remembered for messages."""
+        for name, tensor in weights:
+            READING.note(name, tensor)
+            if name.endswith(".qweight"):
+                self._quantized.add(name.removesuffix(".qweight"))
+            yield name, tensor
+        READING.finish()
+
+    @staticmethod
+    def _checked(
+        weights: Iterable[tuple[str, torch.Tensor]], names: NameCheck
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """The same weights; layers check what is quantized."""
         for name, tensor in weights:
-            self._arriving = name
+            names.check(name, tensor)
             if name.rpartition(".")[2] not in LAYER_TENSORS:
                 check_plain(tensor, name)
             yield name, tensor
@@ -159,6 +190,22 @@ class QamwModelLoader(DefaultModelLoader):
             ) from None
 
 
+def prepare(model: torch.nn.Module, model_config: Any) -> None:
+    """What is decided when all layers of a QAM-W model are made, and before they are loaded.
+
+    Raises:
+        FormatError: too little of a plain model would be quantized.
+    """
+    from qamw_vllm.linear import QamwLinearMethod  # kernels: not in every process
+    from qamw_vllm.online.coverage import choose_layers
+
+    for name, module in model.named_modules():
+        if isinstance(method := getattr(module, "quant_method", None), QamwLinearMethod):
+            method.find_name(name)
+    if not is_packed_model(model_config):
+        choose_layers(model, is_draft=model_config.runner_type == "draft")
+
+
 def is_packed_model(model_config: Any) -> bool:
     """Whether vLLM loads a model from a QAM-W checkpoint."""
     return model_config.quantization == QUANT_METHOD and is_packed(model_config.hf_config)
@@ -166,22 +213,52 @@ def is_packed_model(model_config: Any) -> bool:
 
 def is_packed(hf_config: Any) -> bool:
     """Whether a model's config.json is that of a QAM-W checkpoint, not of a plain one."""
+    return "index_bits" in _settings(hf_config)
+
+
+def format_of(hf_config: Any) -> QamwFormat:
+    """The format of a QAM-W checkpoint, with the names that its modules have there."""
+    return QamwFormat.from_dict(_settings(hf_config))
+
+
+def _settings(hf_config: Any) -> Any:
     text_config = getattr(hf_config, "text_config", None)
     for config in (hf_config, text_config):
         if settings := getattr(config, "quantization_config", None):
-            return "index_bits" in settings
-    return False
+            return settings
+    return {}
+
+
+class QamwDummyLoader(DummyModelLoader):
+    """vLLM's loader of random weights, for QAM-W models too."""
+
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Fill a model.
+
+        Raises:
+            FormatError: see :func:`prepare`.
+        """
+        if getattr(model_config, "quantization", None) == QUANT_METHOD:
+            prepare(model, model_config)
+        super().load_weights(model, model_config)
 
 
 def install() -> None:
-    """Have this process load with :class:`QamwModelLoader`; once is enough."""
-    plain = [name for name in CHECKED_FORMATS if _loader_class(name) is DefaultModelLoader]
+    """Have this process load with these loaders; once is enough."""
+    loaders: dict[str, tuple[type, type[BaseModelLoader]]]
+    loaders = dict.fromkeys(CHECKED_FORMATS, (DefaultModelLoader, QamwModelLoader))
+    loaders[DUMMY_FORMAT] = DummyModelLoader, QamwDummyLoader
+    plain = {
+        load_format: ours
+        for load_format, (theirs, ours) in loaders.items()
+        if _loader_class(load_format) is theirs
+    }
     # vLLM warns of every loader that takes another one's place: meant for those by mistake.
     registry = logging.getLogger("vllm.model_executor.model_loader")
     level = registry.level
     registry.setLevel(logging.ERROR)
-    for name in plain:
-        register_model_loader(name)(QamwModelLoader)
+    for name, ours in plain.items():
+        register_model_loader(name)(ours)
     registry.setLevel(level)
 
 

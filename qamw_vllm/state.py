@@ -89,6 +89,10 @@ class LoadSummary:
         """One more layer was made."""
         self._expected += 1
 
+    def drop_layer(self) -> None:
+        """A layer that was made turned out to be a plain one, before any was loaded whole."""
+        self._expected -= 1
+
     def add_layer(self, shapes: Iterable[QuantizedShape]) -> bool:
         """One more layer, which holds these weights, was loaded; whether it was the last."""
         self.num_layers += 1

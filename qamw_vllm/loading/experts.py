@@ -1,4 +1,7 @@
-"""What a checkpoint delivers for the experts of one layer."""
+"""What a checkpoint delivers for the experts of one layer.
+
+What arrives decides whether they are quantized, and at which rates.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,8 +10,10 @@ import torch
 from torch.nn import Parameter
 
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
+from qamw_vllm.loading.experts_form import ExpertsForm
 from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.loading.linear import check_stored_tensor
 from qamw_vllm.parallel import slice_of_rank
@@ -39,8 +44,15 @@ class ExpertsLoader:
         layer: vLLM's RoutedExperts.
         prefix: the experts' name in the checkpoint.
         names: shard id -> the matrix's name in the checkpoint.
-        shapes: shard id -> (N, K, index bits) in the checkpoint.
+        shapes: shard id -> (N, K, index bits) in the checkpoint; where the layer has a
+            :attr:`form`, the bits are those that config.json leads to expect.
+
+    Attributes:
+        form: of experts that take the form of what arrives; None where it is fixed.
+        check_possible: is called before they are loaded as quantized ones, and may refuse.
     """
+
+    form: ExpertsForm | None = None
 
     def __init__(
         self,
@@ -49,7 +61,10 @@ class ExpertsLoader:
         names: dict[str, str],
         shapes: dict[str, tuple[int, int, int]],
     ) -> None:
-        self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, shapes
+        self.layer, self.prefix, self.names, self.shapes = layer, prefix, names, dict(shapes)
+        self.check_possible: Callable[[], object] = lambda: None
+        self._quantized: bool | None = None  # until the first tensor arrives
+        self._rated: set[str] = set()  # w13, w2: those of which planes have arrived
         self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
 
@@ -87,10 +102,19 @@ class ExpertsLoader:
         if local == -1:
             return False if return_success else None
         loaded = loaded_weight[0] if loaded_weight.ndim == 4 else loaded_weight
-        tensor = next(suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
+        suffixes = (suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
+        tensor = next(suffixes, "weight")
         name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}"
-        check_stored_tensor(name, loaded, *self.shapes[shard_id])
         stem, position = _MATRICES[shard_id]
+        if self.form is not None:
+            self._settle(self.form, name, loaded, shard_id)
+            param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may know an earlier one
+        if tensor == "weight":
+            self.arrived.add((local, shard_id, tensor))
+            return self._load_plain(
+                param, loaded_weight, weight_name, shard_id, expert_id, return_success
+            )
+        check_stored_tensor(name, loaded, *self.shapes[shard_id])
         divided = _DIVIDED[stem].get(tensor)
         if divided is not None:
             length = loaded.shape[divided] // self.layer.moe_config.moe_parallel_config.tp_size
@@ -105,6 +129,50 @@ class ExpertsLoader:
         self.arrived.add((local, shard_id, tensor))
         return True if return_success else None
 
+    def _load_plain(self, *arguments: Any) -> bool | None:
+        loaded: bool | None = self.layer.weight_loader(*arguments)
+        return loaded
+
+    def _settle(self, form: ExpertsForm, name: str, loaded: torch.Tensor, shard_id: str) -> None:
+        """Have the experts take the form of what arrives, which is the same for all of a layer."""
+        quantized = not name.endswith(".weight")
+        first = self._quantized is None
+        if not first and quantized != self._quantized:
+            raise TensorError(
+                f"{self.prefix}: vLLM serves the experts of a layer together, so they must be "
+                f"quantized alike, but the checkpoint has {name} beside experts that are "
+                f"{'not ' if quantized else ''}quantized"
+            )
+        self._quantized = quantized
+        if not quantized:
+            if form.index_bits is not None:
+                form.become_plain()
+            return
+        if first:
+            self.check_possible()
+        if name.endswith(".qweight"):
+            self._settle_rate(form, name, loaded.shape[0], shard_id)
+
+    def _settle_rate(self, form: ExpertsForm, name: str, found: int, shard_id: str) -> None:
+        stem, _ = _MATRICES[shard_id]
+        *_, expected = self.shapes[shard_id]
+        known = stem in self._rated
+        if found in INDEX_BITS:  # else the check of its shape refuses it
+            self._rated.add(stem)
+        if found == expected or found not in INDEX_BITS:
+            return
+        shards = [shard for shard, (other, _) in _MATRICES.items() if other == stem]
+        if known:
+            matrices = " and ".join(self.names[shard] for shard in shards)
+            raise TensorError(
+                f"{name} has {found} index bits, but {matrices} that arrived before have "
+                f"{expected}: vLLM serves them together, so they must have one rate"
+            )
+        form.change_rate(stem, found)
+        for shard in shards:
+            rows, inputs, _ = self.shapes[shard]
+            self.shapes[shard] = rows, inputs, found
+
     def check_loaded(self) -> None:
         """Refuse experts that are incomplete or hold impossible values; a dummy model's get values.
 
@@ -113,8 +181,9 @@ class ExpertsLoader:
         Raises:
             TensorError: names the tensor, what was expected and what was found.
         """
+        plain = self.form is not None and self.form.index_bits is None
         if self.dummy:
-            for stem in _DIVIDED:
+            for stem in () if plain else _DIVIDED:
                 parameters = (getattr(self.layer, f"{stem}_{suffix}") for suffix in LAYER_TENSORS)
                 fill_with_dummy_values(*(parameter.data for parameter in parameters))
             return
@@ -126,12 +195,14 @@ class ExpertsLoader:
             f"{self.prefix}.{numbers[local]}.{self.names[shard]}.{tensor}"
             for local in range(self.layer.local_num_experts)
             for shard in _MATRICES
-            for tensor in LAYER_TENSORS
+            for tensor in (("weight",) if plain else LAYER_TENSORS)
             if (local, shard, tensor) not in self.arrived
         ]
         if missing:
             raise TensorError(f"the checkpoint lacks {join_first(missing)}")
         self.arrived.clear()
+        if plain:
+            return
         for shard in _MATRICES:
             self._check_values(shard, numbers)
 

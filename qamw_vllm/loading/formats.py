@@ -12,7 +12,9 @@ CHECKED_FORMATS = (
 )
 """Those of vLLM's default loader, see :mod:`qamw_vllm.loader`."""
 
-_DUMMY = "dummy"
+DUMMY_FORMAT = "dummy"
+"""That of random weights."""
+
 # They store what vLLM's layers hold once they are loaded, instead of what a checkpoint holds.
 _STATES = ("sharded_state", "runai_streamer_sharded", "tensorizer", "ipc_cache")
 # Plain weights of vLLM's dummy models are uniform between -1e-3 and 1e-3: rows have this norm.
@@ -27,7 +29,7 @@ def current_load_format() -> str:
 
 def loads_dummy_weights() -> bool:
     """Whether the model that is being made gets random weights instead of a checkpoint's."""
-    return current_load_format() == _DUMMY
+    return current_load_format() == DUMMY_FORMAT
 
 
 def check_load_format(load_format: str) -> None:
@@ -41,7 +43,7 @@ def check_load_format(load_format: str) -> None:
             f"load_format={load_format!r}: qamw loads checkpoints, not layers as vLLM stored them; "
             "leave the option out"
         )
-    if load_format in (*CHECKED_FORMATS, _DUMMY):
+    if load_format in (*CHECKED_FORMATS, DUMMY_FORMAT):
         return
     if verification_is_on():
         raise FormatError(

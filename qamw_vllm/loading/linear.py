@@ -1,5 +1,7 @@
 """What a checkpoint delivers for one linear layer.
 
+What arrives decides whether the layer is quantized, and at which rate.
+
 vLLM leaves uninitialized memory where a quantized checkpoint lacks a tensor, and its own shape
 checks are assertions without names; both are caught here.
 """
@@ -20,9 +22,12 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import check_input_scales
+from qamw_vllm.loading.form import FORM_TENSORS, LayerForm
 from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
+from qamw_vllm.loading.reading import READING
 from qamw_vllm.parallel import slice_of_rank
 
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -38,10 +43,19 @@ class LayerLoader:
         layer: the layer, a LinearBase of vLLM.
         parts: names of the checkpoint's modules that the layer holds; one name for a layer that
             is fused on disk too.
-        index_bits: bits per pair of all parts.
+        index_bits: bits per pair of all parts; where the layer has a :attr:`form`, of those whose
+            planes have not arrived yet.
         num_inputs: inputs of the whole layer, not of this rank's shard.
         num_shards: how many matrices vLLM stacks in the layer.
+
+    Attributes:
+        form: of a layer that takes the form of what arrives; None for one whose form is fixed.
+        check_possible: is called before a layer becomes a quantized one, and may refuse.
+        checks_source: whether a plain weight is one that is to be quantized.
     """
+
+    form: LayerForm | None = None
+    checks_source = False
 
     def __init__(
         self,
@@ -53,10 +67,19 @@ class LayerLoader:
     ) -> None:
         self.layer = layer
         self.names = parts if len(parts) == num_shards else parts[:1] * num_shards
-        self.index_bits = index_bits
         self.num_inputs = num_inputs
         self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[str, int]] = set()
+        self.check_possible: Callable[[], object] = lambda: None
+        self._index_bits = index_bits
+        self._first: tuple[str, bool] | None = None  # name and whether it is quantized
+        self._planes: str | None = None  # name of the first planes
+
+    @property
+    def index_bits(self) -> int:
+        """Bits per pair, of the layer or, while it is a plain one, as config.json has them."""
+        form = self.form
+        return self._index_bits if form is None or form.index_bits is None else form.index_bits
 
     def shards_of(self, shard_id: ShardId) -> tuple[int, ...]:
         """Positions of the matrices that a loader's shard id stands for; all of them for None."""
@@ -77,9 +100,12 @@ class LayerLoader:
             param: Parameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None
         ) -> None:
             shards = self.shards_of(loaded_shard_id)
+            if self.form is not None and tensor in FORM_TENSORS:
+                self._settle(self.form, tensor, loaded_weight, self.names[shards[0]])
+                param = getattr(self.layer, tensor)  # vLLM's model may know an earlier one
             if tensor in LAYER_TENSORS:
                 self._check(tensor, loaded_weight, shards)
-            elif tensor == "weight":  # of a plain checkpoint
+            elif tensor == "weight" and self.checks_source:
                 check_source_dtype(f"{self.names[shards[0]]}.weight", loaded_weight.dtype)
             if loaded_shard_id is None:  # not every loader of vLLM takes a shard id
                 load(param, loaded_weight)
@@ -89,13 +115,52 @@ class LayerLoader:
 
         return loader
 
+    def _settle(self, form: LayerForm, tensor: str, loaded: torch.Tensor, name: str) -> None:
+        """Have the layer take the form of what arrives, which is the same for all of its parts."""
+        quantized = tensor != "weight"
+        first, self._first = self._first, self._first or (name, quantized)
+        if first is None:
+            if quantized:
+                self.check_possible()
+            if quantized != (form.index_bits is not None):
+                form.change(self._index_bits if quantized else None)
+        elif first[1] != quantized:
+            raise self._mixed(first[0], _described(first[1]), name, _described(quantized))
+        if tensor != "qweight":
+            return
+        index_bits = loaded.shape[0] if loaded.ndim == 3 else 0
+        planes, self._planes = self._planes, self._planes or name
+        if index_bits == form.index_bits:
+            return
+        if planes is not None:
+            raise self._mixed(
+                planes, f"{form.index_bits} index bits", name, f"{index_bits} index bits"
+            )
+        if index_bits not in INDEX_BITS:
+            raise TensorError(
+                f"{name}.qweight: expected {INDEX_BITS.start} to {INDEX_BITS.stop - 1} planes of "
+                f"[N, K / 64], the checkpoint has {tuple(loaded.shape)}"
+            )
+        form.change(index_bits)
+
+    def _mixed(self, one: str, is_one: str, other: str, is_other: str) -> TensorError:
+        return TensorError(
+            f"{' / '.join(dict.fromkeys(self.names))}: vLLM fuses these modules, or loads them "
+            "again, so they must be quantized alike, but the checkpoint has "
+            f"{one}: {is_one}, {other}: {is_other}"
+        )
+
     def load_input_scales(
         self, param: Parameter, loaded: torch.Tensor, shard_id: Any = None
     ) -> None:
         """Copy one vector [K] into its rows of ``param`` [num_shards, K of this rank].
 
         vLLM has no parameter for a vector over the inputs that every stacked matrix brings along.
+
+        Raises:
+            TensorError: vLLM's model class has changed them.
         """
+        READING.check_input_scales(loaded)
         num_inputs = param.shape[1]
         if num_inputs != self.num_inputs:  # row parallel
             loaded = slice_of_rank(loaded, 0, num_inputs, self.layer.tp_rank)
@@ -132,6 +197,9 @@ class LayerLoader:
         Raises:
             TensorError: names the tensor, what was expected and what was found.
         """
+        if self.form is not None and self.form.index_bits is None:
+            self.check_complete(("weight",))
+            return
         self.check_complete(LAYER_TENSORS)
         if self.dummy:
             fill_with_dummy_values(*(getattr(self.layer, name).data for name in LAYER_TENSORS))
@@ -151,6 +219,10 @@ class LayerLoader:
         check_stored_tensor(
             f"{self.names[shards[0]]}.{tensor}", loaded, rows, self.num_inputs, self.index_bits
         )
+
+
+def _described(quantized: bool) -> str:
+    return "quantized" if quantized else "not quantized"
 
 
 def check_stored_tensor(

@@ -13,8 +13,9 @@ from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend, BackendError
-from qamw_vllm.experts import STEMS, QamwMoEMethod
+from qamw_vllm.experts import QamwMoEMethod
 from qamw_vllm.loading.experts import join_first
+from qamw_vllm.loading.experts_form import MATRICES
 from qamw_vllm.loading.formats import loads_dummy_weights
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
@@ -130,7 +131,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             stem: self.format.rotation_block_size_of(self.prefix, num_inputs)
             for stem, num_inputs in self._num_inputs.items()
         }
-        self.use(layer, {stem: self._quantize(layer, stem) for stem in STEMS})
+        self.use(layer, {stem: self._quantize(layer, stem) for stem in MATRICES})
 
     def _quantize(self, layer: Any, stem: str) -> list[QuantizedWeight]:
         weights = getattr(layer, f"{stem}_weight").data  # [experts, N, K], of this rank

@@ -5,12 +5,15 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.sharding import check_input_split
 from qamw_vllm.backend import Backend
 from qamw_vllm.linear import QamwLinearMethod
+from qamw_vllm.loading.formats import current_load_format
 from qamw_vllm.loading.linear import LayerLoader
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
@@ -21,13 +24,16 @@ from qamw_vllm.state import LayerState, LoadSummary, state_of
 class QamwOnlineLinearMethod(QamwLinearMethod):
     """One linear layer, quantized as soon as its weight has arrived: one is in memory at a time.
 
-    The weights are bit for bit those of ``qamw quantize --calibration none``.
+    The weights are bit for bit those of ``qamw quantize --calibration none``. Which layers are
+    quantized is known when all layers of the model are made: then :meth:`start` or :meth:`leave`
+    is called.
 
     Args:
         plan: of the whole model; the others are those of :class:`QamwLinearMethod`.
     """
 
     uses_meta_device = True
+    _started = False
 
     def __init__(
         self,
@@ -54,8 +60,7 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
     ) -> None:
         """Register the plain weight, which takes no memory before it is loaded."""
         self.params_dtype, self._num_inputs = params_dtype, input_size
-        self.plan.add_layer(input_size, isinstance(layer, RowParallelLinear))
-        self.summary.expect_layer()
+        self._device = torch.get_default_device()
         num_shards = len(output_partition_sizes)
         self._loader = LayerLoader(layer, self.parts, self.index_bits, input_size, num_shards)
         shape = sum(output_partition_sizes), input_size_per_partition
@@ -67,7 +72,19 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
         )
         layer.register_parameter("weight", weight)
         layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
+
+    def start(self, layer: Any) -> None:
+        """Have the layer quantized; all of a model are started before the first is loaded."""
+        self._started = self._loader.checks_source = True
+        self.plan.add_layer(self._num_inputs, isinstance(layer, RowParallelLinear))
+        self.summary.expect_layer()
         initialize_online_processing(layer)
+
+    def leave(self, layer: Any) -> None:
+        """Make a plain layer of vLLM of it."""
+        with self._device:
+            layer.weight = materialize_meta_tensor(layer.weight)
+        layer.quant_method = self._plain
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Quantize the weight. Does nothing when called again, until vLLM has reloaded the layer.
@@ -75,9 +92,15 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
         Raises:
             TensorError: the checkpoint lacks it, a value is not finite, or the inputs cannot be
                 split over this many ranks.
+            FormatError: another loader than this project's has loaded it.
         """
         if state_of(layer) is LayerState.READY:
             return
+        if not self._started:
+            raise FormatError(
+                f"{self.prefix}: load_format={current_load_format()!r}: its loader cannot quantize "
+                "while loading; leave the option out, or run qamw quantize first"
+            )
         self._loader.check_complete(("weight",))
         self.format = self.plan.format(self._tp_sizes)
         block = self.format.rotation_block_size_of(self.prefix, self._num_inputs)

@@ -1,28 +1,19 @@
 """How a plain checkpoint is quantized while it is loaded."""
 
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from qamw_kernels.format.config import QamwFormat
-from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.rates import index_bits_of_rate
 from qamw_kernels.format.sharding import choose_rotation_block_sizes
 from qamw_vllm.parallel import sum_over_ranks
 
 BITS_PER_WEIGHT = 5.5
-_DECODER_LAYER = re.compile(r"(^|\.)layers\.\d+\.")
-_OTHER_MODALITY = re.compile("vision|visual|audio")
 
 
 class OnlinePlan:
     """What is quantized and how: as ``qamw quantize --calibration none`` does it.
-
-    Except for layers that vLLM replicates on every rank: they stay as they are. Most are routers,
-    which nobody quantizes; others are the ``q_a_proj`` and ``kv_a_proj_with_mqa`` of MiniCPM3 and
-    the ``per_layer_*`` of Gemma 4, which ``qamw quantize`` does quantize.
 
     Args:
         bits_per_weight: 3, 3.5 ... 6, of every layer.
@@ -43,21 +34,6 @@ class OnlinePlan:
         self.index_bits = index_bits_of_rate(bits_per_weight)
         self.sum_over_ranks = sum_over_ranks
         self._layers: set[tuple[int, bool]] = set()
-
-    def covers(self, layer: Any, prefix: str) -> bool:
-        """Whether a LinearBase is quantized.
-
-        Those of the decoder layers are, except routers and other replicated layers; the vision
-        and audio parts of a model are not, nor is anything outside the decoder layers.
-        """
-        from vllm.model_executor.layers.linear import ReplicatedLinear
-
-        return (
-            _DECODER_LAYER.search(prefix) is not None
-            and _OTHER_MODALITY.search(prefix) is None
-            and not isinstance(layer, ReplicatedLinear)
-            and layer.input_size % UNIT_INPUTS == 0
-        )
 
     def add_layer(self, num_inputs: int, row_parallel: bool) -> None:
         """Record a layer that was made; all are made before the first is loaded.

@@ -80,6 +80,45 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
     },
+    # vLLM's model classes know these by other names than their checkpoints.
+    "glm4": {"head_dim": 64, "attention_bias": True},
+    "stablelm": {"use_qkv_bias": True},
+    "minicpm3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "dim_model_base": 64,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "shared_intermediate_size": 512,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 64,
+        "mamba_d_state": 16,
+        "mamba_chunk_size": 16,
+    },
+    "minimax_m2": {
+        "head_dim": 64,
+        "rotary_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "scoring_func": "softmax",  # which transformers ignores; vLLM's CPU router has no other
+        "use_routing_bias": True,
+    },
+    # Layers that are not called ``layers``.
+    "falcon": {"tie_word_embeddings": True},
+    "bloom": {"tie_word_embeddings": True},
+    "gpt2": {"tie_word_embeddings": True},
+    "gptj": {"rotary_dim": 32},
+    # A layer of vLLM without a quantization config.
+    "mamba": {"time_step_rank": 64, "tie_word_embeddings": True},
 }
 
 # Models for images and text, here without images -> the text model in them.

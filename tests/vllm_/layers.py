@@ -12,6 +12,7 @@ from vllm.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 from vllm.platforms import current_platform
 
 from qamw_kernels.codec.decode import decode_weight
@@ -59,7 +60,15 @@ def make_layer(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A LinearBase of vLLM, a key of ROWS."""
+    """A LinearBase of vLLM, a key of ROWS, as it is when all layers of a model are made."""
+    layer = _make_layer(kind, config, bias, dtype)
+    record_metadata_for_reloading(layer)
+    if config.online_plan:
+        layer.quant_method.start(layer)
+    return layer
+
+
+def _make_layer(kind: str, config: QamwConfig, bias: bool, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {
         "bias": bias,
         "params_dtype": dtype,

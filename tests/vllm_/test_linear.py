@@ -134,14 +134,16 @@ def test_impossible_tensor_parallel_size_names_the_possible_ones(rank: Rank) -> 
     config = make_config(rotation_block_sizes={K: 128})
     make_layer("qkv_proj", config)  # its inputs are not split
     message = r"o_proj: tensor_parallel_size=4 leaves 64 of the 256 .* multiple of 128 .*: 1, 2\. "
+    layer = make_layer("o_proj", config)  # it could be one that is not quantized
     with pytest.raises(TensorError, match=message):
-        make_layer("o_proj", config)
+        load(layer, "o_proj", make_checkpoint("o_proj"))
 
 
 def test_unknown_number_of_inputs_is_refused(rank: Rank) -> None:
     message = r"model.layers.0.o_proj: config.json has no rotation block size for 256 inputs"
+    layer = make_layer("o_proj", make_config(rotation_block_sizes={512: 64}))
     with pytest.raises(FormatError, match=message):
-        make_layer("o_proj", make_config(rotation_block_sizes={512: 64}))
+        load(layer, "o_proj", make_checkpoint("o_proj"))
 
 
 def test_method_is_not_taken_for_an_unquantized_one() -> None:

@@ -20,7 +20,7 @@ from qamw_kernels.errors import FileError, TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.config import QamwConfig
-from qamw_vllm.loader import QamwModelLoader
+from qamw_vllm.loader import QamwDummyLoader, QamwModelLoader
 from tests.helpers.checkpoints import change_tensor, sign
 from tests.vllm_.layers import needs_cpu
 
@@ -45,6 +45,8 @@ class Model(torch.nn.Module):
 @pytest.fixture(autouse=True)
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "vllm"))
+    # The model has no layers that could be quantized while loading.
+    monkeypatch.setattr("qamw_vllm.online.coverage.choose_layers", lambda *_, **__: None)
     with set_current_vllm_config(VllmConfig()):
         yield
 
@@ -182,4 +184,4 @@ def test_processes_with_a_qamw_model_use_the_loader(log_lines: list[str]) -> Non
     for load_format in ("auto", "safetensors", "fastsafetensors"):
         loader = get_model_loader(LoadConfig(load_format=load_format))
         assert type(loader) is QamwModelLoader
-    assert type(get_model_loader(LoadConfig(load_format="dummy"))) is not QamwModelLoader
+    assert type(get_model_loader(LoadConfig(load_format="dummy"))) is QamwDummyLoader

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import layer_tensors
 from qamw_vllm.loading.experts import ExpertsLoader
+from qamw_vllm.loading.experts_form import ExpertsForm, ExpertsShape
+from qamw_vllm.state import LoadSummary
 
 BITS = 11
 NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -126,3 +129,69 @@ def test_damaged_experts_are_refused(
     with pytest.raises(TensorError, match=message):
         load_experts(layer, loader, lambda own, t: change(t) if own == name else t)
         loader.check_loaded()
+
+
+def make_module() -> tuple[Any, ExpertsLoader]:
+    """Two experts that take the form of what arrives; 11 index bits are expected."""
+    simple, _ = make_experts()
+    layer: Any = torch.nn.Module()
+    for name in ("moe_config", "global_num_experts", "local_num_experts"):
+        setattr(layer, name, getattr(simple, name))
+    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert
+    layer.weight_loader = lambda param, loaded, name, shard, expert, success: success or None
+    loader = ExpertsLoader(layer, "experts", NAMES, SHAPES)
+
+    def make_plain() -> None:
+        for stem, rows, inputs in (("w13", 256, 64), ("w2", 64, 128)):
+            parameter = torch.nn.Parameter(torch.zeros(2, rows, inputs), requires_grad=False)
+            layer.register_parameter(f"{stem}_weight", parameter)
+
+    bits = {"w13": BITS, "w2": BITS}
+    shape = ExpertsShape(2, hidden=64, inner=128)
+    loader.form = ExpertsForm(layer, shape, bits, loader.load, make_plain, LoadSummary())
+    return layer, loader
+
+
+def arrive(layer: Any, loader: ExpertsLoader, shard: str, expert: int, index_bits: int) -> None:
+    """Deliver a matrix of an expert by the parameters that the layer has."""
+    rows, inputs, _ = SHAPES[shard]
+    quantized = encode_weight(torch.ones(rows, inputs), index_bits, 64, make_input_scales(inputs))
+    for suffix, tensor in quantized.tensors().items():
+        name = f"{'w2' if shard == 'w2' else 'w13'}_{suffix}"
+        loader.load(getattr(layer, name), tensor, name, shard, expert)
+
+
+def test_experts_take_the_rates_that_arrive() -> None:
+    layer, loader = make_module()
+    for expert in range(2):
+        for shard, index_bits in (("w1", 8), ("w3", 8), ("w2", 9)):
+            arrive(layer, loader, shard, expert, index_bits)
+    loader.check_loaded()
+    assert layer.w13_qweight.shape == (2, 8, 256, 1)
+    assert layer.w2_qweight.shape == (2, 9, 64, 2)
+    assert layer.w13_weight.numel() == 0
+    layer, loader = make_module()
+    arrive(layer, loader, "w1", 0, 8)
+    message = r"experts.0.up_proj.qweight has 9 .* gate_proj and up_proj that arrived before have 8"
+    with pytest.raises(TensorError, match=message):
+        arrive(layer, loader, "w3", 0, 9)
+
+
+def test_experts_that_arrive_plain_are_plain() -> None:
+    layer, loader = make_module()
+    for expert in range(2):
+        for shard in SHAPES:
+            name = f"{'w2' if shard == 'w2' else 'w13'}_weight"
+            loader.load(getattr(layer, name), torch.ones(1), name, shard, expert)
+    loader.check_loaded()
+    assert layer.w13_weight.shape == (2, 256, 64) and layer.w13_qweight.numel() == 0
+    assert loader.form is not None
+    loader.form.drop_other()
+    assert set(dict(layer.named_parameters())) == {"w13_weight", "w2_weight"}
+    layer, loader = make_module()
+    loader.load(layer.w2_weight, torch.ones(1), "w2_weight", "w2", 0)
+    with pytest.raises(TensorError, match=r"lacks experts.0.gate_proj.weight, "):
+        loader.check_loaded()
+    message = r"must be quantized alike, .* experts.1.gate_proj.qweight beside .* not quantized"
+    with pytest.raises(TensorError, match=message):
+        arrive(layer, loader, "w1", 1, BITS)

@@ -16,7 +16,6 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import (
 from vllm.model_executor.model_loader.reload.layerwise import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
-    record_metadata_for_reloading,
 )
 
 from qamw_vllm.backend import Backend
@@ -57,7 +56,6 @@ def test_layers_are_reloaded(online: bool, backend: Backend, rank: Rank) -> None
 
     def load_and_process(matrices: list[Tensors]) -> Any:
         layer = make_layer("o_proj", config)
-        record_metadata_for_reloading(layer)
         assert state_of(layer) is LayerState.LOADING
         hand_over(layer, matrices)
         layer.quant_method.process_weights_after_loading(layer)

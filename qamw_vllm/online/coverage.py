@@ -1,0 +1,173 @@
+"""Which layers of a plain model are quantized while it is loaded, once all of them are made.
+
+They are found by what they are, as ``qamw quantize`` finds them, and not by their names:
+
+- the linears of the repeated layers: the ``nn.ModuleList`` with most weights; of a model for
+  images or sounds too, in its language model;
+- but no routers, and no gates beside experts: linears that vLLM replicates on every rank, in a
+  block that holds experts;
+- and none with a number of inputs that the format does not know.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
+
+from qamw_kernels.errors import FormatError
+from qamw_vllm.online.experts import QamwOnlineMoEMethod
+from qamw_vllm.online.linear import QamwOnlineLinearMethod
+
+logger = init_logger(f"vllm.{__name__}")
+
+MIN_SHARE = 0.5
+"""Of the linear weights of the repeated layers; a model of which less would be quantized stops."""
+
+_NAMES_SHOWN = 6
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    module: Any
+    num_weights: int
+    covered: bool
+
+
+def choose_layers(model: nn.Module, is_draft: bool = False) -> None:
+    """Have the layers of a model that are covered quantized, and make plain ones of the others.
+
+    Args:
+        model: as vLLM has made it; on this rank.
+        is_draft: whether it drafts for another one; then it may be small.
+    Raises:
+        FormatError: nothing, or less than half of the linear weights, would be quantized.
+    """
+    layers = list(_layers_of(model))
+    _check_share(model, layers, is_draft)
+    covered = {layer.name for layer in layers if layer.covered}
+    for name, module in model.named_modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QamwOnlineLinearMethod):
+            if name in covered:
+                method.start(module)
+            else:
+                method.leave(module)
+
+
+def _check_share(model: nn.Module, layers: list[_Layer], is_draft: bool) -> None:
+    total = sum(layer.num_weights for layer in layers)
+    share = sum(layer.num_weights for layer in layers if layer.covered) / max(total, 1)
+    left = sorted(
+        (layer for layer in layers if not layer.covered), key=lambda layer: -layer.num_weights
+    )
+    names = ", ".join(layer.name for layer in left[:_NAMES_SHOWN])
+    if len(left) > _NAMES_SHOWN:
+        names += f" and {len(left) - _NAMES_SHOWN} more"
+    if share < MIN_SHARE and not is_draft and (total or not _has_missing_layers(model)):
+        reason = (
+            f"vLLM builds these without a quantization config, or they cannot pay: {names}"
+            if layers
+            else "it has no repeated layers with linears"
+        )
+        raise FormatError(
+            f"{type(model).__name__}: only {share:.0%} of its linear weights would be quantized "
+            f"while loading, at least {MIN_SHARE:.0%} are expected; {reason}. Serve it without "
+            "--quantization qamw, or a checkpoint that 'qamw quantize' makes of it"
+        )
+    if left:
+        logger.info(
+            "QAM-W: %.1f %% of the linear weights of the layers stay as they are: %s",
+            100 * (1 - share),
+            names,
+        )
+
+
+def is_router(layer: nn.Module) -> bool:
+    """Whether vLLM's class of a layer says that it chooses experts."""
+    return type(layer).__name__ == "GateLinear"  # which older releases do not have
+
+
+def _layers_of(model: nn.Module) -> Iterator[_Layer]:
+    """The linears and experts of the repeated layers, quantized or not."""
+    repeated = _repeated_layers(_language_model(model))
+    if repeated is None:
+        return
+    names = {id(module): name for name, module in model.named_modules()}
+    gates = _gates(repeated)
+    for module in repeated.modules():
+        name, method = names[id(module)], getattr(module, "quant_method", None)
+        if isinstance(module, RoutedExperts):
+            num_weights = _num_weights_of_experts(module)
+            yield _Layer(name, module, num_weights, isinstance(method, QamwOnlineMoEMethod))
+        elif isinstance(module, LinearBase):
+            if id(module) not in gates:
+                num_weights = module.input_size * module.output_size
+                covered = isinstance(method, QamwOnlineLinearMethod)
+                yield _Layer(name, module, num_weights, covered)
+        elif isinstance(module, nn.Linear) and id(module) not in gates:
+            yield _Layer(name, module, module.weight.numel(), False)
+
+
+def _language_model(model: nn.Module) -> nn.Module:
+    """The part of a model that reads text; the model itself where it has no other."""
+    if not getattr(model, "supports_multimodal", False):
+        return model
+    language_model = model.get_language_model()  # type: ignore[operator]  # of vLLM's interface
+    return language_model if isinstance(language_model, nn.Module) else model
+
+
+def _repeated_layers(model: nn.Module) -> nn.ModuleList | None:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=_num_linear_weights, default=None)
+
+
+def _num_linear_weights(module: nn.Module) -> int:
+    total = 0
+    for part in module.modules():
+        if isinstance(part, RoutedExperts):
+            total += _num_weights_of_experts(part)
+        elif isinstance(part, LinearBase):
+            total += part.input_size * part.output_size
+        elif isinstance(part, nn.Linear):
+            total += part.weight.numel()
+    return total
+
+
+def _num_weights_of_experts(experts: Any) -> int:
+    config = experts.moe_config
+    inner: int = config.intermediate_size_per_partition * config.moe_parallel_config.tp_size
+    matrices = 3 if config.is_act_and_mul else 2
+    return matrices * int(config.hidden_dim) * inner * int(experts.global_num_experts)
+
+
+def _gates(repeated: nn.ModuleList) -> set[int]:
+    """Ids of the routers and gates: replicated linears in a block that holds experts itself."""
+    blocks = []
+    for layer in repeated:
+        modules = dict(layer.named_modules())
+        for name, module in modules.items():
+            if isinstance(module, RoutedExperts):
+                runner = name.rpartition(".")[0]  # vLLM's, which holds the experts
+                block = runner.rpartition(".")[0]
+                if block:  # else the experts lie beside everything else of the layer
+                    blocks.append(modules[block])
+    routers = (module for module in repeated.modules() if is_router(module))
+    inside = (
+        module
+        for block in blocks
+        for module in block.modules()
+        if isinstance(module, ReplicatedLinear | nn.Linear)
+    )
+    return {id(module) for module in (*routers, *inside)}
+
+
+def _has_missing_layers(model: nn.Module) -> bool:
+    """Whether other ranks of a pipeline have the layers."""
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    return any(isinstance(module, PPMissingLayer) for module in model.modules())
