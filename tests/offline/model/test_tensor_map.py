@@ -1,4 +1,4 @@
-"""The map between a checkpoint's tensors and a model's parameters, with transformers as the judge."""
+"""The map between a checkpoint and a model, with transformers as the judge."""
 
 from pathlib import Path
 from typing import Any
