@@ -14,7 +14,7 @@ from qamw_kernels.format.packing import UNIT_INPUTS
 
 
 def check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
-    """Refuse a checkpoint that has too few tensors, or too many.
+    """Refuse a checkpoint that has too few tensors, too many, or of other shapes.
 
     Raises:
         QuantizeError: names the tensor.
@@ -27,6 +27,8 @@ def check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
                 f"{checkpoint.directory}: no tensor {name}, "
                 f"which the architecture of config.json has{hint}"
             )
+    for name, shape in structure.expected.items():
+        _check_shape(checkpoint.tensors[name], shape)
     if structure.unwanted:
         raise QuantizeError(
             f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
@@ -143,8 +145,6 @@ def check_tensors(
     Raises:
         QuantizeError: one is missing, or has a shape or dtype that cannot be quantized.
     """
-    for name, shape in structure.expected.items():
-        _check_shape(checkpoint.tensors[name], shape)
     for linear in linears:
         _check_weight(checkpoint, linear, linear.weight_name, linears)
     if head:
