@@ -2,7 +2,8 @@
 
 RECORDS is a file of JSON lines, one for each architecture. ``--offline`` leaves vLLM out,
 ``--expect`` writes what was found to expected.json. Many architectures share a process; where one
-of them hangs or takes the process with it, a new process goes on after that stage.
+of them hangs, takes the process with it or has its engine fail, a new process goes on after that
+stage.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def run(
     records = {name: Record(name) for name in names}
     tasks = [(name, stage) for name in names for stage in stages]
     while tasks:
-        at, start = 0, time.monotonic()
+        at, start, spoiled = 0, time.monotonic(), False
         try:
             for name, stage, outcome, share in run_isolated(
                 partial(_steps, tasks, records, folder), limit
@@ -62,9 +63,10 @@ def run(
                 if outcome:
                     _note(records[name], stage, outcome, share, start)
                     write_records(file, records.values())
+                    spoiled = _spoils_process(stage, outcome)
                     at += 1
                 start = time.monotonic()
-            at = len(tasks)
+            at = at if spoiled else len(tasks)
         except (Hanging, Died) as error:
             name, stage = tasks[at]
             status: Status = "not applicable" if stage == "plain" else "failed"
@@ -96,6 +98,13 @@ def _steps(
         yield name, stage, None, None
         record.stages[stage], share = perform(name, stage, folder / name)
         yield name, stage, record.stages[stage], share
+        if _spoils_process(stage, record.stages[stage]):
+            return
+
+
+def _spoils_process(stage: str, outcome: Outcome) -> bool:
+    """Whether what comes next needs a new process: a failed engine leaves its state behind."""
+    return stage in ENGINE and outcome.status != "passed"
 
 
 def perform(name: str, stage: str, folder: Path) -> tuple[Outcome, float | None]:

@@ -24,6 +24,7 @@ from tests.architectures.outcomes import (
     read_records,
 )
 from tests.architectures.run import EXPECTED, expectations, perform, run
+from tests.architectures.serving import Engine
 from tests.architectures.stages import Offline
 from tests.architectures.table import cell, page
 from tests.helpers.house import ROOT
@@ -134,6 +135,25 @@ def test_one_that_dies_or_hangs_does_not_lose_the_others(
     assert died == {"build": Outcome("failed", "Died: the process ended: exit status 3")}
     assert hanging == {"build": Outcome("failed", "Hanging: more than 20 s")}
     assert [record.stages for record in read_records(file)] == [r.stages for r in records]
+
+
+def test_a_failed_engine_does_not_spoil_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(stages: Engine) -> None:
+        with (tmp_path / "processes").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        if stages.architecture.name == "opt":
+            raise NotApplicable("no such engine")
+
+    monkeypatch.setattr(Offline, "build", lambda stages: None)
+    monkeypatch.setattr(Engine, "plain", plain)
+    names, file = ["llama", "opt", "bloom"], tmp_path / "records.jsonl"
+    records = run(names, tmp_path, file, ["build", "plain", "loading"], limit=20)
+    statuses = [record.stages["plain"].status for record in records]
+    assert statuses == ["passed", "not applicable", "passed"]
+    llama, opt, bloom = (tmp_path / "processes").read_text().split()
+    assert llama == opt != bloom
 
 
 def test_table() -> None:
