@@ -31,7 +31,7 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path, tiny_llama: Path) -
         "model.layers.2.mlp.up_proj.weight": torch.ones(2),
     }
     save_file(load_file(tiny_llama / "model.safetensors") | left_out, file)
-    with pytest.raises(QuantizeError, match="no parameter for .*layers.2.mlp.up_proj.weight"):
+    with pytest.raises(QuantizeError, match=r"no parameter for .*layers\.2\.mlp"):
         load_model(model)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
