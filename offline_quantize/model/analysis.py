@@ -129,8 +129,11 @@ def _input_groups(
         for name, parameter in layer.named_parameters()
         if parameter.ndim > 1 and not _reason_to_keep(layer, name)
     }
-    groups = [[name for name in group if name in modules] for group in traced.inputs]
-    called = {name for group in groups for name in group}
+    called: set[str] = set()
+    groups: list[list[str]] = []
+    for inputs in traced.inputs:  # one that runs several times is with those that it ran with first
+        groups.append([name for name in inputs if name in modules and name not in called])
+        called.update(inputs)
     groups += [[name] for name in modules if name not in called]
 
     by_role: dict[str, list[Linear]] = {}  # one for all that experts have in the same place
@@ -214,14 +217,17 @@ def _reason_to_keep(layer: nn.Module, name: str) -> str:
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
-    num_heads = getattr(config, "num_attention_heads", None)
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    try:
-        head_dim = getattr(config, "head_dim", None)
-        if not head_dim and num_heads:
-            head_dim = config.hidden_size // num_heads
-    except Exception:  # transformers has an error of its own for layers that differ in it (Gemma 4)
-        head_dim = None
+
+    def shared(name: str) -> Any:
+        try:
+            return getattr(config, name, None)
+        except Exception:  # transformers has an error of its own where layers differ (Gemma 4)
+            return None
+
+    num_heads, hidden_size = shared("num_attention_heads"), shared("hidden_size")
+    num_kv_heads, head_dim = shared("num_key_value_heads") or num_heads, shared("head_dim")
+    if not head_dim and num_heads and hidden_size:
+        head_dim = hidden_size // num_heads
     kv_rows = num_kv_heads * head_dim if num_kv_heads and head_dim else None
     return num_heads, num_kv_heads, kv_rows
 
