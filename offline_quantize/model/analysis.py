@@ -217,19 +217,24 @@ def _reason_to_keep(layer: nn.Module, name: str) -> str:
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
+    differing = False
 
     def shared(name: str) -> Any:
+        nonlocal differing
         try:
             return getattr(config, name, None)
         except Exception:  # transformers has an error of its own where layers differ (Gemma 4)
+            differing = True
             return None
 
-    num_heads, hidden_size = shared("num_attention_heads"), shared("hidden_size")
-    num_kv_heads, head_dim = shared("num_key_value_heads") or num_heads, shared("head_dim")
+    num_heads = shared("num_attention_heads")
+    num_kv_heads = shared("num_key_value_heads") or num_heads
+    head_dim, hidden_size = shared("head_dim"), shared("hidden_size")
+    if differing:
+        return num_heads, num_kv_heads, None
     if not head_dim and num_heads and hidden_size:
         head_dim = hidden_size // num_heads
-    kv_rows = num_kv_heads * head_dim if num_kv_heads and head_dim else None
-    return num_heads, num_kv_heads, kv_rows
+    return num_heads, num_kv_heads, num_kv_heads * head_dim if num_kv_heads and head_dim else None
 
 
 def _head(model: Any, tensor_map: TensorMap) -> Linear | None:
