@@ -4,6 +4,7 @@ A plan is decided from config.json and the headers of the shards; no tensor is r
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,11 +121,14 @@ class Plan:
             for suffix, (shape, dtype) in tensors.items()
         ]
 
+    @functools.cached_property
+    def _quantized(self) -> dict[str, Linear]:
+        heads = [self.head] if self.head else []
+        return {linear.weight_name: linear for linear in (*self.linears(), *heads)}
+
     def written(self, names: Iterable[str]) -> list[TensorInfo]:
         """What is written for tensors of the checkpoint, or of a head that has none there."""
-        quantized = {linear.weight_name: linear for linear in self.linears()}
-        if self.head:
-            quantized[self.head.weight_name] = self.head
+        quantized = self._quantized
         return [
             info
             for name in names

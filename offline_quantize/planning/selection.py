@@ -87,6 +87,8 @@ def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderL
     _check_patterns(structure, ignore)
     layers = tuple(_select_groups(layer, ignore) for layer in structure.layers)
     if not any(layer.groups for layer in layers):
+        if not ignore:
+            raise QuantizeError(f"{structure.architecture}: no matrix of it can be quantized")
         raise QuantizeError(Option("ignore", list(ignore)), " leaves nothing to quantize")
     return layers
 
@@ -100,6 +102,8 @@ def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> L
     if not wanted:
         return None
     architecture = _architecture(checkpoint, structure)
+    if structure.head is None:
+        raise QuantizeError(Option("quantize_lm_head", True), f": {architecture} makes no logits")
     if fault := fault_of_head(architecture):
         raise QuantizeError(
             Option("quantize_lm_head", True),
@@ -140,15 +144,21 @@ def check_tensors(
     linears: Sequence[Linear],
     head: Linear | None,
 ) -> None:
-    """Check the headers of every tensor that the model needs or that is quantized.
+    """Check the headers of every tensor that is quantized.
 
     Raises:
-        QuantizeError: one is missing, or has a shape or dtype that cannot be quantized.
+        QuantizeError: one has a shape or dtype that cannot be quantized.
     """
     for linear in linears:
-        _check_weight(checkpoint, linear, linear.weight_name, linears)
+        _check_weight(checkpoint, linear, linear.weight_name)
     if head:
-        _check_weight(checkpoint, head, structure.head_source, [head])
+        _check_weight(checkpoint, head, structure.head_source)
+        if head.num_inputs % UNIT_INPUTS:
+            raise QuantizeError(
+                Option("quantize_lm_head", True),
+                f": {structure.head_source} has {head.num_inputs} inputs, "
+                f"not a multiple of {UNIT_INPUTS}",
+            )
     _check_unserved_head(checkpoint, structure)
 
 
@@ -162,7 +172,7 @@ def _check_unserved_head(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a head that transformers uses, but vLLM does not."""
     embeddings, head = structure.embeddings, structure.head_source
     architecture = _architecture(checkpoint, structure)
-    if head == embeddings or fault_of_head(architecture) != NO_HEAD:
+    if structure.head is None or head == embeddings or fault_of_head(architecture) != NO_HEAD:
         return
     if any_differ(checkpoint, [(embeddings, head)]):
         raise QuantizeError(
@@ -176,7 +186,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _check_patterns(structure: Structure, ignore: Sequence[str]) -> None:
-    names = [linear.name for linear in structure.linears()]
+    names = [linear.name for linear in structure.linears()] or ["none"]
     for pattern in ignore:
         if not any(_matches(name, [pattern]) for name in names):
             raise QuantizeError(
@@ -212,20 +222,11 @@ def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
     return bool(left_out)
 
 
-def _check_weight(
-    checkpoint: Checkpoint, linear: Linear, source: str, linears: Sequence[Linear]
-) -> None:
-    """Check the tensor ``source`` with the weight of one of the ``linears``."""
+def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str) -> None:
+    """Check the tensor ``source`` with the weight of a linear."""
     info = checkpoint.tensors[source]
     _check_shape(info, (linear.num_rows, linear.num_inputs))
     check_source_dtype(f"{info.file}: {info.name}", info.dtype)
-    if linear.num_inputs % UNIT_INPUTS:
-        same_input = [x.name.rpartition(".")[2] for x in linears if x.reads == linear.reads]
-        raise QuantizeError(
-            f"{info.file}: {info.name} has {linear.num_inputs} inputs, "
-            f"not a multiple of {UNIT_INPUTS}: leave what reads them unquantized with ",
-            Option("ignore", [f"*.{name}" for name in same_input]),
-        )
 
 
 def _check_shape(info: TensorInfo, expected: tuple[int, ...]) -> None:

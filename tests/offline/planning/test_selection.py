@@ -12,6 +12,7 @@ from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.errors import QamwError
+from tests.architectures.build import build
 from tests.helpers.checkpoints import change_tensor
 from tests.helpers.models import copy_model, tiny_model
 
@@ -53,3 +54,16 @@ def test_a_head_that_only_transformers_uses_is_refused(tmp_path: Path) -> None:
     save_file(tensors | {"lm_head.weight": head}, file, metadata={"format": "pt"})
     with pytest.raises(QuantizeError, match=r"lm_head.weight differs from .*Gemma2ForCausalLM"):
         make_plan(model)
+
+
+def test_a_model_without_logits_has_no_head_to_quantize(tmp_path: Path) -> None:
+    model = build(tmp_path / "model", "qwen3_base")
+    assert make_plan(model).head is None
+    with pytest.raises(QuantizeError, match="quantize_lm_head=True: Qwen3Model makes no logits"):
+        make_plan(model, QuantizeRequest(quantize_lm_head=True))
+
+
+def test_a_model_of_which_nothing_can_be_quantized(tmp_path: Path) -> None:
+    model = build(tmp_path / "model", "gpt2")
+    with pytest.raises(QuantizeError, match="GPT2LMHeadModel: no matrix of it can be quantized"):
+        make_plan(model, QuantizeRequest(allow_partial=True))
