@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,12 +10,14 @@ import torch
 from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_disk
+from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
 from offline_quantize.planning.shards import MAX_SHARD_BYTES, make_shards
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.format.manifest import MANIFEST
+from qamw_kernels.format.stacks import Stack
 
 
 def dequantize(
@@ -51,7 +54,8 @@ def _write(
     progress: Progress,
     max_shard_bytes: int,
 ) -> int:
-    infos, stored_names = _decoded_infos(source, dtype), source.decoded_names()
+    stacks = _stacks(source)
+    infos, stored_names = _decoded_infos(source, stacks, dtype), source.decoded_names()
     source.checkpoint.other_files()  # refuses what could not be copied in the end
     total = sum(info.num_bytes for info in infos)
     check_disk(out, total)
@@ -60,7 +64,10 @@ def _write(
     for shard in make_shards([], infos, max_shard_bytes):
         tensors = {}
         for info in shard.tensors:
-            tensors[info.name] = source.decoded_tensor(stored_names[info.name], dtype)
+            stack = stacks.get(info.name)
+            names = stack.slices if stack else [info.name]
+            values = {name: source.decoded_tensor(stored_names[name], dtype) for name in names}
+            tensors[info.name] = stack.join(values) if stack else values[info.name]
             weight_map[info.name] = shard.file
             done += info.num_bytes
             progress("dequantizing", done, total)
@@ -70,16 +77,28 @@ def _write(
     return total
 
 
-def _decoded_infos(source: QuantizedCheckpoint, dtype: torch.dtype) -> list[TensorInfo]:
+def _stacks(source: QuantizedCheckpoint) -> dict[str, Stack]:
+    """Name -> tensors whose matrices the checkpoint has apart."""
+    stored = source.checkpoint.tensors
+    stacks = find_structure(source.checkpoint).stacks
+    return {name: stack for name, stack in stacks.items() if name not in stored}
+
+
+def _decoded_infos(
+    source: QuantizedCheckpoint, stacks: Mapping[str, Stack], dtype: torch.dtype
+) -> list[TensorInfo]:
     """Headers of the tensors that will be written."""
-    infos = []
+    stack_of = {part: stack for stack in stacks.values() for part in stack.slices}
+    infos: dict[str, TensorInfo] = {}
     for name, stored in source.decoded_names().items():
         shape = source.modules.get(name.removesuffix(".weight"))
-        if shape:
-            infos.append(TensorInfo(name, "", (shape.num_rows, shape.num_inputs), dtype))
+        if stack := stack_of.get(name):
+            infos[stack.name] = TensorInfo(stack.name, "", stack.shape, dtype)
+        elif shape:
+            infos[name] = TensorInfo(name, "", (shape.num_rows, shape.num_inputs), dtype)
         else:
-            infos.append(source.checkpoint.tensors[stored])
-    return infos
+            infos[name] = source.checkpoint.tensors[stored]
+    return list(infos.values())
 
 
 def _copy_other_files(source: QuantizedCheckpoint, output: Output) -> None:

@@ -112,9 +112,14 @@ def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -
     Then tensors that it does not want, and quantized ones where it has no linear layer.
     """
     stored, tensors = quantized.decoded_names(), quantized.checkpoint.tensors
+    expected = dict(structure.expected)
+    for name, stack in structure.stacks.items():
+        if name not in stored:
+            del expected[name]
+            expected |= {part: stack.shape_of(part) for part in stack.slices}
     faults = [
         f"{quantized.directory}: no tensor {name}, which the architecture of config.json has"
-        for name in structure.expected
+        for name in expected
         if name not in stored
     ]
     linears = {linear.name for linear in structure.linears()}
@@ -122,7 +127,7 @@ def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -
         linears.add(structure.head.name)
     for name, held_by in stored.items():
         info, module = tensors[held_by], name.removesuffix(".weight")
-        shape, wanted = info.shape, structure.expected.get(name)
+        shape, wanted = info.shape, expected.get(name)
         if module in quantized.modules:
             layer = quantized.modules[module]
             shape = layer.num_rows, layer.num_inputs

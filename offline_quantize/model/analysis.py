@@ -35,6 +35,7 @@ from offline_quantize.model.tracing import (
 from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.stacks import Stack
 
 
 class _Kept(NamedTuple):
@@ -61,7 +62,8 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
             traced = trace_layer(module, call)
         groups = _input_groups(name, module, traced, tensor_map, row_parallel)
         tensors = tuple(tensor_map.tensors_of(f"{name}."))
-        layers.append(DecoderLayer(name, index, groups, tensors))
+        stacks = _stacks_of(groups, tensors, tensor_map)
+        layers.append(DecoderLayer(name, index, groups, tensors, stacks))
         kept |= _kept(layers[-1], module, tensor_map)
     num_kept = sum(matrix.num_weights for matrix in kept.values())
     num_weights = num_kept + sum(layer.num_weights for layer in layers)
@@ -82,6 +84,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         tensor_map.stored_twice(),
         type(model).__name__,
         tensor_map.expected,
+        tensor_map.stacks,
         unwanted(model, tensor_map),
         {name: matrix.reason for name, matrix in kept.items()},
         num_kept / max(1, num_weights),
@@ -149,17 +152,27 @@ def _input_groups(
     return tuple(InputGroup(tuple(linears)) for linears in by_role.values())
 
 
+def _stacks_of(
+    groups: Iterable[InputGroup], tensors: Iterable[str], tensor_map: TensorMap
+) -> tuple[Stack, ...]:
+    """Of the tensors of a layer, those that hold the weights of several linears."""
+    weights = {linear.weight_name for group in groups for linear in group}
+    stacks = (tensor_map.stacks[name] for name in tensors if name in tensor_map.stacks)
+    return tuple(stack for stack in stacks if weights >= stack.slices.keys())
+
+
 def _kept(layer: DecoderLayer, module: nn.Module, tensor_map: TensorMap) -> dict[str, _Kept]:
     """Matrices of a decoder layer that stay as they are, by the name of their tensor."""
     read = {name for linear in layer.linears() for name in linear.modules}
-    return {
-        tensor_map.tensor_of(f"{layer.name}.{name}"): _Kept(
-            _reason_to_keep(module, name) or "transposed or cut while it is loaded",
-            parameter.numel(),
-        )
-        for name, parameter in module.named_parameters()
-        if parameter.ndim > 1 and f"{layer.name}.{name}".removesuffix(".weight") not in read
-    }
+    kept: dict[str, _Kept] = {}
+    for name, parameter in module.named_parameters():
+        full = f"{layer.name}.{name}"
+        if parameter.ndim > 1 and full.removesuffix(".weight") not in read:
+            reason = _reason_to_keep(module, name) or "transposed or cut while it is loaded"
+            tensor = tensor_map.tensor_of(full)
+            others = kept[tensor].num_weights if tensor in kept else 0
+            kept[tensor] = _Kept(reason, parameter.numel() + others)
+    return kept
 
 
 def _matrices(

@@ -94,13 +94,14 @@ def _compute_buffers(model: Any) -> None:
 def _check_counts(checkpoint: Checkpoint, config: Any) -> None:
     """Refuse more layers or experts than tensors, which would take for ever to build."""
     text = config.get_text_config()
-    num_tensors = sum(info.num_bytes > 0 for info in checkpoint.tensors.values())
+    tensors = [info for info in checkpoint.tensors.values() if info.num_bytes]
+    stacked = max((info.shape[0] for info in tensors if len(info.shape) == 3), default=0)
     for name in _COUNTS:
         count = getattr(text, name, None)
-        if isinstance(count, int) and count > num_tensors:
+        if isinstance(count, int) and count > max(len(tensors), stacked):
             raise QuantizeError(
                 f"{checkpoint.directory / CONFIG}: {name} is {count}, but the checkpoint has only "
-                f"{num_tensors} tensors that are not empty"
+                f"{len(tensors)} tensors that are not empty"
             )
 
 

@@ -1,46 +1,85 @@
-"""Mixtures of experts: every expert's matrices as linears of their own, as in checkpoints.
+"""Mixtures of experts: every expert's matrices as linears of their own.
 
-transformers holds the experts of a layer in two parameters of three dimensions, and merges a
-checkpoint's matrices into them while loading. Taken apart again, experts are found, calibrated and
-decoded like all other linears.
+transformers holds the experts of a layer in parameters of three dimensions. A checkpoint may have
+the same, or one tensor for every matrix, which transformers merges while loading. Taken apart,
+experts are found, calibrated and decoded like all other linears.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from offline_quantize.model.tensor_map import Conversion, TensorMap
-
-_FUSED = ("gate_up_proj", "down_proj")  # as transformers names what it merges
-_PARTS = ("gate_proj", "up_proj", "down_proj")  # of one expert, in the order of merging
+from offline_quantize.model.tensor_map import Conversion, Shape, TensorMap
+from qamw_kernels.format.stacks import Slice, Stack, name_apart
+from qamw_kernels.integrations.experts import (
+    are_fused_experts,
+    has_biases,
+    interleaved,
+    is_bias,
+    pieces,
+    sizes,
+    transposed,
+)
 
 
 class Expert(nn.Module):
-    """One gated expert: down(act(gate(x)) * up(x)).
+    """One expert: down(act(up(x))), or with a gate, down(f(gate(x), up(x))).
 
     Args:
-        fused: transformers' module of all experts of the layer.
+        fused: transformers' module of all experts of the layer, with its parameters.
+        activation: what is between the matrices.
     """
 
-    def __init__(self, fused: Any) -> None:
+    def __init__(self, fused: Any, activation: "Activation") -> None:
         super().__init__()
-        _, hidden, inner = fused.down_proj.shape  # [experts, hidden size, inner size]
+        hidden, inner = sizes(fused)
 
         def linear(num_inputs: int, num_rows: int) -> nn.Linear:
+            bias = has_biases(fused)
             dtype = fused.down_proj.dtype
-            return nn.Linear(num_inputs, num_rows, bias=False, device="meta", dtype=dtype)
+            return nn.Linear(num_inputs, num_rows, bias=bias, device="meta", dtype=dtype)
 
-        self.gate_proj = linear(hidden, inner)
+        self.gate_proj = linear(hidden, inner) if activation.gated else None
         self.up_proj = linear(hidden, inner)
         self.down_proj = linear(inner, hidden)
-        self.act_fn = fused.act_fn
+        self.activation = activation
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The expert's output [n, hidden size] for tokens x [n, hidden size]."""
-        out: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x) if self.gate_proj else None
+        out: torch.Tensor = self.down_proj(self.activation(gate, self.up_proj(x)))
+        return out
+
+
+class Activation(nn.Module):
+    """What the experts of a layer do between their matrices, by transformers' own code.
+
+    Attributes:
+        gated: whether experts have a gate.
+    """
+
+    def __init__(self, fused: Any) -> None:
+        """Of transformers' module of all experts of the layer."""
+        super().__init__()
+        self.gated = hasattr(fused, "gate_up_proj")
+        self._fused = fused
+
+    def forward(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
+        """What the last matrix reads, [n, inner size] as ``up`` and ``gate`` are."""
+        fused = self._fused
+        out: torch.Tensor
+        if gate is None:
+            out = fused.act_fn(up)
+        elif not hasattr(fused, "_apply_gate"):
+            out = fused.act_fn(gate) * up
+        elif interleaved(fused):
+            out = fused._apply_gate(torch.stack([gate, up], -1).flatten(-2))
+        else:
+            out = fused._apply_gate(torch.cat([gate, up], -1))
         return out
 
 
@@ -54,29 +93,43 @@ class Experts(nn.ModuleList):
     all_run = False
 
     def forward(
-        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor | None = None,
+        top_k_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The weighted sum of what the chosen experts make of every token.
 
         Args:
-            hidden: the tokens [T, hidden size].
+            hidden: the tokens [T, hidden size]. Without an index, [experts * T, hidden size]: the
+                tokens of every expert in turn, zeros where it does not get one (Llama 4).
             top_k_index: to which experts each is sent, [T, top k].
             top_k_weights: with which weights, [T, top k].
         Returns:
-            [T, hidden size] in the dtype of ``hidden``.
+            As ``hidden``.
         """
-        out = torch.zeros_like(hidden)
         if self.all_run:
             own = hidden.clone()  # all read one tensor, which nothing else reads
             for expert in self:
                 expert(own)
-            return out
+            return torch.zeros_like(hidden)
+        if top_k_index is None or top_k_weights is None:
+            return self._sorted(hidden)
+        out = torch.zeros_like(hidden)
         for i, expert in enumerate(self):
             token, slot = torch.where(top_k_index == i)
             if len(token):
                 weighted = expert(hidden[token]) * top_k_weights[token, slot, None]
                 out = out.index_add(0, token, weighted.to(out.dtype))
         return out
+
+    def _sorted(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = []
+        for expert, tokens in zip(self, hidden.chunk(len(self)), strict=True):
+            sent = tokens.any(1).nonzero()[:, 0]
+            states = tokens.new_zeros(tokens.shape)
+            out.append(states.index_copy(0, sent, expert(tokens[sent])) if len(sent) else states)
+        return torch.cat(out)
 
 
 @contextmanager
@@ -95,34 +148,83 @@ def all_experts_run(layer: nn.Module) -> Iterator[None]:
 def unfuse_experts(model: Any, tensor_map: TensorMap) -> None:
     """Take the experts of a model on the meta device apart.
 
-    Experts with biases, with activations of their own, or that the checkpoint holds fused too, are
-    left as they are.
+    Experts that compute in a way of their own, or whose tensors are missing or otherwise arranged,
+    are left as they are.
     """
-    for path, module in list(model.named_modules()):
-        if not _can_unfuse(module):
-            continue
-        num_experts, hidden, inner = module.down_proj.shape
-        merged = [tensor_map.conversion_to(f"{path}.{name}") for name in _FUSED]
-        sources = [names for conversion in merged if conversion for names in conversion.sources]
-        if [len(names) for names in sources] != [num_experts] * len(_PARTS):
-            continue
-        model.set_submodule(path, Experts(Expert(module) for _ in range(num_experts)))
-        shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
-        apart = [
-            Conversion({name: shape}, {f"{path}.{number}.{part}.weight": shape})
-            for part, shape, names in zip(_PARTS, shapes, sources, strict=True)
-            for number, name in enumerate(names)
-        ]
-        tensor_map.replace([conversion for conversion in merged if conversion], apart)
-
-
-def _can_unfuse(module: Any) -> bool:
-    """Whether this is a module of fused experts that compute what :class:`Expert` does."""
-    parameters = {name: p.ndim for name, p in module.named_parameters(recurse=False)}
-    gate = getattr(type(module), "_apply_gate", None)
-    return (
-        parameters == dict.fromkeys(_FUSED, 3)
-        and getattr(module, "is_concatenated", True)
-        and not getattr(module, "is_transposed", False)
-        and (gate is None or gate.__name__ == "_default_apply_gate")
+    blocks = {path: module for path, module in model.named_modules() if are_fused_experts(module)}
+    found = tensor_map.conversions_of(
+        f"{path}.{name}"
+        for path, fused in blocks.items()
+        for name, _ in fused.named_parameters(recurse=False)
     )
+    for path, fused in blocks.items():
+        old, apart = [], _Apart([], [])
+        for name, _ in fused.named_parameters(recurse=False):
+            conversion = found.get(f"{path}.{name}")
+            if conversion is None or not apart.add(path, fused, name, conversion):
+                break
+            old.append(conversion)
+        else:
+            if tensor_map.replace(old, apart.conversions, apart.stacks):
+                _replace(model, path, fused)
+
+
+def _replace(model: Any, path: str, fused: Any) -> None:
+    """Put :class:`Experts` in the place of transformers' module, which loses its parameters."""
+    activation = Activation(fused)
+    experts = [Expert(fused, activation) for _ in range(len(fused.down_proj))]
+    for name, _ in list(fused.named_parameters(recurse=False)):
+        delattr(fused, name)
+    model.set_submodule(path, Experts(experts))
+
+
+@dataclass
+class _Apart:
+    """Where the parameters of experts that are taken apart come from."""
+
+    conversions: list[Conversion]
+    stacks: list[Stack]
+
+    def add(self, path: str, fused: Any, name: str, conversion: Conversion) -> bool:
+        """Take a parameter of the module at ``path`` apart; False where it cannot be told how."""
+        num_experts, parts = len(fused.down_proj), pieces(fused, name)
+        sources = conversion.sources or (tuple(conversion.tensors),)
+        num_sources = [len(names) for names in sources]
+        if num_sources == [num_experts] * len(parts) and _are_matrices(conversion):
+            for (part, _), names in zip(parts, sources, strict=True):
+                self._take(path, part, conversion.tensors[names[0]], names)
+            return True
+        if num_sources == [1]:
+            stacked = [(sources[0][0], parts)]
+        elif num_sources == [1] * len(parts) and not interleaved(fused):
+            stacked = [(x, [(part, slice(None))]) for (x,), (part, _) in zip(sources, parts)]
+        else:
+            return False
+        turned = transposed(fused) != conversion.transposes and not is_bias(name)
+        for tensor, held in stacked:
+            shape = conversion.tensors[tensor]
+            if shape[0] != num_experts:
+                return False
+            names = {
+                part: [name_apart(tensor, i, part) for i in range(num_experts)] for part, _ in held
+            }
+            slices = {
+                names[part][i]: Slice(i, rows, turned)
+                for part, rows in held
+                for i in range(num_experts)
+            }
+            self.stacks.append(Stack(tensor, shape, slices))
+            for part, _ in held:
+                self._take(path, part, self.stacks[-1].shape_of(names[part][0]), names[part])
+        return True
+
+    def _take(self, path: str, part: str, shape: Shape, names: Sequence[str]) -> None:
+        self.conversions += [
+            Conversion({name: shape}, {f"{path}.{expert}.{part}": shape})
+            for expert, name in enumerate(names)
+        ]
+
+
+def _are_matrices(conversion: Conversion) -> bool:
+    """Whether every tensor is the matrix of one expert, as it is."""
+    return conversion.keeps_inputs and {len(x) for x in conversion.tensors.values()} == {2}

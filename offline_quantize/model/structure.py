@@ -7,6 +7,7 @@ import torch
 
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.format.config import role_of
+from qamw_kernels.format.stacks import Stack
 
 
 @dataclass(frozen=True)
@@ -90,12 +91,14 @@ class DecoderLayer:
 
     Attributes:
         tensors: names of the checkpoint's tensors that belong to it.
+        stacks: those of them that hold the weights of several linears.
     """
 
     name: str
     index: int
     groups: tuple[InputGroup, ...]
     tensors: tuple[str, ...]
+    stacks: tuple[Stack, ...] = ()
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all groups."""
@@ -112,12 +115,15 @@ class DecoderLayer:
         return {linear.reads: linear.num_inputs for linear in self.linears()}
 
     def load(self, checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-        """The checkpoint's tensors of this layer, by name.
+        """The checkpoint's tensors of this layer, by name; stacks are taken apart.
 
         Raises:
             TensorError: a tensor is not finite.
         """
-        return dict(checkpoint.load_finite(self.tensors))
+        tensors = dict(checkpoint.load_finite(self.tensors))
+        for stack in self.stacks:
+            tensors |= stack.split(tensors.pop(stack.name))
+        return tensors
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,8 @@ class Structure:
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
         expected: name -> shape of every tensor that a checkpoint must have.
+        stacks: name -> those of them that hold several matrices or biases; a QAM-W checkpoint has
+            them apart.
         unwanted: tensors of the checkpoint that are nothing of the model's.
         kept: tensors of the decoder layers with matrices that cannot be quantized, or would not
             pay -> the reason.
@@ -157,6 +165,7 @@ class Structure:
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
     expected: Mapping[str, tuple[int, ...]]
+    stacks: Mapping[str, Stack]
     unwanted: tuple[str, ...]
     kept: Mapping[str, str]
     kept_share: float

@@ -16,6 +16,7 @@ from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.tied import tied_groups
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.stacks import Stack
 
 Shape = tuple[int, ...]
 
@@ -42,10 +43,21 @@ class Conversion:
     @property
     def keeps_inputs(self) -> bool:
         """Whether a row of a tensor is a row of a parameter: rows may move, inputs do not."""
-        return self.transform is None or not any(
-            "Transpose" in type(operation).__name__
-            for operation in getattr(self.transform, "operations", ())
+        return not self._transposing
+
+    @property
+    def transposes(self) -> bool:
+        """Whether the parameter has the last two dimensions of the tensor the other way round."""
+        same = list(self.tensors.values()) == list(self.parameters.values())
+        return any(
+            not (same and getattr(operation, "check_dims", False))
+            for operation in self._transposing
         )
+
+    @property
+    def _transposing(self) -> list[Any]:
+        operations = getattr(self.transform, "operations", ())
+        return [x for x in operations if "Transpose" in type(x).__name__]
 
     def apply(self, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The values of the parameters, from those of all tensors."""
@@ -65,6 +77,8 @@ class TensorMap:
         expected: name -> shape, of the tensors that the model needs; of those that the checkpoint
             lacks, names and shapes are those that transformers would save.
         unmatched: tensors that are nothing of the model's -> the name that was looked for.
+        stacks: name -> tensors that hold matrices of several parameters. A QAM-W checkpoint has
+            these matrices in their place.
     """
 
     def __init__(self, model: Any, stored: Mapping[str, Shape]) -> None:
@@ -74,8 +88,10 @@ class TensorMap:
             model: of transformers, as it was built.
             stored: name -> shape of the tensors of its checkpoint, see :func:`plain_shapes`.
         """
+        self._model = model
         self._tied = tied_groups(model)
-        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        self.stacks: dict[str, Stack] = {}
+        self._shapes = shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self.conversions: list[Conversion] = []
         self.unmatched: dict[str, str] = {}
         for conversion in _conversions(model, stored, shapes, self.unmatched):
@@ -98,6 +114,9 @@ class TensorMap:
     def _index(self) -> None:
         self._of_parameter = {name: c for c in self.conversions for name in c.parameters}
         self._of_tensor = {name: c for c in self.conversions for name in c.tensors}
+        self._stack_of = {
+            part: name for name, stack in self.stacks.items() for part in stack.slices
+        }
 
     def _holder(self, group: Sequence[str]) -> str | None:
         """Of parameters that are tied, the first that the checkpoint has tensors for."""
@@ -109,18 +128,54 @@ class TensorMap:
 
     def tensors_of(self, prefix: str) -> list[str]:
         """Names of the tensors of all parameters and buffers whose name begins so."""
-        return [
-            name
+        names = (
+            self._stack_of.get(name, name)
             for name, conversion in self._of_tensor.items()
             if next(iter(conversion.parameters)).startswith(prefix)
-        ]
+        )
+        return list(dict.fromkeys(names))
 
-    def replace(self, old: Sequence[Conversion], new: Iterable[Conversion]) -> None:
-        """The model has other parameters now, which the same tensors hold."""
+    def conversions_of(self, parameters: Iterable[str]) -> dict[str, Conversion]:
+        """What makes parameters; of those that have no tensors, what would if transformers saved.
+
+        There may be none for some.
+        """
+        wanted = list(parameters)
+        lacking = [name for name in wanted if name not in self._of_parameter]
+        saved = _saved(self._model, lacking)
+        would = {
+            name: conversion
+            for conversion in _conversions(self._model, saved, self._shapes, {})
+            for name in conversion.parameters
+        }
+        found = would | self._of_parameter
+        return {name: found[name] for name in wanted if name in found}
+
+    def replace(
+        self, old: Sequence[Conversion], new: Sequence[Conversion], stacks: Sequence[Stack]
+    ) -> bool:
+        """The model is to have other parameters, which the same tensors hold.
+
+        Args:
+            old: what made the parameters that go, of :meth:`conversions_of`.
+            new: what makes those that come.
+            stacks: tensors whose parts are among the tensors of ``new``.
+        Returns:
+            Whether the checkpoint has these tensors; if not, nothing changes.
+        """
+        apart = {
+            name for stack in stacks if stack.name not in self._of_tensor for name in stack.slices
+        }
+        if not apart <= self.unmatched.keys():
+            return False
+        for name in apart:
+            del self.unmatched[name]
         dropped = {id(conversion) for conversion in old}
         self.conversions = [c for c in self.conversions if id(c) not in dropped]
         self.conversions += new
+        self.stacks |= {stack.name: stack for stack in stacks}
         self._index()
+        return True
 
     def shared(self) -> dict[str, str]:
         """Parameters that the checkpoint has no tensor of -> the tied one whose tensor they use."""
@@ -135,7 +190,8 @@ class TensorMap:
         """Name of the tensor with a parameter's values, or of the one that would have them."""
         parameter = self.shared().get(parameter, parameter)
         conversion = self._of_parameter.get(parameter)
-        return next(iter(conversion.tensors)) if conversion else parameter
+        name = next(iter(conversion.tensors)) if conversion else parameter
+        return self._stack_of.get(name, name)
 
     def stored_twice(self) -> tuple[tuple[str, str], ...]:
         """Pairs of tensors that config.json says are one, although the checkpoint has both."""
@@ -152,10 +208,18 @@ class TensorMap:
         """Names and values of parameters and buffers, as soon as all of their tensors are there.
 
         Args:
-            tensors: name in the checkpoint and value; what is nothing of the model's is left out.
+            tensors: name in the checkpoint and value, or those of the parts of a stack; what is
+                nothing of the model's is left out.
         """
+        apart = (
+            part
+            for name, tensor in tensors
+            for part in (
+                self.stacks[name].split(tensor) if name in self.stacks else [(name, tensor)]
+            )
+        )
         waiting: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in tensors:
+        for name, tensor in apart:
             conversion = self._of_tensor.get(name)
             if conversion is None:
                 continue

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -122,9 +123,14 @@ class Plan:
         ]
 
     @functools.cached_property
-    def _quantized(self) -> dict[str, Linear]:
-        heads = [self.head] if self.head else []
-        return {linear.weight_name: linear for linear in (*self.linears(), *heads)}
+    def _quantized(self) -> dict[str, list[Linear]]:
+        """Tensor of the checkpoint -> the linears whose weights it holds."""
+        linears = {linear.weight_name: linear for linear in self.linears()}
+        if self.head:
+            linears[self.head.weight_name] = self.head
+        stacks = {stack.name: stack for layer in self.layers for stack in layer.stacks}
+        stacked = {name: [linears.pop(x) for x in stack.slices] for name, stack in stacks.items()}
+        return stacked | {name: [linear] for name, linear in linears.items()}
 
     def written(self, names: Iterable[str]) -> list[TensorInfo]:
         """What is written for tensors of the checkpoint, or of a head that has none there."""
@@ -133,7 +139,7 @@ class Plan:
             info
             for name in names
             for info in (
-                self.output_tensors(quantized[name])
+                chain.from_iterable(map(self.output_tensors, quantized[name]))
                 if name in quantized
                 else [self.checkpoint.tensors[name]]
             )

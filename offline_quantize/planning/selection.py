@@ -149,10 +149,14 @@ def check_tensors(
     Raises:
         QuantizeError: one has a shape or dtype that cannot be quantized.
     """
+    stacked = {part: stack for stack in structure.stacks.values() for part in stack.slices}
     for linear in linears:
-        _check_weight(checkpoint, linear, linear.weight_name)
+        if stack := stacked.get(linear.weight_name):
+            _check_weight(checkpoint, stack.name, stack.shape)
+        else:
+            _check_weight(checkpoint, linear.weight_name, (linear.num_rows, linear.num_inputs))
     if head:
-        _check_weight(checkpoint, head, structure.head_source)
+        _check_weight(checkpoint, structure.head_source, (head.num_rows, head.num_inputs))
         if head.num_inputs % UNIT_INPUTS:
             raise QuantizeError(
                 Option("quantize_lm_head", True),
@@ -207,7 +211,9 @@ def _select_groups(layer: DecoderLayer, ignore: Sequence[str]) -> DecoderLayer:
             f" leaves out some matrices of the experts of {block}, but not others: "
             "they are served together, ignore all or none of them",
         )
-    return dataclasses.replace(layer, groups=kept)
+    weights = {linear.weight_name for group in kept for linear in group}
+    stacks = tuple(stack for stack in layer.stacks if weights >= stack.slices.keys())
+    return dataclasses.replace(layer, groups=kept, stacks=stacks)
 
 
 def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
@@ -222,10 +228,10 @@ def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:
     return bool(left_out)
 
 
-def _check_weight(checkpoint: Checkpoint, linear: Linear, source: str) -> None:
-    """Check the tensor ``source`` with the weight of a linear."""
+def _check_weight(checkpoint: Checkpoint, source: str, shape: tuple[int, ...]) -> None:
+    """Check the tensor ``source``, which has weights that are quantized."""
     info = checkpoint.tensors[source]
-    _check_shape(info, (linear.num_rows, linear.num_inputs))
+    _check_shape(info, shape)
     check_source_dtype(f"{info.file}: {info.name}", info.dtype)
 
 

@@ -1,0 +1,74 @@
+"""Tensors that hold one matrix of every expert of a layer, and these matrices as if stored alone.
+
+Quantized, every expert has tensors of its own: experts differ in what is left out, and vLLM reads
+them one by one. Decoded, they are one tensor again.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a matrix or a bias is in a stack.
+
+    Attributes:
+        expert: index along the first dimension.
+        rows: of the matrix, once it is not transposed any more; of a bias, its elements.
+        transposed: whether the stack has [inputs, rows] for every expert.
+    """
+
+    expert: int
+    rows: slice
+    transposed: bool = False
+
+    def of(self, stack: torch.Tensor) -> torch.Tensor:
+        """The view of a stack [experts, ...] that is this matrix [N, K], or this bias [N]."""
+        expert = stack[self.expert]
+        return (expert.T if self.transposed else expert)[self.rows]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One tensor [experts, ...] of the checkpoint.
+
+    Attributes:
+        name: of the tensor.
+        shape: of the tensor.
+        slices: name that a matrix or bias would have as a tensor of its own -> where it is.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    slices: Mapping[str, Slice]
+
+    def split(self, stack: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Names of all matrices or biases, and views of them."""
+        for name, part in self.slices.items():
+            yield name, part.of(stack)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Of one matrix or bias."""
+        return tuple(self.slices[name].of(torch.empty(self.shape, device="meta")).shape)
+
+    def join(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The tensor with these values, by name; it has their dtype."""
+        first = values[next(iter(self.slices))]
+        stack = first.new_empty(self.shape)
+        for name, part in self.split(stack):
+            part.copy_(values[name])
+        return stack
+
+
+def name_apart(stack: str, expert: int, part: str) -> str:
+    """The name of an expert's matrix or bias as a tensor of its own, as most checkpoints have it.
+
+    Args:
+        stack: name of the tensor that holds it, as ``mlp.experts.gate_up_proj``.
+        part: ``gate_proj.weight``, for example.
+    """
+    block = stack.removesuffix(".weight").rpartition(".")[0]
+    block = block if block.endswith(".experts") else f"{block}.experts"
+    return f"{block}.{expert}.{part}"
