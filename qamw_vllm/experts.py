@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 from vllm.logger import init_logger
-from vllm.model_executor.layers.fused_moe.activation import apply_moe_activation
+from vllm.model_executor.layers.fused_moe import activation as vllm_activation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
+from vllm.model_executor.utils import set_weight_attrs
 
 from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError, TensorError
@@ -41,6 +43,7 @@ from qamw_vllm.state import (
 
 logger = init_logger(f"vllm.{__name__}")
 _FIRST = {"w13": "w1", "w2": "w2"}  # vLLM's shard id of the first matrix in each
+EXPERT_BIASES = ("w13_bias", "w2_bias")  # vLLM's names
 
 
 class QamwMoEMethod(FusedMoEMethodBase):
@@ -131,6 +134,8 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self._loader.form = ExpertsForm(
             layer, ExpertsShape(*sizes), index_bits, self._loader.load, make_plain, self.summary
         )
+        if self.moe.has_bias and index_bits is not None:
+            self._register_biases(layer, *sizes, **extra_weight_attrs)
         layer.load_weights = self._loader.wrap(layer.load_weights)
         logger.debug(
             "%s: %s index bits expected, %d experts of %d x %d on this rank",
@@ -145,7 +150,20 @@ class QamwMoEMethod(FusedMoEMethodBase):
         """Register the weights of plain experts."""
         if self.backend != "decode":
             self._plain = UnquantizedFusedMoEMethod(self.moe)
+        arrived = {name: getattr(layer, name) for name in EXPERT_BIASES if hasattr(layer, name)}
         self._plain.create_weights(layer, *sizes, **extra_weight_attrs)
+        for name, bias in arrived.items():
+            layer.register_parameter(name, bias)
+
+    def _register_biases(
+        self, layer: Any, num_experts: int, hidden: int, inner: int, **extra_weight_attrs: Any
+    ) -> None:
+        """Register biases, which are never quantized, as vLLM's own method does."""
+        for stem, num_rows in (("w13", MATRICES["w13"] * inner), ("w2", hidden)):
+            bias = torch.zeros(num_experts, num_rows, dtype=self.params_dtype)
+            parameter = Parameter(bias, requires_grad=False)
+            set_weight_attrs(parameter, extra_weight_attrs)
+            layer.register_parameter(f"{stem}_bias", parameter)
 
     def _choose_rotation(self, hidden: int, inner: int, inner_of_rank: int) -> None:
         """Set the rotation block sizes.
@@ -200,6 +218,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
             )
             for suffix in LAYER_TENSORS:
                 delattr(layer, f"{stem}_{suffix}")
+            if stem == "w13" and _interleaves(layer):  # its biases are so already
+                order = torch.arange(row_norms.shape[1]).view(MATRICES[stem], -1).T.flatten()
+                qweight, row_norms = qweight[:, :, order], row_norms[:, order]
             shared_scales = input_scales[0, 0].clone()
             experts[stem] = [
                 QuantizedWeight(planes, norms, shared_scales, self.rotation_block_sizes[stem])
@@ -269,16 +290,31 @@ class QamwMoEMethod(FusedMoEMethodBase):
                 layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input
             )
         num_slots = topk_ids.numel()
+        if layer.apply_router_weight_on_input:  # then each token has one expert
+            x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
         routing = _route(topk_ids, layer.global_num_experts, layer.expert_map, x.dtype)
-        both = self._multiply("w13", layer, x, routing, num_slots)
+        both = self._multiply("w13", layer, x, routing, topk_ids)
         inner = torch.empty(num_slots, both.shape[1] // 2, dtype=x.dtype, device=x.device)
-        apply_moe_activation(layer.activation, inner, both)
-        y = self._multiply("w2", layer, inner, routing, num_slots)
+        self._activate(layer, inner, both)
+        y = self._multiply("w2", layer, inner, routing, topk_ids)
         y = y.view(*topk_ids.shape, x.shape[1])
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for k in range(topk_ids.shape[1]):  # one by one, for y in float32 would be large
             out += y[:, k] * topk_weights[:, k, None]
         return out.to(x.dtype)
+
+    def _activate(self, layer: Any, inner: torch.Tensor, both: torch.Tensor) -> None:
+        """inner [slots, inner size] = f(gate, up), as vLLM computes it from both."""
+        options: dict[str, Any] = {}
+        if hasattr(vllm_activation, "ApplyMoEActivationConfig"):
+            limits = FusedMoEQuantConfig.make(
+                gemm1_alpha=layer.swiglu_alpha,
+                gemm1_beta=layer.swiglu_beta,
+                gemm1_clamp_limit=layer.swiglu_limit,
+            )
+            config = vllm_activation.ApplyMoEActivationConfig.from_configs(self.moe, limits)
+            options["activation_config"] = config
+        vllm_activation.apply_moe_activation(layer.activation, inner, both, **options)
 
     def _multiply(
         self,
@@ -286,10 +322,18 @@ class QamwMoEMethod(FusedMoEMethodBase):
         layer: Any,
         x: torch.Tensor,
         routing: Routing,
-        num_slots: int,
+        topk_ids: torch.Tensor,
     ) -> torch.Tensor:
+        """Of every slot, the product with the matrices of its expert, and their bias."""
         weight = tiled_weight_of(layer, self.rotation_block_sizes[stem], f"{stem}_")
-        return routed_linear(x, weight, routing, num_slots)
+        y = routed_linear(x, weight, routing, topk_ids.numel())
+        if not self.moe.has_bias:
+            return y
+        experts = topk_ids.flatten().long()
+        if layer.expert_map is not None:
+            experts = layer.expert_map[experts].long()
+        bias = getattr(layer, f"{stem}_bias")[experts.clamp(min=0)]
+        return y + torch.where(experts[:, None] >= 0, bias, 0)  # some experts are on other ranks
 
 
 def check_supported(layer: Any, prefix: str) -> None:
@@ -298,15 +342,15 @@ def check_supported(layer: Any, prefix: str) -> None:
     Raises:
         FormatError: names what it is.
     """
-    unknown = {
-        "biases": layer.moe_config.has_bias,
-        "no gate": not layer.moe_config.is_act_and_mul,
-        "a limited activation": layer.swiglu_limit,
-        "router weights on their input": layer.apply_router_weight_on_input,
-    }
-    if any(unknown.values()):
-        found = ", ".join(name for name, present in unknown.items() if present)
-        raise FormatError(f"{prefix}: qamw does not know experts with {found}")
+    if not layer.moe_config.is_act_and_mul:
+        raise FormatError(f"{prefix}: qamw does not know experts without a gate")
+    if layer.swiglu_limit and not hasattr(vllm_activation, "ApplyMoEActivationConfig"):
+        raise FormatError(f"{prefix}: this vLLM does not tell the limits of the activation")
+
+
+def _interleaves(layer: Any) -> bool:
+    """Whether the rows of gate and up take turns in vLLM's w13."""
+    return bool(layer.activation == vllm_activation.MoEActivation.SWIGLUOAI)
 
 
 def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:

@@ -9,6 +9,8 @@ the default loader.
 """
 
 import logging
+import re
+from collections import deque
 from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,11 @@ from qamw_vllm.loading.formats import CHECKED_FORMATS, DUMMY_FORMAT
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
 from qamw_vllm.loading.reading import READING
+from qamw_vllm.loading.reorder import reordered
+
+_TENSOR_OF_EXPERT = re.compile(
+    rf"(?P<block>.+)\.\d+\.(?P<matrix>\w+)\.(?:{'|'.join(LAYER_TENSORS)})"
+)
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -65,10 +72,11 @@ class QamwModelLoader(DefaultModelLoader):
         weights = super().get_all_weights(model_config, model)
         if not is_packed_model(model_config):
             return weights
-        if not verification_is_on():
-            return self._named(weights)
-        self._check(model_config)
-        return self._checked(self._named(weights), NameCheck(format_of(model_config.hf_config)))
+        weights = self._named(weights)
+        if verification_is_on():
+            self._check(model_config)
+            weights = self._checked(weights, NameCheck(format_of(model_config.hf_config)))
+        return without_experts(reordered(weights, model), model)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         """Load a model.
@@ -114,7 +122,7 @@ class QamwModelLoader(DefaultModelLoader):
         if not self._tracked or loaded_weights is None:
             super().track_weights_loading(model, loaded_weights, *args, **options)
             return
-        from qamw_vllm.experts import QamwMoEMethod  # kernels: not in every process
+        from qamw_vllm.experts import EXPERT_BIASES, QamwMoEMethod  # kernels: not in every process
         from qamw_vllm.linear import QamwLinearMethod
 
         # Quantized layers know themselves what they lack, and by its name in the checkpoint.
@@ -123,6 +131,7 @@ class QamwModelLoader(DefaultModelLoader):
             for name, module in model.named_modules()
             if isinstance(getattr(module, "quant_method", None), QamwLinearMethod | QamwMoEMethod)
             for parameter, _ in module.named_parameters()
+            if parameter not in EXPERT_BIASES
         }
         try:
             super().track_weights_loading(model, loaded_weights | quantized, *args, **options)
@@ -188,6 +197,31 @@ class QamwModelLoader(DefaultModelLoader):
                 f"({error}). Its author makes one with 'qamw verify --sign'; {VERIFY_VARIABLE}=0 "
                 "serves it unchecked"
             ) from None
+
+
+def without_experts(
+    weights: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module
+) -> Generator[tuple[str, torch.Tensor], None, None]:
+    """The same weights, less those of quantized experts, which are loaded here.
+
+    vLLM's layer of experts loads them. Some model classes would not give it any: those whose plain
+    checkpoints hold the experts of a layer in one tensor. Left to the model class are experts that
+    have another name in the checkpoint than in its model.
+    """
+    from qamw_vllm.experts import QamwMoEMethod  # kernels: not in every process
+
+    layers: dict[str, Any] = {
+        method.prefix: module
+        for module in model.modules()
+        if isinstance(method := getattr(module, "quant_method", None), QamwMoEMethod)
+    }
+    for name, tensor in weights:
+        found = _TENSOR_OF_EXPERT.fullmatch(name)
+        layer = layers.get(found["block"]) if found else None
+        if found and layer and found["matrix"] in layer.quant_method.names.values():
+            deque(layer.load_weights([(name.removeprefix(found["block"] + "."), tensor)]), 0)
+        else:
+            yield name, tensor
 
 
 def prepare(model: torch.nn.Module, model_config: Any) -> None:

@@ -191,13 +191,16 @@ class _Apart:
         sources = conversion.sources or (tuple(conversion.tensors),)
         num_sources = [len(names) for names in sources]
         if num_sources == [num_experts] * len(parts) and _are_matrices(conversion):
-            for (part, _), names in zip(parts, sources, strict=True):
-                self._take(path, part, conversion.tensors[names[0]], names)
+            for (part, _), tensors in zip(parts, sources, strict=True):
+                self._take(path, part, conversion.tensors[tensors[0]], tensors)
             return True
         if num_sources == [1]:
             stacked = [(sources[0][0], parts)]
         elif num_sources == [1] * len(parts) and not interleaved(fused):
-            stacked = [(x, [(part, slice(None))]) for (x,), (part, _) in zip(sources, parts)]
+            stacked = [
+                (tensor, [(part, slice(None))])
+                for (tensor,), (part, _) in zip(sources, parts, strict=True)
+            ]
         else:
             return False
         turned = transposed(fused) != conversion.transposes and not is_bias(name)
@@ -205,17 +208,19 @@ class _Apart:
             shape = conversion.tensors[tensor]
             if shape[0] != num_experts:
                 return False
-            names = {
-                part: [name_apart(tensor, i, part) for i in range(num_experts)] for part, _ in held
+            apart = {
+                part: [name_apart(tensor, expert, part) for expert in range(num_experts)]
+                for part, _ in held
             }
             slices = {
-                names[part][i]: Slice(i, rows, turned)
+                name: Slice(expert, rows, turned)
                 for part, rows in held
-                for i in range(num_experts)
+                for expert, name in enumerate(apart[part])
             }
-            self.stacks.append(Stack(tensor, shape, slices))
-            for part, _ in held:
-                self._take(path, part, self.stacks[-1].shape_of(names[part][0]), names[part])
+            stack = Stack(tensor, shape, slices)
+            self.stacks.append(stack)
+            for part, names in apart.items():
+                self._take(path, part, stack.shape_of(names[0]), names)
         return True
 
     def _take(self, path: str, part: str, shape: Shape, names: Sequence[str]) -> None:

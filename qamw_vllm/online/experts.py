@@ -9,7 +9,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from qamw_kernels.codec.encode import check_source_dtype
-from qamw_kernels.errors import TensorError
+from qamw_kernels.errors import FormatError, TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend, BackendError
@@ -42,6 +42,11 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         summary: LoadSummary,
         backend: Backend | None = None,
     ) -> None:
+        if layer.moe_config.has_bias:
+            raise FormatError(
+                f"{prefix}: experts with biases are not quantized while loading: run qamw quantize "
+                "first"
+            )
         unknown_yet = QamwFormat(plan.index_bits, {})  # until all layers are made
         super().__init__(layer, prefix, unknown_yet, summary, backend)
         self.plan = plan
@@ -76,7 +81,8 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         self.plan.add_layer(self._num_inputs["w13"], row_parallel=False)
         self.plan.add_layer(self._num_inputs["w2"], row_parallel=True)
         self.summary.expect_layer()
-        loader = self._record_arrivals(extra_weight_attrs["weight_loader"])
+        load, num_experts_of_layer = extra_weight_attrs["weight_loader"], layer.global_num_experts
+        loader = self._record_arrivals(load, num_experts_of_layer)
         for stem, rows, inputs in (("w13", 2 * local, hidden_size), ("w2", hidden_size, local)):
             empty = torch.empty(num_experts, rows, inputs, dtype=params_dtype, device="meta")
             parameter = Parameter(empty, requires_grad=False)
@@ -84,8 +90,10 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             layer.register_parameter(f"{stem}_weight", parameter)
         initialize_online_processing(layer)
 
-    def _record_arrivals(self, load: Callable[..., bool | None]) -> Callable[..., bool | None]:
-        """vLLM's loader of one tensor of one expert, checked, with a note of what arrived.
+    def _record_arrivals(
+        self, load: Callable[..., bool | None], num_experts: int
+    ) -> Callable[..., bool | None]:
+        """vLLM's loader of one tensor of one expert, or of all, with a note of what arrived.
 
         Raises (from the loader):
             TensorError: a weight of another dtype than those that ``qamw quantize`` reads.
@@ -101,7 +109,9 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         ) -> bool | None:
             name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.weight"
             check_source_dtype(name, loaded_weight.dtype)
-            self._arrived.add((expert_id, shard_id))
+            all_experts = loaded_weight.ndim == 3  # those of this rank
+            experts = range(num_experts) if all_experts else (expert_id,)
+            self._arrived.update((expert, shard_id) for expert in experts)
             return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
         return loader
