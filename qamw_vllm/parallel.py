@@ -4,7 +4,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import parallel_state
 
-from qamw_kernels.format.sharding import possible_tensor_parallel_sizes
+from qamw_kernels.format.sharding import possible_tensor_parallel_sizes, shared_setting
 
 
 def tensor_parallel_sizes_of_model() -> list[int]:
@@ -12,8 +12,8 @@ def tensor_parallel_sizes_of_model() -> list[int]:
     config = get_current_vllm_config_or_none()
     model_config = None if config is None else config.model_config
     text_config = None if model_config is None else model_config.hf_text_config
-    num_heads = getattr(text_config, "num_attention_heads", None)
-    num_kv_heads = getattr(text_config, "num_key_value_heads", None) or num_heads
+    num_heads = shared_setting(text_config, "num_attention_heads")
+    num_kv_heads = shared_setting(text_config, "num_key_value_heads") or num_heads
     return possible_tensor_parallel_sizes(num_heads, num_kv_heads)
 
 

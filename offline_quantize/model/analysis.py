@@ -35,6 +35,7 @@ from offline_quantize.model.tracing import (
 from offline_quantize.model.wanted import unwanted
 from qamw_kernels.format.config import role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.sharding import differs, shared_setting
 from qamw_kernels.format.stacks import Stack
 
 
@@ -230,20 +231,10 @@ def _reason_to_keep(layer: nn.Module, name: str) -> str:
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
-    differing = False
-
-    def shared(name: str) -> Any:
-        nonlocal differing
-        try:
-            return getattr(config, name, None)
-        except Exception:  # transformers has an error of its own where layers differ (Gemma 4)
-            differing = True
-            return None
-
-    num_heads = shared("num_attention_heads")
-    num_kv_heads = shared("num_key_value_heads") or num_heads
-    head_dim, hidden_size = shared("head_dim"), shared("hidden_size")
-    if differing:
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
+    num_heads, num_kv_heads, head_dim, hidden_size = (shared_setting(config, x) for x in names)
+    num_kv_heads = num_kv_heads or num_heads
+    if any(differs(config, name) for name in names):
         return num_heads, num_kv_heads, None
     if not head_dim and num_heads and hidden_size:
         head_dim = hidden_size // num_heads

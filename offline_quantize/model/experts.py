@@ -151,22 +151,18 @@ def unfuse_experts(model: Any, tensor_map: TensorMap) -> None:
     Experts that compute in a way of their own, or whose tensors are missing or otherwise arranged,
     are left as they are.
     """
-    blocks = {path: module for path, module in model.named_modules() if are_fused_experts(module)}
-    found = tensor_map.conversions_of(
-        f"{path}.{name}"
-        for path, fused in blocks.items()
-        for name, _ in fused.named_parameters(recurse=False)
-    )
-    for path, fused in blocks.items():
+    for path, fused in list(model.named_modules()):
+        if not are_fused_experts(fused):
+            continue
         old, apart = [], _Apart([], [])
         for name, _ in fused.named_parameters(recurse=False):
-            conversion = found.get(f"{path}.{name}")
+            conversion = tensor_map.conversion_to(f"{path}.{name}")
             if conversion is None or not apart.add(path, fused, name, conversion):
                 break
             old.append(conversion)
         else:
-            if tensor_map.replace(old, apart.conversions, apart.stacks):
-                _replace(model, path, fused)
+            tensor_map.replace(old, apart.conversions, apart.stacks)
+            _replace(model, path, fused)
 
 
 def _replace(model: Any, path: str, fused: Any) -> None:

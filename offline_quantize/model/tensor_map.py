@@ -14,9 +14,9 @@ import torch
 
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.tied import tied_groups
-from qamw_kernels.format.config import LAYER_TENSORS
+from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
-from qamw_kernels.format.stacks import Stack
+from qamw_kernels.format.stacks import Stack, block_of
 
 Shape = tuple[int, ...]
 
@@ -88,10 +88,9 @@ class TensorMap:
             model: of transformers, as it was built.
             stored: name -> shape of the tensors of its checkpoint, see :func:`plain_shapes`.
         """
-        self._model = model
         self._tied = tied_groups(model)
         self.stacks: dict[str, Stack] = {}
-        self._shapes = shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+        shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
         self.conversions: list[Conversion] = []
         self.unmatched: dict[str, str] = {}
         for conversion in _conversions(model, stored, shapes, self.unmatched):
@@ -135,47 +134,21 @@ class TensorMap:
         )
         return list(dict.fromkeys(names))
 
-    def conversions_of(self, parameters: Iterable[str]) -> dict[str, Conversion]:
-        """What makes parameters; of those that have no tensors, what would if transformers saved.
-
-        There may be none for some.
-        """
-        wanted = list(parameters)
-        lacking = [name for name in wanted if name not in self._of_parameter]
-        saved = _saved(self._model, lacking)
-        would = {
-            name: conversion
-            for conversion in _conversions(self._model, saved, self._shapes, {})
-            for name in conversion.parameters
-        }
-        found = would | self._of_parameter
-        return {name: found[name] for name in wanted if name in found}
-
     def replace(
         self, old: Sequence[Conversion], new: Sequence[Conversion], stacks: Sequence[Stack]
-    ) -> bool:
-        """The model is to have other parameters, which the same tensors hold.
+    ) -> None:
+        """The model has other parameters now, which the same tensors hold.
 
         Args:
-            old: what made the parameters that go, of :meth:`conversions_of`.
+            old: what made the parameters that go.
             new: what makes those that come.
             stacks: tensors whose parts are among the tensors of ``new``.
-        Returns:
-            Whether the checkpoint has these tensors; if not, nothing changes.
         """
-        apart = {
-            name for stack in stacks if stack.name not in self._of_tensor for name in stack.slices
-        }
-        if not apart <= self.unmatched.keys():
-            return False
-        for name in apart:
-            del self.unmatched[name]
         dropped = {id(conversion) for conversion in old}
         self.conversions = [c for c in self.conversions if id(c) not in dropped]
         self.conversions += new
         self.stacks |= {stack.name: stack for stack in stacks}
         self._index()
-        return True
 
     def shared(self) -> dict[str, str]:
         """Parameters that the checkpoint has no tensor of -> the tied one whose tensor they use."""
@@ -230,7 +203,11 @@ class TensorMap:
 
 
 def plain_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Name -> shape of the tensors of the model that a plain or QAM-W checkpoint stands for."""
+    """Name -> shape of the tensors of the model that a plain or QAM-W checkpoint stands for.
+
+    Raises:
+        FormatError: a QAM-W checkpoint whose ``quantization_config`` cannot be understood.
+    """
     shapes: dict[str, Shape] = {}
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -238,7 +215,13 @@ def plain_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
             shapes[f"{module}.weight"] = (info.shape[1], info.shape[2] * UNIT_INPUTS)
         elif suffix not in LAYER_TENSORS or f"{module}.qweight" not in checkpoint.tensors:
             shapes[name] = info.shape
-    return shapes
+    quantization = checkpoint.config.get("quantization_config")
+    if not quantization or quantization.get("quant_method") != QUANT_METHOD:
+        return shapes
+    stacks = QamwFormat.from_dict(quantization).stacks
+    blocks = tuple(block_of(name) for name in stacks)
+    apart = {name for name in shapes if name.startswith(blocks) and role_of(name) != name}
+    return {name: shape for name, shape in shapes.items() if name not in apart} | dict(stacks)
 
 
 def _conversions(

@@ -241,6 +241,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
         rotation_block_sizes,
         _head_rate(head),
         unquantized_matrices(checkpoint, linears, head),
+        stacks={stack.name: stack.shape for layer in layers for stack in layer.stacks},
     )
     served = [
         tp

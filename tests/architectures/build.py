@@ -26,6 +26,8 @@ class Architecture:
         published: what ``architectures`` in the config.json of real checkpoints says.
         renames: patterns of tensor names that ``save_pretrained`` writes otherwise than real
             checkpoints have them, with what takes their place.
+        transposed: patterns of names of tensors whose last two dimensions real checkpoints have the
+            other way round.
         values: of the transformers config, with those of text and tower in their own dictionaries.
         pooling: vLLM's task for a model without a language head, or None.
         unbuildable: why transformers cannot build it here, or None.
@@ -35,6 +37,7 @@ class Architecture:
     class_name: str
     published: str
     renames: dict[str, str]
+    transposed: list[str]
     values: dict[str, Any]
     pooling: str | None
     unbuildable: str | None
@@ -64,6 +67,7 @@ def _complete(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Archite
         class_name=entry["class"],
         published=published,
         renames=entry.get("renames", {}),
+        transposed=entry.get("transposed", []),
         values=values,
         pooling=entry.get("pooling"),
         unbuildable=entry.get("unbuildable"),
@@ -112,10 +116,12 @@ def _publish(directory: Path, architecture: Architecture) -> None:
     config = json.loads(file.read_text())
     config["architectures"] = [architecture.published]
     file.write_text(json.dumps(config, indent=2))
-    if architecture.renames:
+    if architecture.renames or architecture.transposed:
         shard = directory / "model.safetensors"
         tensors = {
-            _renamed(name, architecture.renames): tensor
+            _renamed(name, architecture.renames): tensor.mT.contiguous()
+            if any(re.search(pattern, name) for pattern in architecture.transposed)
+            else tensor
             for name, tensor in load_file(shard).items()
         }
         save_file(tensors, shard, metadata={"format": "pt"})

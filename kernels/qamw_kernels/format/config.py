@@ -36,6 +36,7 @@ _KEYS = frozenset(
         "ignore",
     }
 )
+_OPTIONAL_KEYS = frozenset({"stacks"})
 
 
 def check_rotation_block_size(rotation_block_size: int) -> None:
@@ -78,6 +79,8 @@ class QamwFormat:
             one name, see :func:`role_of`.
         ignore: exact names of the modules that keep a plain ``weight``.
         codebooks: codebook name -> SHA-256, for every rate in use; empty to fill them in.
+        stacks: tensors of the original checkpoint with the matrices of all experts of a layer,
+            which are quantized one by one -> their shapes.
 
     Raises:
         FormatError: a value that the format does not allow, or a codebook that is not the shipped
@@ -89,6 +92,7 @@ class QamwFormat:
     layer_index_bits: Mapping[str, int] = field(default_factory=dict)
     ignore: tuple[str, ...] = ()
     codebooks: Mapping[str, str] = field(default_factory=dict)
+    stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, bits in {"index_bits": self.index_bits, **self.layer_index_bits}.items():
@@ -105,6 +109,9 @@ class QamwFormat:
                     f"{size!r}"
                 )
         self._check_ignore()
+        for name, shape in self.stacks.items():
+            if len(shape) != 3 or any(type(size) is not int or size <= 0 for size in shape):
+                raise FormatError(f"stacks: {name}: expected three sizes, got {list(shape)}")
         expected = self.expected_codebooks()
         if not self.codebooks:
             object.__setattr__(self, "codebooks", expected)
@@ -160,6 +167,7 @@ class QamwFormat:
             },
             "codebooks": dict(sorted(self.codebooks.items())),
             "ignore": sorted(self.ignore),
+            **({"stacks": {x: list(self.stacks[x]) for x in self.stacks}} if self.stacks else {}),
         }
 
     @classmethod
@@ -188,6 +196,7 @@ class QamwFormat:
             dict(config["layer_index_bits"]),
             tuple(config["ignore"]),
             dict(config["codebooks"]),
+            {name: tuple(shape) for name, shape in config.get("stacks", {}).items()},
         )
 
 
@@ -205,7 +214,7 @@ def _check_keys(config: Mapping[str, Any]) -> None:
         )
     if missing := _KEYS - set(config):
         raise FormatError(f"quantization_config: missing keys {sorted(missing)}")
-    if unknown := set(config) - _KEYS:
+    if unknown := set(config) - _KEYS - _OPTIONAL_KEYS:
         raise FormatError(f"quantization_config: unknown keys {sorted(unknown)}")
 
 
@@ -215,6 +224,9 @@ def _check_kinds(config: Mapping[str, Any]) -> None:
             raise FormatError(
                 f"quantization_config: {key} must be a JSON object, got {config[key]!r}"
             )
+    stacks = config.get("stacks", {})
+    if not isinstance(stacks, Mapping) or not all(isinstance(x, list) for x in stacks.values()):
+        raise FormatError(f"quantization_config: stacks must map names to shapes, got {stacks!r}")
     ignore = config["ignore"]
     if not isinstance(ignore, list):
         raise FormatError(f"quantization_config: ignore must be a JSON array, got {ignore!r}")

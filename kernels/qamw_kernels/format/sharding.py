@@ -5,6 +5,7 @@ units of 64 inputs. Rows are independent of each other, so any number of them ca
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.packing import UNIT_INPUTS
@@ -14,6 +15,20 @@ TP_MAX = 8
 
 MAX_ROTATION_BLOCK_SIZE = 128
 """Widest rotation block that is chosen; the format allows more."""
+
+
+def differs(config: Any, name: str) -> bool:
+    """Whether a model's layers differ in a value: then its config raises an error (Gemma 4)."""
+    try:
+        getattr(config, name, None)
+    except Exception:  # of transformers' own kind
+        return True
+    return False
+
+
+def shared_setting(config: Any, name: str) -> Any:
+    """A value of a model's config; None where it has none, or where its layers differ."""
+    return None if differs(config, name) else getattr(config, name, None)
 
 
 def possible_tensor_parallel_sizes(

@@ -62,6 +62,12 @@ class Stack:
         return stack
 
 
+def block_of(stack: str) -> str:
+    """The name of the module of experts whose matrices a tensor holds, with a dot at its end."""
+    block = stack.removesuffix(".weight").rpartition(".")[0]
+    return f"{block}." if block.endswith(".experts") else f"{block}.experts."
+
+
 def name_apart(stack: str, expert: int, part: str) -> str:
     """The name of an expert's matrix or bias as a tensor of its own, as most checkpoints have it.
 
@@ -69,6 +75,4 @@ def name_apart(stack: str, expert: int, part: str) -> str:
         stack: name of the tensor that holds it, as ``mlp.experts.gate_up_proj``.
         part: ``gate_proj.weight``, for example.
     """
-    block = stack.removesuffix(".weight").rpartition(".")[0]
-    block = block if block.endswith(".experts") else f"{block}.experts"
-    return f"{block}.{expert}.{part}"
+    return f"{block_of(stack)}{expert}.{part}"
