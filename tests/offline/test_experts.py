@@ -7,16 +7,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from offline_quantize.checkpoints.dequantize import dequantize
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
+from offline_quantize.files import SINGLE
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.structure import InputGroup
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.format.index import INDEX
+from tests.architectures.build import build
 from tests.helpers.checkpoints import tensors_of
-from tests.helpers.models import tiny_model
+from tests.helpers.models import copy_model, tiny_model
+
+UNCALIBRATED = QuantizeRequest(calibration=None)
+BLOCK = "model.layers.0.mlp.experts"  # of gpt-oss
 
 # Architecture -> the block of experts, and an expert's gate, up and down matrices.
 NAMES = {
@@ -102,8 +109,75 @@ def send_all_tokens_to_the_same_experts(model: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def test_experts_that_are_fused_on_disk_are_refused(tmp_path: Path) -> None:
-    model = tiny_model(tmp_path / "moe", "granitemoe")
-    message = r"(?s)89% of the decoder's weights cannot be quantized:.*GraniteMoeExperts"
+def test_experts_that_compute_nothing_are_refused(tmp_path: Path) -> None:
+    model = build(tmp_path / "moe", "longcat_flash")
+    message = r"(?s)36% of the decoder's weights cannot be quantized:.*LongcatFlashExperts"
     with pytest.raises(QuantizeError, match=message):
-        quantize(model, tmp_path / "out", QuantizeRequest(calibration=None))
+        quantize(model, tmp_path / "out", UNCALIBRATED)
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The model, with its experts in one tensor, and its quantized form."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    model = build(folder / "model", "gpt_oss")
+    quantize(model, folder / "quantized", UNCALIBRATED)
+    return model, folder / "quantized"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "qwen3_vl_moe"])
+def test_stacks_of_experts_come_back_as_they_were(name: str, tmp_path: Path) -> None:
+    """Apart when quantized; in one tensor of the same shape when decoded."""
+    model, out, decoded = build(tmp_path / "model", name), tmp_path / "out", tmp_path / "decoded"
+    quantize(model, out, UNCALIBRATED)
+    dequantize(out, decoded)
+    before, quantized, after = tensors_of(model), tensors_of(out), tensors_of(decoded)
+    stacks = json.loads((out / "config.json").read_text())["quantization_config"]["stacks"]
+    assert len(stacks) == 4 and stacks == {x: list(before[x].shape) for x in stacks}
+    assert not stacks.keys() & quantized.keys()
+    assert {x: tensor.shape for x, tensor in after.items()} == {
+        x: tensor.shape for x, tensor in before.items()
+    }
+    for stack in stacks:
+        difference = (after[stack].float() - before[stack].float()).norm()
+        assert 0 < difference < 0.05 * before[stack].float().norm()
+
+
+def test_stacks_that_are_ignored_stay_as_they_are(
+    gpt_oss: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, out = gpt_oss[0], tmp_path / "out"
+    request = QuantizeRequest(calibration=None, ignore=("*.layers.0.mlp.experts.*",))
+    quantize(model, out, request)
+    assert verify(out)
+    stored, stack = tensors_of(out), f"{BLOCK}.gate_up_proj"
+    assert torch.equal(stored[stack], tensors_of(model)[stack])
+    assert not any(name.startswith(f"{BLOCK}.0.") for name in stored)
+    assert f"{BLOCK}.0.gate_proj.qweight".replace("layers.0", "layers.1") in stored
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("lost", rf"no tensor {BLOCK}\.2\.up_proj\.weight"),
+        ("one more", r"experts\.9\.up_proj\.qweight is of no linear layer"),
+        ("bias", rf"no tensor {BLOCK}\.down_proj_bias"),
+    ],
+)
+def test_damaged_stacks_are_noticed(
+    change: str, message: str, gpt_oss: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = copy_model(gpt_oss[1], tmp_path / "out")
+    tensors = tensors_of(out)
+    for file in [*out.glob("*.safetensors"), out / INDEX]:
+        file.unlink()
+    own = {name: x for name, x in tensors.items() if name.startswith(f"{BLOCK}.2.up_proj.")}
+    if change == "lost":
+        tensors = {name: x for name, x in tensors.items() if name not in own}
+    elif change == "one more":
+        tensors |= {name.replace(".2.", ".9."): x for name, x in own.items()}
+    else:
+        del tensors[f"{BLOCK}.down_proj_bias"]
+    save_file(tensors, out / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(QuantizeError, match=message):
+        verify(out, sign=True)

@@ -1,5 +1,6 @@
 """config.json's quantization_config: what it describes, and what is refused."""
 
+import dataclasses
 import json
 import math
 from typing import Any
@@ -59,6 +60,10 @@ def test_mixed_rates_name_both_codebooks() -> None:
         ({"ignore": [1]}, "ignore must hold module names"),
         ({"codebooks": {}}, "codebooks must name"),
         ({"codebooks": {"circular-gaussian-2048-v1": "00"}}, "the checkpoint needs"),
+        ({"stacks": {"experts.down_proj": [4, 64]}}, "expected three sizes, got"),
+        ({"stacks": {"experts.down_proj": [4, 64, 64.0]}}, "expected three sizes, got"),
+        ({"stacks": {"experts.down_proj": 4}}, "stacks must map names to shapes"),
+        ({"stacks": []}, "stacks must map names to shapes"),
         ({"surprise": 1}, r"unknown keys \['surprise'\]"),
     ],
 )
@@ -71,6 +76,12 @@ def test_only_objects_are_read() -> None:
     config: Any = [GOOD.to_dict()]
     with pytest.raises(FormatError, match="quantization_config must be a JSON object, got list"):
         QamwFormat.from_dict(config)
+
+
+def test_stacks_are_optional() -> None:
+    assert "stacks" not in GOOD.to_dict()
+    stacked = dataclasses.replace(GOOD, stacks={"experts.down_proj": (4, 64, 64)})
+    assert QamwFormat.from_dict(stacked.to_dict()) == stacked
 
 
 def test_missing_key_is_refused() -> None:

@@ -10,6 +10,7 @@ from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from tests.architectures.build import build
 from tests.helpers.models import copy_model, tiny_model
 
 UNCALIBRATED = QuantizeRequest(calibration=None)
@@ -74,12 +75,29 @@ def test_unsupported_architectures_are_refused(
     assert not out.exists()
 
 
-def test_experts_that_are_fused_on_disk_are_kept(tmp_path: Path) -> None:
-    structure = find_structure(Checkpoint(tiny_model(tmp_path / "moe", "granitemoe")))
+def test_experts_with_others_that_compute_nothing_are_kept(tmp_path: Path) -> None:
+    """LongCat's model holds more gates than there are experts."""
+    structure = find_structure(Checkpoint(build(tmp_path / "moe", "longcat_flash")))
+    kept = {name: reason for name, reason in structure.kept.items() if ".experts." in name}
+    assert set(kept.values()) == {"no nn.Linear, but LongcatFlashExperts"}
+    assert 0.3 < structure.kept_share < 0.5
+    assert not any(".experts." in linear.name for linear in structure.linears())
+
+
+def test_experts_in_one_tensor_are_linears_each(tmp_path: Path) -> None:
+    structure = find_structure(Checkpoint(build(tmp_path / "moe", "granitemoe")))
     block = "model.layers.0.block_sparse_moe"
-    assert structure.kept[f"{block}.input_linear.weight"] == "no nn.Linear, but GraniteMoeExperts"
-    assert 0.8 < structure.kept_share < 0.95
-    assert not any(block in linear.name for linear in structure.linears())
+    outer, inner = structure.layers[0].groups[-2:]
+    names = [f"{block}.experts.{e}.{x}_proj" for e in range(4) for x in ("gate", "up")]
+    assert sorted(x.name for x in outer) == names
+    assert [x.name for x in inner] == [f"{block}.experts.{e}.down_proj" for e in range(4)]
+    assert [stack.name for stack in structure.layers[0].stacks] == [
+        f"{block}.input_linear.weight",
+        f"{block}.output_linear.weight",
+    ]
+    assert set(structure.kept) == {
+        f"model.layers.{i}.block_sparse_moe.router.layer.weight" for i in (0, 1)
+    }
 
 
 def test_experts_share_groups(tmp_path: Path) -> None:
