@@ -175,7 +175,7 @@ def test_damaged_stacks_are_noticed(
     if change == "lost":
         tensors = {name: x for name, x in tensors.items() if name not in own}
     elif change == "one more":
-        tensors |= {name.replace(".2.", ".9."): x for name, x in own.items()}
+        tensors |= {name.replace(".2.", ".9."): x.clone() for name, x in own.items()}
     else:
         del tensors[f"{BLOCK}.down_proj_bias"]
     save_file(tensors, out / SINGLE, metadata={"format": "pt"})
