@@ -111,7 +111,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a key that is there twice, most readers take the last, and others do not."""
+    """A JSON object. Of a key that is there twice, most readers take the last, others the first."""
     value = dict(pairs)
     if len(value) < len(pairs):
         ((key, count),) = Counter(key for key, _ in pairs).most_common(1)
