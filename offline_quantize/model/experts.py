@@ -98,22 +98,26 @@ def unfuse_experts(model: Any, tensor_map: TensorMap) -> None:
     Experts with biases, with activations of their own, or that the checkpoint holds fused too, are
     left as they are.
     """
+    fused: list[Conversion] = []
+    apart: list[Conversion] = []
     for path, module in list(model.named_modules()):
         if not _can_unfuse(module):
             continue
         num_experts, hidden, inner = module.down_proj.shape
-        merged = [tensor_map.conversion_to(f"{path}.{name}") for name in _FUSED]
-        sources = [names for conversion in merged if conversion for names in conversion.sources]
+        found = [tensor_map.conversion_to(f"{path}.{name}") for name in _FUSED]
+        merged = [conversion for conversion in found if conversion]
+        sources = [names for conversion in merged for names in conversion.sources]
         if [len(names) for names in sources] != [num_experts] * len(_PARTS):
             continue
         model.set_submodule(path, Experts(Expert(module) for _ in range(num_experts)))
         shapes = [(inner, hidden), (inner, hidden), (hidden, inner)]
-        apart = [
+        fused += merged
+        apart += [
             Conversion({name: shape}, {f"{path}.{number}.{part}.weight": shape})
             for part, shape, names in zip(_PARTS, shapes, sources, strict=True)
             for number, name in enumerate(names)
         ]
-        tensor_map.replace([conversion for conversion in merged if conversion], apart)
+    tensor_map.replace(fused, apart)
 
 
 def _can_unfuse(module: Any) -> bool:
