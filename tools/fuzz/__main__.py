@@ -52,6 +52,7 @@ def main() -> None:
     options = [
         f"-max_total_time={args.seconds}",
         f"-timeout={HANGING}",
+        f"-report_slow_units={HANGING}",
         f"-rss_limit_mb={MAX_MEGABYTES}",
         f"-max_len={MAX_LENGTH}",
         f"-artifact_prefix={findings}/",
