@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-matrix test-architectures test-quick lint format codebooks \
-	check-memory study study-report kernels-report bench-cpu bench-serve soak attack check-versions
+	check-memory study study-report kernels-report bench-cpu bench-serve soak attack fuzz \
+	check-versions
 
 setup: $(VENV)/.ready
 
@@ -92,6 +93,15 @@ soak: setup
 # Damaged checkpoints at every door: refused in words that help, or read as they were (minutes)?
 attack: setup
 	$(BIN)/python -m tools.attack
+
+# A minute of random bytes at the parsers, led by the code that they reach; faults in build/fuzz.
+fuzz: $(VENV)/.fuzz
+	$(BIN)/python -m tools.fuzz --seconds 45
+	$(BIN)/python -m tools.fuzz --seconds 15 --target config
+
+$(VENV)/.fuzz: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	touch $@
 
 # Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
 check-versions: setup

@@ -57,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not is_out_of_memory(error):
             raise
-        print(printable(f"qamw: not enough memory: {shortened(error)}"), file=sys.stderr)
+        details = shortened(error) or "none is left for this process"  # Python's own has none
+        print(printable(f"qamw: not enough memory: {details}"), file=sys.stderr)
         return 2
     return 0
 

@@ -83,6 +83,8 @@ def explained(what: str) -> Iterator[None]:
     """
     try:
         yield
+    except QamwError:  # has a message of its own
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

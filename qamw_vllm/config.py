@@ -15,7 +15,12 @@ from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.loading.formats import check_load_format, current_load_format
-from qamw_vllm.loading.manifest import check_checkpoint, has_weights, verification_is_on
+from qamw_vllm.loading.manifest import (
+    check_checkpoint,
+    check_config,
+    has_weights,
+    verification_is_on,
+)
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.state import LoadSummary
 
@@ -142,9 +147,12 @@ class QamwConfig(QuantizationConfig):
         is not: its model may get random ones.
 
         Raises:
-            FileError: it is not as its manifest says.
+            FileError: it is not as its manifest says; or config.json of a plain one has a key
+                twice.
         """
         directory = Path(model_name)
+        if self.online_plan:
+            check_config(directory)
         if self.online_plan or not directory.is_dir() or not has_weights(directory):
             return
         if verification_is_on():

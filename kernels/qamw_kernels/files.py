@@ -9,6 +9,7 @@ import io
 import json
 import os
 import stat
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,25 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     Args:
         max_bytes: that the file may have.
     Raises:
-        FileError: no such file, no regular one, too large, or no JSON object of valid Unicode.
+        FileError: no such file, no regular one, too large, or no JSON object of valid Unicode in
+            which every key is there once.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
             raise FileError(f"{path}: {size} bytes, expected at most {max_bytes} of JSON")
-        content = file.read()
+        return parse_json(file.read(), path)
+
+
+def parse_json(content: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object in the bytes of a file, or of a part of it.
+
+    Raises:
+        FileError: see :func:`read_json`.
+    """
     try:
         text = content.decode("utf-8")
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once_each)
         if "\\ud" in text.lower():  # half a surrogate pair is valid JSON, but nothing can write it
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
@@ -97,6 +107,15 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise FileError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise FileError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that is there twice, most readers take the last, others the first."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        ((key, count),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is there {count} times")
     return value
 
 

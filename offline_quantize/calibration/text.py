@@ -1,12 +1,11 @@
 """The calibration text, and the windows of tokens that are read of it."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, shortened
-from qamw_kernels.files import MAX_JSON_BYTES
+from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.model.tokenizer import load_tokenizer
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
 MIN_TOKENS = 16384
@@ -57,7 +56,10 @@ def calibration_windows(
             tokenizer.
     """
     text = read_text(text_file)
-    tokenizer = _load_tokenizer(directory)
+    try:
+        tokenizer = load_tokenizer(directory, text)
+    except QuantizeError as error:
+        raise QuantizeError(*error.parts, ". Or use ", Option("calibration", None)) from None
     encoded = tokenizer(text, add_special_tokens=False, verbose=False)
     tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
     if text and not len(tokens):
@@ -98,25 +100,3 @@ def spread_windows(
 def _windows_of(num_tokens: int, window_tokens: int) -> int:
     """Whole windows that hold ``num_tokens``."""
     return -(-num_tokens // window_tokens)
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    from transformers import AutoTokenizer  # slow to import
-
-    for path in directory.iterdir():
-        if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
-            raise QuantizeError(
-                f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
-            )
-    try:
-        return AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers fail in many ways; all mean the same here
-        if is_out_of_memory(error):
-            raise
-        raise QuantizeError(
-            f"{directory}: no usable tokenizer, which calibration needs: is tokenizer.json there? "
-            f"({shortened(error)}) Or use ",
-            Option("calibration", None),
-        ) from None

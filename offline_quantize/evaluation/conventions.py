@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, explained
 from offline_quantize.evaluation.wikitext import detokenized, pages
+from offline_quantize.files import CONFIG
+from offline_quantize.model.tokenizer import load_tokenizer
+from qamw_kernels.files import read_json
 
 BOS_RULE = (
     "auto: BOS leads every window for the Gemma family, which needs it; otherwise it stands where "
@@ -152,21 +155,16 @@ def open_text(raw: str, directory: Path, bos: str) -> tuple[Text, int]:
     Returns:
         The text, and ``vocab_size`` of config.json.
     Raises:
-        QuantizeError: config.json or the tokenizer cannot be used.
+        FileError, QuantizeError: config.json or the tokenizer cannot be used.
     """
-    from transformers import AutoConfig, AutoTokenizer  # slow to import
+    from transformers import AutoConfig  # slow to import
 
-    try:
+    read_json(directory / CONFIG)  # transformers is less careful
+    with explained(f"{directory / CONFIG}: transformers cannot use it"):
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         ).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # transformers raises many kinds
-        raise QuantizeError(
-            f"{directory}: no usable config.json and tokenizer: {type(error).__name__}: {error}"
-        ) from None
+    tokenizer = load_tokenizer(directory, raw)
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     chosen = Bos.choose(tokenizer, config.model_type, bos)
     return Text(raw, tokenizer, chosen, context), config.vocab_size

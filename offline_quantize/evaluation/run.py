@@ -28,6 +28,7 @@ from offline_quantize.evaluation.metrics import (
 from offline_quantize.evaluation.request import EvaluationRequest
 from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.empty import transformers_config
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.format.config import QUANT_METHOD
 
@@ -44,10 +45,14 @@ def evaluate(request: EvaluationRequest, progress: Progress = silent) -> Evaluat
         QuantizeError: before any work, if text, vocabularies, tokenizers or context do not fit; or
             a checkpoint that cannot be used.
     """
+    in_transformers = request.checkpoints if request.engine == "transformers" else ()
+    for directory in (request.reference, *in_transformers):
+        _check_decodable(directory)
     text, vocab_size = open_text(request.text, request.reference, request.bos)
     windows = {name: text.windows(name, request.windows) for name in request.conventions}
     _check_tokens(request.reference, windows, vocab_size)
-    _check_checkpoints(request, text, vocab_size)
+    for checkpoint in request.checkpoints:
+        _check_same_tokens(request.reference, text, vocab_size, checkpoint)
     bits = [effective_bits_per_weight(checkpoint) for checkpoint in request.checkpoints]
 
     noise_windows = windows[request.conventions[0]][: request.noise_windows]
@@ -83,18 +88,11 @@ def _check_tokens(reference: Path, windows: dict[str, list[Window]], vocab_size:
         )
 
 
-def _check_checkpoints(request: EvaluationRequest, text: Text, vocab_size: int) -> None:
-    """Refuse what the engine cannot run, or what reads the text as other tokens."""
-    _check_decodable(request.reference)
-    if request.engine == "transformers":
-        for checkpoint in request.checkpoints:
-            _check_decodable(checkpoint)
-    for checkpoint in request.checkpoints:
-        _check_same_tokens(request.reference, text, vocab_size, checkpoint)
-
-
 def _check_decodable(directory: Path) -> None:
-    quantization = Checkpoint(directory).config.get("quantization_config")
+    """Refuse what transformers cannot run."""
+    checkpoint = Checkpoint(directory)
+    transformers_config(checkpoint)
+    quantization = checkpoint.config.get("quantization_config")
     if quantization and quantization.get("quant_method") != QUANT_METHOD:
         raise QuantizeError(
             f"{directory / CONFIG}: quant_method is {quantization.get('quant_method')!r}, but in "

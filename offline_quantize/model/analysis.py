@@ -8,7 +8,7 @@ Linears have the names and shapes of the checkpoint's matrices: one that is spli
 is one linear, and several that are merged are several.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -128,10 +128,11 @@ def _input_groups(
     row_parallel: set[str] | None,
 ) -> tuple[InputGroup, ...]:
     """The input groups of one decoder layer."""
+    blocks = _blocks_with_experts(layer)
     modules = {
         name.removesuffix(".weight"): None
         for name, parameter in layer.named_parameters()
-        if parameter.ndim > 1 and not _reason_to_keep(layer, name)
+        if parameter.ndim > 1 and not _reason_to_keep(layer, name, blocks)
     }
     called: set[str] = set()
     groups: list[list[str]] = []
@@ -165,11 +166,12 @@ def _stacks_of(
 def _kept(layer: DecoderLayer, module: nn.Module, tensor_map: TensorMap) -> dict[str, _Kept]:
     """Matrices of a decoder layer that stay as they are, by the name of their tensor."""
     read = {name for linear in layer.linears() for name in linear.modules}
+    blocks = _blocks_with_experts(module)
     kept: dict[str, _Kept] = {}
     for name, parameter in module.named_parameters():
         full = f"{layer.name}.{name}"
         if parameter.ndim > 1 and full.removesuffix(".weight") not in read:
-            reason = _reason_to_keep(module, name) or "transposed or cut while it is loaded"
+            reason = _reason_to_keep(module, name, blocks) or "transposed or cut while it is loaded"
             tensor = tensor_map.tensor_of(full)
             others = kept[tensor].num_weights if tensor in kept else 0
             kept[tensor] = _Kept(reason, parameter.numel() + others)
@@ -206,11 +208,23 @@ def _matrices(
     return found
 
 
-def _reason_to_keep(layer: nn.Module, name: str) -> str:
+def _blocks_with_experts(layer: nn.Module) -> set[str]:
+    """Names inside a layer of the modules that hold experts."""
+    return {
+        name.rpartition(".")[0]
+        for name, module in layer.named_modules()
+        if isinstance(module, Experts)
+    }
+
+
+def _reason_to_keep(layer: nn.Module, name: str, blocks: Collection[str]) -> str:
     """Why the matrix with this name of a parameter in a layer stays as it is; empty if it need not.
 
     A linear alone in its module, in a block with experts, is a router or a gate: other readers of
     a block's input, as shared experts, have several.
+
+    Args:
+        blocks: of :func:`_blocks_with_experts`.
     """
     module_name, _, attribute = name.rpartition(".")
     module = layer.get_submodule(module_name)
@@ -219,12 +233,11 @@ def _reason_to_keep(layer: nn.Module, name: str) -> str:
     if module.in_features % UNIT_INPUTS:
         return f"{module.in_features} inputs, not a multiple of {UNIT_INPUTS}"
     parent_name = module_name.rpartition(".")[0]
-    parent = layer.get_submodule(parent_name)
-    if any(isinstance(child, Experts) for child in parent.children()):
+    if parent_name in blocks:
         return "a router or a gate"
-    block = layer.get_submodule(parent_name.rpartition(".")[0]) if parent_name else layer
-    in_block = any(isinstance(child, Experts) for child in block.children())
-    if in_block and sum(isinstance(child, nn.Linear) for child in parent.children()) == 1:
+    in_block = parent_name.rpartition(".")[0] in blocks
+    siblings = layer.get_submodule(parent_name).children()
+    if in_block and sum(isinstance(child, nn.Linear) for child in siblings) == 1:
         return "a router or a gate"
     return ""
 

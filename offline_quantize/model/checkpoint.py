@@ -15,7 +15,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, SINGLE, WEIGHT_SUFFIXES
 from offline_quantize.model.copied import copied_files
 from offline_quantize.model.sources import Sources
-from qamw_kernels.files import read_json
+from qamw_kernels.files import open_regular, parse_json, read_json
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.weight import check_plain
 
@@ -117,6 +117,7 @@ class Checkpoint:
                     self.tensors[name] = TensorInfo(name, file, shape, _DTYPES[dtype])
         except (SafetensorError, OSError) as error:
             raise QuantizeError(f"{path}: not a readable safetensors file: {error}") from None
+        _check_names(path)
 
     def load(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (name, tensor) in the given order, on the CPU.
@@ -159,6 +160,16 @@ class Checkpoint:
         for file in files:
             self.sources.note(file)
         return files
+
+
+def _check_names(path: Path) -> None:
+    """Refuse a shard whose header has a name twice: safetensors takes the last without a word.
+
+    Raises:
+        FileError: names the shard and the tensor.
+    """
+    with open_regular(path) as file:  # safe_open has found the header's length to be sound
+        parse_json(file.read(int.from_bytes(file.read(8), "little")), path)
 
 
 def _model_name(directory: Path) -> str:

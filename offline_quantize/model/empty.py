@@ -1,12 +1,14 @@
 """A model without its weights: built from config.json, and given parameters one part at a time."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.files import CONFIG
@@ -14,12 +16,36 @@ from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
 from offline_quantize.model.tensor_map import TensorMap, plain_shapes
 
-# Of modules that have tensors of their own: names in config.json, as transformers unifies them.
-_COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
-
+# Of layers and experts, which have tensors of their own: the names in config.json.
+_COUNTS = frozenset(
+    {
+        *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "layers", "depth"),
+        *("encoder_layers", "decoder_layers"),
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    }
+)
+# What any config.json may have of these, and of parameters: that many are built in seconds.
+_FEW_COUNTED, _FEW_PARAMETERS = 1000, 10_000
+_PARAMETERS_PER_TENSOR = 8  # one tensor may be split into some parameters
+_SMALL_BUFFERS = 2**30  # bytes
 
 # transformers changes settings of the whole process while it builds a model.
 _BUILDING = Lock()
+
+
+def transformers_config(checkpoint: Checkpoint) -> Any:
+    """config.json as transformers understands it; no code of the checkpoint runs.
+
+    Raises:
+        QuantizeError: transformers refuses it, or it speaks of far more than the checkpoint has.
+    """
+    from transformers import AutoConfig  # slow to import
+
+    _check_counts(checkpoint)
+    with explained(f"{checkpoint.directory / CONFIG}: unsupported architecture"):
+        return AutoConfig.from_pretrained(
+            checkpoint.directory, local_files_only=True, trust_remote_code=False
+        )
 
 
 def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
@@ -30,15 +56,11 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
     apart (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
 
     Raises:
-        QuantizeError: transformers does not know the architecture, or refuses its config.json.
+        QuantizeError: transformers does not know the architecture, or refuses its config.json; or
+            the model would be far larger than the checkpoint.
     """
-    from transformers import AutoConfig  # slow to import
-
+    config = transformers_config(checkpoint)
     unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
-    with explained(unsupported):
-        config = AutoConfig.from_pretrained(
-            checkpoint.directory, local_files_only=True, trust_remote_code=False
-        )
     model_class = _model_class(config)
     if model_class is None:
         names = [config.model_type, *map(str, config.architectures or ())]
@@ -46,11 +68,10 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
             f"{unsupported} {' '.join(names)}: expected one whose decoder reads text, and which "
             "transformers knows"
         )
-    _check_counts(checkpoint, config)
     with explained(unsupported), _BUILDING:
-        with torch.device("meta"):
+        with torch.device("meta"), _few_parameters(checkpoint):
             model = model_class._from_config(config)
-        _compute_buffers(model)
+        _compute_buffers(model, checkpoint)
         tensor_map = TensorMap(model, plain_shapes(checkpoint))
         unfuse_experts(model, tensor_map)
     return model.eval(), tensor_map
@@ -75,9 +96,20 @@ def _model_class(config: Any) -> Any:
     return None
 
 
-def _compute_buffers(model: Any) -> None:
-    """Compute the buffers of a model on the meta device that no checkpoint has."""
-    for name, buffer in list(model.named_non_persistent_buffers()):
+def _compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
+    """Compute the buffers of a model on the meta device that no checkpoint has.
+
+    Raises:
+        QuantizeError: they would be larger than the checkpoint, so config.json is not its own.
+    """
+    buffers = list(model.named_non_persistent_buffers())
+    num_bytes = sum(buffer.nbytes for _, buffer in buffers)
+    if num_bytes > max(_SMALL_BUFFERS, _num_bytes(checkpoint)):
+        raise QuantizeError(
+            f"{checkpoint.directory / CONFIG}: the model would have {num_bytes / 1e9:.1f} GB of "
+            f"buffers, more than the {_num_bytes(checkpoint) / 1e9:.1f} GB of the checkpoint"
+        )
+    for name, buffer in buffers:
         path, _, attribute = name.rpartition(".")
         real = torch.empty_like(buffer, device="cpu")
         # One that transformers forgets shall be noticed.
@@ -91,18 +123,68 @@ def _compute_buffers(model: Any) -> None:
     model.initialize_weights()
 
 
-def _check_counts(checkpoint: Checkpoint, config: Any) -> None:
-    """Refuse more layers or experts than tensors, which would take for ever to build."""
-    text = config.get_text_config()
-    tensors = [info for info in checkpoint.tensors.values() if info.num_bytes]
-    stacked = max((info.shape[0] for info in tensors if len(info.shape) == 3), default=0)
-    for name in _COUNTS:
-        count = getattr(text, name, None)
-        if isinstance(count, int) and count > max(len(tensors), stacked):
+def _num_bytes(checkpoint: Checkpoint) -> int:
+    return sum(info.num_bytes for info in checkpoint.tensors.values())
+
+
+def _num_tensors(checkpoint: Checkpoint) -> int:
+    """Without those that are empty, of which a small file can have any number."""
+    return sum(info.num_bytes > 0 for info in checkpoint.tensors.values())
+
+
+def _most_stacked(checkpoint: Checkpoint) -> int:
+    """The most matrices of experts that one tensor may hold."""
+    tensors = (info for info in checkpoint.tensors.values() if info.num_bytes)
+    return max((info.shape[0] for info in tensors if len(info.shape) == 3), default=0)
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Refuse more layers or experts than tensors, which would take for ever to build.
+
+    In any part of config.json, before transformers makes lists that are as long.
+    """
+    num_tensors = _num_tensors(checkpoint)
+    most = max(_FEW_COUNTED, num_tensors, _most_stacked(checkpoint))
+    sections: list[Any] = [checkpoint.config]
+    while sections:
+        for name, value in sections.pop().items():
+            if isinstance(value, dict):
+                sections.append(value)
+            if name not in _COUNTS or not isinstance(value, int | float):
+                continue
+            if value > most:
+                raise QuantizeError(
+                    f"{checkpoint.directory / CONFIG}: {name} is {value}, but the checkpoint has "
+                    f"only {num_tensors} tensors that are not empty"
+                )
+
+
+@contextmanager
+def _few_parameters(checkpoint: Checkpoint) -> Iterator[None]:
+    """While active, a model gets no more parameters than the checkpoint may have tensors for.
+
+    :func:`_check_counts` does not know every name under which config.json may have a number.
+
+    Raises:
+        QuantizeError: it would get more.
+    """
+    num_tensors, count = _num_tensors(checkpoint), 0
+    most = max(_FEW_PARAMETERS, _PARAMETERS_PER_TENSOR * num_tensors)
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > most:
             raise QuantizeError(
-                f"{checkpoint.directory / CONFIG}: {name} is {count}, but the checkpoint has only "
-                f"{len(tensors)} tensors that are not empty"
+                f"{checkpoint.directory / CONFIG}: the model would have more than {most} "
+                f"parameters, but the checkpoint has only {num_tensors} tensors that are not empty"
             )
+
+    handle = register_module_parameter_registration_hook(note)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def text_decoder(model: Any) -> Any:

@@ -151,18 +151,23 @@ def unfuse_experts(model: Any, tensor_map: TensorMap) -> None:
     Experts that compute in a way of their own, or whose tensors are missing or otherwise arranged,
     are left as they are.
     """
+    old: list[Conversion] = []
+    new, stacks = [], []
     for path, fused in list(model.named_modules()):
         if not are_fused_experts(fused):
             continue
-        old, apart = [], _Apart([], [])
+        merged, apart = [], _Apart([], [])
         for name, _ in fused.named_parameters(recurse=False):
             conversion = tensor_map.conversion_to(f"{path}.{name}")
             if conversion is None or not apart.add(path, fused, name, conversion):
                 break
-            old.append(conversion)
+            merged.append(conversion)
         else:
-            tensor_map.replace(old, apart.conversions, apart.stacks)
+            old += merged
+            new += apart.conversions
+            stacks += apart.stacks
             _replace(model, path, fused)
+    tensor_map.replace(old, new, stacks)
 
 
 def _replace(model: Any, path: str, fused: Any) -> None:

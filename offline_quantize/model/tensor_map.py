@@ -5,6 +5,8 @@ code does that here too: with empty tensors when a :class:`TensorMap` is made, a
 all tensors that belong together have been read.
 """
 
+import sys
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.stacks import Stack, block_of
 
 Shape = tuple[int, ...]
+_LAST = chr(sys.maxunicode)  # sorts behind whatever else a name goes on with
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ class TensorMap:
         self._stack_of = {
             part: name for name, stack in self.stacks.items() for part in stack.slices
         }
+        # Sorted, because every layer asks for its own: names that begin alike are neighbors.
+        self._by_parameter = sorted(
+            (next(iter(conversion.parameters)), number, name)
+            for number, (name, conversion) in enumerate(self._of_tensor.items())
+        )
 
     def _holder(self, group: Sequence[str]) -> str | None:
         """Of parameters that are tied, the first that the checkpoint has tensors for."""
@@ -126,13 +134,10 @@ class TensorMap:
         return self._of_parameter.get(parameter)
 
     def tensors_of(self, prefix: str) -> list[str]:
-        """Names of the tensors of all parameters and buffers whose name begins so."""
-        names = (
-            self._stack_of.get(name, name)
-            for name, conversion in self._of_tensor.items()
-            if next(iter(conversion.parameters)).startswith(prefix)
-        )
-        return list(dict.fromkeys(names))
+        """Names of the tensors of all parameters and buffers whose name begins so, in order."""
+        start, end = (bisect_left(self._by_parameter, (p,)) for p in (prefix, f"{prefix}{_LAST}"))
+        numbered = sorted(found[1:] for found in self._by_parameter[start:end])
+        return list(dict.fromkeys(self._stack_of.get(name, name) for _, name in numbered))
 
     def replace(
         self, old: Sequence[Conversion], new: Sequence[Conversion], stacks: Sequence[Stack]

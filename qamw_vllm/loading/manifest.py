@@ -21,6 +21,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from qamw_kernels.errors import FileError
+from qamw_kernels.files import read_json
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_vllm.loading.digests import Digests, remembered_digests
@@ -29,9 +30,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 VERIFY_VARIABLE = "QAMW_VERIFY"
 
+CONFIG = "config.json"
 _WEIGHTS = ".safetensors"
 # vLLM reads these, so no manifest may leave them out.
-_READ_BY_NAME = ("config.json", INDEX)
+_READ_BY_NAME = (CONFIG, INDEX)
 _DOCUMENTATION = re.compile(
     r"(^|/)(\.[^/]+|[^/]+\.(md|png|jpe?g|gif|svg|pdf)|(licen[cs]e|notice)[^/]*|qamw_report\.json)$",
     re.IGNORECASE,
@@ -79,6 +81,16 @@ def has_weights(directory: Path) -> bool:
     return any(directory.glob(f"*{_WEIGHTS}"))
 
 
+def check_config(directory: Path) -> None:
+    """Refuse a config.json that can be understood in several ways: vLLM takes one in silence.
+
+    Raises:
+        FileError: it is no JSON object in which every key is there once.
+    """
+    if (path := directory / CONFIG).exists():
+        read_json(path)
+
+
 def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     """Compare all files that serving reads with the manifest.
 
@@ -87,7 +99,7 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
         cache: a folder for digests that were computed before; None for one in vLLM's.
     Raises:
         FileError: there is no manifest; or with every file that is missing, differs, or is read
-            though the manifest does not list it.
+            though the manifest does not list it; or see :func:`check_config`.
         FormatError: the manifest or the index cannot be understood.
     """
     start = time.perf_counter()
@@ -117,6 +129,7 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     with remembered_digests(cache, directory) as digests:
         faults = _digest_faults(directory, served, digests)
     _refuse(directory, faults or _index_faults(directory, listed))
+    check_config(directory)
     num_bytes = sum(entry.num_bytes for entry in served.values())
     return Checked(len(served), num_bytes, digests.num_hashed, time.perf_counter() - start)
 

@@ -30,6 +30,7 @@ def checkpoint(tmp_path: Path) -> Path:
     for file in (*SHARDS, INDEX, "config.json", "tokenizer.json", "README.md", "qamw_report.json"):
         (directory / file).write_text(f"content of {file}")
     (directory / INDEX).write_text(json.dumps({"weight_map": {"weight": SHARDS[0]}}))
+    (directory / "config.json").write_text(json.dumps({"quantization_config": {}}))
     sign(directory)
     return directory
 
@@ -122,6 +123,22 @@ def test_an_index_that_was_signed_must_name_files_that_are_listed(
     (checkpoint / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     sign(checkpoint)
     with pytest.raises(error, match=message):
+        check_checkpoint(checkpoint, cache)
+
+
+def test_a_key_that_is_there_twice(checkpoint: Path, cache: Path) -> None:
+    """vLLM reads config.json itself, and takes the last: also of what somebody signed so."""
+    doubled = '{"vocab_size": 8, "text_config": {"index_bits": 6, "index_bits": 12}}'
+    (checkpoint / "config.json").write_text(doubled)
+    sign(checkpoint)
+    message = "config.json: the key 'index_bits' is there 2 times"
+    with pytest.raises(FileError, match=message):
+        check_checkpoint(checkpoint, cache)
+    with pytest.raises(FileError, match=message):  # of a plain checkpoint
+        QamwConfig().maybe_update_config(str(checkpoint))
+    manifest = (checkpoint / MANIFEST).read_text()
+    (checkpoint / MANIFEST).write_text(manifest[:-1] + ', "files": {}}')
+    with pytest.raises(FileError, match=f"{MANIFEST}: the key 'files' is there 2 times"):
         check_checkpoint(checkpoint, cache)
 
 

@@ -1,5 +1,6 @@
 """Values that JSON can have and that nobody expects."""
 
+import copy
 import random
 from typing import Any
 
@@ -10,8 +11,8 @@ _VALUES: tuple[Any, ...] = (
 
 
 def numbers_and_others(rng: random.Random) -> Any:
-    """Any of them."""
-    return rng.choice(_VALUES)
+    """Any of them; the caller's own."""
+    return copy.deepcopy(rng.choice(_VALUES))
 
 
 def change_somewhere(value: dict[str, Any], rng: random.Random) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.files import SINGLE
@@ -109,6 +109,28 @@ def test_a_config_of_other_types_or_sizes(
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | changes))
     assert_refused(model, f"config.json: .*{message}")
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, SINGLE])
+def test_a_name_that_is_there_twice(model: Path, file: str) -> None:
+    """Most readers take the last in silence; safetensors does, of tensors of one size."""
+    if file == "config.json":
+        text = (model / file).read_text().rstrip()
+        (model / file).write_text(f'{text[:-1]}, "hidden_size": 128}}')
+        assert_refused(model, f"{file}: the key 'hidden_size' is there 2 times")
+    elif file == INDEX:
+        (model / file).write_text(f'{{"weight_map": {{"a": "{SINGLE}", "\\u0061": "{SINGLE}"}}}}')
+        assert_refused(model, f"{file}: the key 'a' is there 2 times")
+    else:
+        content = (model / SINGLE).read_bytes()
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + length])
+        other = header["model.norm.weight"] | {"dtype": "F16"}
+        text = f'{json.dumps(header)[:-1]}, "model.norm.weight": {json.dumps(other)}}}'
+        data = content[8 + length :]
+        (model / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text.encode() + data)
+        assert load_file(model / SINGLE)["model.norm.weight"].dtype == torch.float16
+        assert_refused(model, f"{SINGLE}: the key 'model.norm.weight' is there 2 times")
 
 
 def test_half_a_surrogate_pair_in_an_index(model: Path) -> None:

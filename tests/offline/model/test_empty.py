@@ -1,6 +1,7 @@
 """Models are built of config.json only if the checkpoint can be one of them."""
 
 import json
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model
 from offline_quantize.planning.plan import make_plan
+from tests.architectures.build import build
 from tests.helpers.models import copy_model
 
 
@@ -40,6 +42,40 @@ def test_more_layers_than_tensors_are_refused(tmp_path: Path, tiny_llama: Path) 
     expected = "config.json: num_hidden_layers is 1000000, but the checkpoint has only 21 tensors"
     with pytest.raises(QuantizeError, match=expected):
         build_empty_model(Checkpoint(model))
+
+
+@pytest.mark.parametrize(
+    "section, changes, message",
+    [
+        ("vision_config", {"depth": 10**6}, "depth is 1000000, but the checkpoint has only 70"),
+        ("vision_config", {"depth": 10**400}, "depth is 10{400}, but"),
+        ("vision_config", {"deepstack_visual_indexes": [0] * 10**4}, "more than 10000 parameters"),
+        ("text_config", {"num_hidden_layers": 10**9}, "num_hidden_layers is 10{9}, but"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_numbers_that_no_checkpoint_has_tensors_for(
+    section: str, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    """They are refused in seconds, wherever config.json has them."""
+    model = build(tmp_path / "model", "qwen3_vl")
+    config = json.loads((model / "config.json").read_text())
+    config[section] |= changes
+    (model / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with pytest.raises(QuantizeError, match=message):
+        make_plan(model)
+    assert time.process_time() - start < 30
+
+
+def test_buffers_that_are_larger_than_the_checkpoint(tmp_path: Path) -> None:
+    """Computing them would end in a process without memory."""
+    model = build(tmp_path / "model", "gemma3")
+    config = json.loads((model / "config.json").read_text())
+    config["vision_config"]["image_size"] = 10**6
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizeError, match=r"config.json: the model would have 40.8 GB of buf"):
+        make_plan(model)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The map between a checkpoint and a model, with transformers as the judge."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model
 from offline_quantize.model.runner import LayerRunner
+from offline_quantize.model.tensor_map import Conversion
 from offline_quantize.planning.plan import make_plan
 from tests.architectures.build import architectures, build
 
@@ -83,6 +85,20 @@ def test_matrices_that_are_merged_are_linears_each(tmp_path: Path) -> None:
     (inside,) = {x.modules[0].split(".experts.")[0] for x in experts}
     assert experts[0].name.split(".experts.")[0] != inside  # the model names the block otherwise
     assert set(tensor_map.expected) == set(checkpoint.tensors)
+
+
+def test_every_layer_asks_for_its_tensors(tiny_llama: Path) -> None:
+    """Of 1000 layers and 100 thousand tensors, in seconds."""
+    _, tensor_map = build_empty_model(Checkpoint(tiny_llama))
+    names = [f"h.{number % 1000}.{number}.weight" for number in reversed(range(100_000))]
+    tensor_map.replace([], [Conversion({f"t.{name}": (1,)}, {name: (1,)}) for name in names])
+    start = time.process_time()
+    found = [tensor_map.tensors_of(f"h.{layer}.") for layer in range(1000)]
+    assert time.process_time() - start < 3
+    assert {len(tensors) for tensors in found} == {100}
+    assert found[7] == [f"t.{name}" for name in names if name.startswith("h.7.")]
+    everything = [*Checkpoint(tiny_llama).tensors, *(f"t.{name}" for name in names)]
+    assert sorted(tensor_map.tensors_of("")) == sorted(everything)
 
 
 @pytest.mark.parametrize("name", ["phimoe", "qwen3_vl"])

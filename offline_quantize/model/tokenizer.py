@@ -1,0 +1,104 @@
+"""The tokenizer of a model, once another process has seen what it makes of the text.
+
+tokenizer.json may ask for anything, such as a normalizer that doubles the text forty times. The
+library that obeys ends the whole process when memory runs out, and does not stop by itself. So a
+process of its own tries first, within limits. It needs that library only, and starts in no time.
+"""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from offline_quantize.errors import QuantizeError, is_out_of_memory, shortened
+from qamw_kernels.files import MAX_JSON_BYTES
+
+TOKENIZER = "tokenizer.json"
+
+# What tokenizers take is far below: some hundred bytes and less than 10 microseconds for a byte.
+_BASE_BYTES, _BYTES_PER_BYTE = 4 * 2**30, 2**12
+_BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
+
+
+def load_tokenizer(directory: Path, text: str) -> Any:
+    """transformers' tokenizer of a model; no code of the model runs.
+
+    Args:
+        text: that it will be used for.
+    Raises:
+        QuantizeError: there is none, or it cannot be used for this text.
+    """
+    for path in directory.iterdir():
+        if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
+            raise QuantizeError(
+                f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
+            )
+    if (directory / TOKENIZER).is_file():
+        _try(directory / TOKENIZER, text.encode())
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers fail in many ways; all mean the same here
+        if is_out_of_memory(error):
+            raise
+        raise QuantizeError(
+            f"{directory}: no usable tokenizer: is {TOKENIZER} there? ({shortened(error)})"
+        ) from None
+
+
+def _try(path: Path, text: bytes) -> None:
+    """Have another process tokenize a text.
+
+    Raises:
+        QuantizeError: it took too much memory or time, or was ended by the attempt.
+    """
+    num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * len(text)
+    seconds = _BASE_SECONDS + _SECONDS_PER_BYTE * len(text)
+    command = [sys.executable, "-P", "-m", __name__, str(path), str(num_bytes)]
+    try:
+        code = subprocess.run(
+            command,
+            input=text,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        ).returncode
+    except subprocess.TimeoutExpired:
+        how = f"it was stopped after {seconds:.0f} s"
+    else:
+        if not code:
+            return
+        ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
+        how = f"the process ended with {ended}; it had {num_bytes / 2**30:.1f} GiB of memory"
+    raise QuantizeError(f"{path}: this tokenizer cannot tokenize {len(text)} bytes of text: {how}")
+
+
+def _main(file: str, num_bytes: str) -> None:
+    """What the other process does.
+
+    Whatever is an error of the usual kind, transformers will say in its own words.
+    """
+    with suppress(ValueError, OSError):  # less is allowed already
+        resource.setrlimit(resource.RLIMIT_DATA, (int(num_bytes), int(num_bytes)))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    text = sys.stdin.buffer.read().decode()
+    try:
+        from tokenizers import Tokenizer
+
+        Tokenizer.from_file(file).encode(text, add_special_tokens=False)
+    except MemoryError:
+        raise
+    except Exception:
+        pass
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Bytes that nobody wrote, at the parsers of the format: ``make fuzz``."""
