@@ -46,9 +46,10 @@ class DecodingConverter(WeightConverter):
     def __init__(self, plain: WeightConverter, rotation_block_sizes: Mapping[int, int]) -> None:
         # One pattern for a matrix in all its forms: the number of sources stays what it was.
         sources = [_WEIGHT.sub(_PLAIN_OR_PACKED, pattern) for pattern in plain.source_patterns]
-        super().__init__(sources, list(plain.target_patterns), plain.operations, plain.force_cpu)
-        self.scope_prefix = plain.scope_prefix
-        self.base_model_prefix = plain.base_model_prefix
+        super().__init__(sources, list(plain.target_patterns), plain.operations)
+        for option in ("scope_prefix", "base_model_prefix", "force_cpu"):
+            if hasattr(plain, option):  # not every version of transformers has all
+                setattr(self, option, getattr(plain, option))
         self._rotation_block_sizes = rotation_block_sizes
         self._names: dict[str, list[str]] = {}  # source pattern -> tensors
 
@@ -88,6 +89,8 @@ class DecodingConverter(WeightConverter):
             made = super().convert(layer_name, model, config)
             for name, value in made.items():
                 _check_shape(model, name, value[0] if isinstance(value, list) else value)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # of any kind: transformers' operations expect what fits
             names = sorted(name for names in self._names.values() for name in names)
             raise TensorError(
@@ -187,10 +190,12 @@ def _expert_converter(
     if len(tensors) < len(parts):
         tensors *= len(parts)  # one tensor has all pieces
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    base = f"{model.base_model_prefix}."  # models with a head have it, those without do not
     sources, target = [], ""
     for tensor, part in zip(tensors, parts, strict=True):
         apart, _ = rename_source_key(name_apart(tensor, 0, part), renamings, [])
-        source, target = _without_layer(apart.removesuffix(f".0.{part}"), path)
+        block = apart.removesuffix(f".0.{part}")
+        source, target = _without_layer(block.removeprefix(base), path.removeprefix(base))
         sources.append(rf"\.{re.escape(source)}\.\d+\.{re.escape(part)}")
     return WeightConverter(sources, rf"\.{target}.{name}", [JoinExperts()])
 

@@ -47,6 +47,16 @@ def stored_tensors(files: Iterable[str]) -> Stored:
     return stored
 
 
+def check_plain(stored: Stored, module: str) -> None:
+    """Whether the plain matrix of a module is there.
+
+    Raises:
+        TensorError: it is not.
+    """
+    if f"{module}.weight" not in stored:
+        raise TensorError(f"the checkpoint lacks {module}.weight")
+
+
 def check_packed(
     stored: Stored, module: str, num_rows: int, num_inputs: int, index_bits: int
 ) -> None:
@@ -139,13 +149,15 @@ def check_merged(model: Any, stored: Stored, found: Destinations, fmt: QamwForma
     Raises:
         TensorError: not so.
     """
+    ignored = set(fmt.ignore)
     for parameters, modules in found.merged.items():
         num_experts = sum(len(model.get_parameter_or_buffer(name)) for name in parameters)
         for module in _of_all_experts(modules, num_experts):
             if f"{module}.qweight" not in stored and f"{module}.weight" in stored:
                 continue
-            if module in fmt.ignore:
-                raise TensorError(f"the checkpoint lacks {module}.weight")
+            if module in ignored:
+                check_plain(stored, module)
+                continue
             shape, _ = stored.get(f"{module}.qweight", ([0, 0, 1], ""))
             if len(shape) != 3:
                 raise TensorError(f"{module}.qweight has shape {shape}, expected 3 dimensions")

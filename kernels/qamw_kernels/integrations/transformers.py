@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -33,6 +34,7 @@ from qamw_kernels.integrations.stored import (
     check_filled,
     check_merged,
     check_packed,
+    check_plain,
     destinations,
     stored_tensors,
 )
@@ -148,13 +150,18 @@ class QamwHfQuantizer(HfQuantizer):
                 numbers; it has another shape or dtype; or it is there twice.
         """
         fmt, stored = self.quantization_config.format, stored_tensors(kwargs["checkpoint_files"])
-        plain = get_model_conversion_mapping(model)
-        self._expert_converters = expert_converters(model, plain)
-        found = destinations(model, stored, self.update_weight_conversions(plain))
+        transforms = get_model_conversion_mapping(model)
+        if hasattr(HfQuantizer, "update_weight_conversions"):  # else, before 5.9, nobody calls ours
+            self._expert_converters = expert_converters(model, transforms)
+            transforms = self.update_weight_conversions(transforms)
+        found = destinations(model, stored, transforms)
         check_merged(model, stored, found, fmt)
         for name, full in found.modules.items():
             module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear) or full in fmt.ignore:
+            if not isinstance(module, nn.Linear):
+                continue
+            if full in fmt.ignore:
+                check_plain(stored, full)
                 continue
             num_rows, num_inputs = module.out_features, module.in_features
             index_bits = fmt.index_bits_of(full)
@@ -187,6 +194,8 @@ class QamwHfQuantizer(HfQuantizer):
         for name, tensor in model.state_dict(keep_vars=True).items():
             if (dtype := self._dtypes.get(name)) and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+        if not any(isinstance(module, QamwLinear) for module in model.modules()):
+            _forget_quantization(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -197,13 +206,18 @@ class QamwHfQuantizer(HfQuantizer):
         return False
 
 
+def _forget_quantization(model: Any) -> None:
+    """Where code of models asks whether layers are packed, it must hear that none is."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
+
+
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
     """In which dtypes transformers loads a plain checkpoint's parameters and buffers."""
-    kept = model._get_dtype_plan(
-        model.dtype
-    )  # patterns of names, of what the model keeps in float32
+    plan = model._get_dtype_plan(model.dtype)  # pattern -> dtype, of what is to keep another one
     return {
-        name: next((kept[x] for x in kept if re.search(x.replace("*", ".*"), name)), tensor.dtype)
+        name: next((plan[x] for x in plan if re.search(x.replace("*", ".*"), name)), tensor.dtype)
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }
