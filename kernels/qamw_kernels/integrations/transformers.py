@@ -187,7 +187,7 @@ class QamwHfQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, QamwLinear):
                 if module.qweight.device.type == "cpu":
-                    model.set_submodule(name, module.plain(name, model.dtype))
+                    model.set_submodule(name, module.plain(name, module.weight.dtype))
                 else:
                     module.pack(name)
         # What has another name in the checkpoint still has the dtype that it has there.
