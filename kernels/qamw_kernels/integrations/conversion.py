@@ -105,12 +105,19 @@ class DecodingConverter(WeightConverter):
         for name in list(tensors):
             module, _, suffix = name.rpartition(".")
             if suffix == "qweight":
-                planes, norms, scales = (tensors.pop(f"{module}.{x}") for x in LAYER_TENSORS)
-                block_size = self._rotation_block_sizes[len(scales)]
-                weight = QuantizedWeight(planes, norms, scales, block_size)
-                yield decode_checked(weight, module, dtype)
+                yield self._decoded_matrix(tensors, module, dtype)
             elif suffix not in LAYER_TENSORS:
                 yield tensors.pop(name).to(dtype)
+
+    def _decoded_matrix(
+        self, tensors: dict[str, torch.Tensor], module: str, dtype: torch.dtype
+    ) -> torch.Tensor:
+        planes, norms, scales = (tensors.pop(f"{module}.{name}") for name in LAYER_TENSORS)
+        if (norms.dtype, scales.dtype) != (torch.float32, torch.float16):
+            raise TensorError(f"{module}: transformers has rounded its row norms or input scales")
+        block_size = self._rotation_block_sizes[len(scales)]
+        weight = QuantizedWeight(planes, norms, scales, block_size)
+        return decode_checked(weight, module, dtype)
 
 
 def _check_shape(model: Any, name: str, value: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
     WeightTransform,
+    dot_natural_key,
     rename_source_key,
 )
 
@@ -109,7 +110,7 @@ def destinations(model: Any, stored: Stored, transforms: Iterable[WeightTransfor
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     known, prefix, found = _known_names(model), model.base_model_prefix, Destinations()
-    for name in stored:
+    for name in sorted(stored, key=dot_natural_key):  # as transformers: some renamings remember
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:  # as transformers does
             target, pattern = rename_source_key(name, [], [], prefix, known)

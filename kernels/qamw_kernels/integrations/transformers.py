@@ -172,9 +172,13 @@ class QamwHfQuantizer(HfQuantizer):
         self._dtypes = _dtypes(model)
 
     def update_weight_conversions(
-        self, weight_conversions: Sequence[WeightTransform]
+        self, weight_conversions: Sequence[WeightTransform], *_: Any
     ) -> list[WeightTransform]:
-        """Have transformers decode matrices before it merges or splits them."""
+        """Have transformers decode matrices before it merges or splits them.
+
+        Args:
+            _: the model, in newer versions of transformers.
+        """
         block_sizes = self.quantization_config.format.rotation_block_sizes
         return [
             DecodingConverter(transform, block_sizes)
@@ -182,6 +186,12 @@ class QamwHfQuantizer(HfQuantizer):
             else transform
             for transform in (*weight_conversions, *self._expert_converters)
         ]
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """In which dtype a tensor is read, as newer versions of transformers ask; None: its own."""
+        return None if isinstance(converter, DecodingConverter) else dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
