@@ -79,6 +79,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
     },
+    # Its checkpoints have matrices that are several parameters.
+    "hrm_text": {"head_dim": 64, "num_key_value_heads": 4, "num_layers_per_stack": 1},
     # vLLM's model classes know these by other names than their checkpoints.
     "glm4": {"head_dim": 64, "attention_bias": True},
     "stablelm": {"use_qkv_bias": True},

@@ -4,34 +4,42 @@
     model = AutoModelForCausalLM.from_pretrained(CKPT)
 
 On the CPU weights are decoded while loading and the layers become plain ones, as in vLLM; on a GPU
-they stay packed and the kernels run.
+linear layers stay packed and the kernels run. What transformers merges or splits while loading,
+such as the experts of a layer, is decoded there too, and takes the memory of 16 bits.
 """
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qamw_kernels.codec.decode import decode_checked
-from qamw_kernels.errors import TensorError
-from qamw_kernels.format.config import (
-    QUANT_METHOD,
-    QamwFormat,
-    layer_tensors,
-)
+from qamw_kernels.format.config import QUANT_METHOD, QamwFormat, layer_tensors
 from qamw_kernels.format.weight import QuantizedWeight
+from qamw_kernels.integrations.conversion import (
+    DecodingConverter,
+    expert_converters,
+    takes_matrices,
+)
+from qamw_kernels.integrations.stored import (
+    check_filled,
+    check_merged,
+    check_packed,
+    check_plain,
+    destinations,
+    stored_tensors,
+)
 from qamw_kernels.ops.linear import linear as quantized_linear
 from qamw_kernels.ops.weight import TiledWeight
-
-# As safetensors spells those of the format.
-_DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16"}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -131,6 +139,8 @@ class QamwHfQuantizer(HfQuantizer):
 
     requires_calibration = True
     quantization_config: QamwTransformersConfig
+    _expert_converters: Sequence[WeightConverter] = ()
+    _dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Put a :class:`QamwLinear` in the place of every quantized layer.
@@ -139,27 +149,63 @@ class QamwHfQuantizer(HfQuantizer):
             TensorError: a tensor is missing, and transformers itself would go on with random
                 numbers; it has another shape or dtype; or it is there twice.
         """
-        fmt, stored = self.quantization_config.format, _stored_tensors(kwargs["checkpoint_files"])
-        names = _names_in_checkpoint(model, stored)
-        for name, module in list(model.named_modules()):
-            full = names.get(name, name)
-            if not isinstance(module, nn.Linear) or full in fmt.ignore:
+        fmt, stored = self.quantization_config.format, stored_tensors(kwargs["checkpoint_files"])
+        transforms = get_model_conversion_mapping(model)
+        if hasattr(HfQuantizer, "update_weight_conversions"):  # else, before 5.9, nobody calls ours
+            self._expert_converters = expert_converters(model, transforms)
+            transforms = self.update_weight_conversions(transforms)
+        found = destinations(model, stored, transforms)
+        check_merged(model, stored, found, fmt)
+        for name, full in found.modules.items():
+            module = model.get_submodule(name)
+            if not isinstance(module, nn.Linear):
                 continue
-            layer = QamwLinear(
-                module,
-                fmt.index_bits_of(full),
-                fmt.rotation_block_size_of(full, module.in_features),
-            )
-            _check_stored(stored, full, dict(layer.named_buffers()))
-            model.set_submodule(name, layer)
+            if full in fmt.ignore:
+                check_plain(stored, full)
+                continue
+            num_rows, num_inputs = module.out_features, module.in_features
+            index_bits = fmt.index_bits_of(full)
+            check_packed(stored, full, num_rows, num_inputs, index_bits)
+            block_size = fmt.rotation_block_size_of(full, num_inputs)
+            model.set_submodule(name, QamwLinear(module, index_bits, block_size))
+        check_filled(model, found)
+        self._dtypes = _dtypes(model)
+
+    def update_weight_conversions(
+        self, weight_conversions: Sequence[WeightTransform], *_: Any
+    ) -> list[WeightTransform]:
+        """Have transformers decode matrices before it merges or splits them.
+
+        Args:
+            _: the model, in newer versions of transformers.
+        """
+        block_sizes = self.quantization_config.format.rotation_block_sizes
+        return [
+            DecodingConverter(transform, block_sizes)
+            if isinstance(transform, WeightConverter) and takes_matrices(transform)
+            else transform
+            for transform in (*weight_conversions, *self._expert_converters)
+        ]
+
+    def get_new_dtype(
+        self, converter: Any, param: Any, dtype: torch.dtype | None
+    ) -> torch.dtype | None:
+        """In which dtype a tensor is read, as newer versions of transformers ask; None: its own."""
+        return None if isinstance(converter, DecodingConverter) else dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in list(model.named_modules()):
             if isinstance(module, QamwLinear):
                 if module.qweight.device.type == "cpu":
-                    model.set_submodule(name, module.plain(name, model.dtype))
+                    model.set_submodule(name, module.plain(name, module.weight.dtype))
                 else:
                     module.pack(name)
+        # What has another name in the checkpoint still has the dtype that it has there.
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if (dtype := self._dtypes.get(name)) and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+        if not any(isinstance(module, QamwLinear) for module in model.modules()):
+            _forget_quantization(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -170,53 +216,18 @@ class QamwHfQuantizer(HfQuantizer):
         return False
 
 
-def _stored_tensors(files: Iterable[str]) -> dict[str, tuple[list[int], str]]:
-    """Shape and dtype, as safetensors spells it, of the tensors in the files of a checkpoint."""
-    stored: dict[str, tuple[list[int], str]] = {}
-    for file in files:
-        with safe_open(file, "pt") as shard:
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                if name in stored:
-                    raise TensorError(f"{file}: {name} is also in another file of the checkpoint")
-                entry = shard.get_slice(name)
-                stored[name] = entry.get_shape(), entry.get_dtype()
-    return stored
+def _forget_quantization(model: Any) -> None:
+    """Where code of models asks whether layers are packed, it must hear that none is."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+            del module.config._is_quantized
 
 
-def _check_stored(
-    stored: Mapping[str, tuple[list[int], str]], module: str, expected: Mapping[str, torch.Tensor]
-) -> None:
-    """Whether the tensors of a module are there, in the shapes and dtypes of the format."""
-    if missing := [f"{module}.{name}" for name in expected if f"{module}.{name}" not in stored]:
-        raise TensorError(f"the checkpoint lacks {', '.join(missing)}")
-    for name, tensor in expected.items():
-        found, wanted = stored[f"{module}.{name}"], (list(tensor.shape), _DTYPES[tensor.dtype])
-        if found != wanted:
-            raise TensorError(
-                f"{module}.{name} is {found[1]} {found[0]}, expected {wanted[1]} {wanted[0]}"
-            )
-
-
-def _names_in_checkpoint(model: Any, stored: Iterable[str]) -> dict[str, str]:
-    """Module of the model -> its name in the checkpoint, of all that have a matrix there.
-
-    Raises:
-        TensorError: a matrix is quantized that transformers does not load as it is.
-    """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    shapes, names = model.state_dict(), {}
-    for name in stored:
-        module, _, suffix = name.rpartition(".")
-        if suffix not in ("qweight", "weight"):
-            continue
-        prefix, weight = model.base_model_prefix, f"{module}.weight"
-        renamed, merged = rename_source_key(weight, renamings, converters, prefix, shapes)
-        if suffix == "qweight" and merged:
-            raise TensorError(
-                f"{name}: transformers merges or splits it while loading, which a packed one "
-                "cannot be; use qamw dequantize, or vLLM"
-            )
-        names[renamed.removesuffix(".weight")] = module
-    return names
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """In which dtypes transformers loads a plain checkpoint's parameters and buffers."""
+    plan = model._get_dtype_plan(model.dtype)  # pattern -> dtype, of what is to keep another one
+    return {
+        name: next((plan[x] for x in plan if re.search(x.replace("*", ".*"), name)), tensor.dtype)
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
