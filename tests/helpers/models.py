@@ -63,6 +63,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 256,
         "shared_expert_intermediate_size": 256,
     },
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v3": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
