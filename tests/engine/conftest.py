@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from offline_quantize.checkpoints.dequantize import dequantize
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from tests.architectures.build import build
 from tests.helpers.engine import ARCHITECTURES, PROMPTS, EngineRunner, Result
+from tests.helpers.models import ARCHITECTURES as TINY
 from tests.helpers.models import tiny_model
 from tools.real_models import real_model
 
@@ -72,7 +74,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
     def make(architecture: str) -> Path:
         if architecture not in made:
             folder = tmp_path_factory.mktemp(architecture)
-            tiny_model(folder / "model", architecture)
+            make_model = tiny_model if architecture in TINY else build
+            make_model(folder / "model", architecture)
             request = QuantizeRequest(bpw=5.5, calibration=None, tp_max=4)
             quantize(folder / "model", folder / "quantized", request)
             made[architecture] = folder / "quantized"

@@ -61,6 +61,7 @@ def test_many_tokens_on_packed_weights(run, checkpoint):
         pytest.param("mixtral", TWO_RANKS, id="cut", marks=pytest.mark.matrix),
         pytest.param("mixtral", {**TWO_RANKS, "enable_expert_parallel": True}, id="distributed"),
         pytest.param("qwen2_moe", {}, id="beside a shared one", marks=pytest.mark.matrix),
+        pytest.param("llama4_text", {}, id="weights on their input"),
     ],
 )
 def test_experts_on_packed_weights(architecture, options, run, checkpoint):
