@@ -76,16 +76,18 @@ class _Sources:
         if architecture not in self.registered:
             return None
         module, name = self.registered[architecture]
-        paths = [self._root / "model_executor/models" / f"{module}.py"]
-        if module.startswith("vllm."):  # a folder, with a class for every kind of device
-            folder = self._root.joinpath(*module.split(".")[1:])
-            paths = sorted(folder.rglob("*.py"))
-        found = [path for path in paths if name in _classes(path)]
+        found = [path for path in self._paths(module) if name in _classes(path)]
         heads = [head for path in found for head in self._heads(path, name, set())]
         if found and not heads:
             nodes = [_classes(path)[name] for path in found]
             return None if any(map(_wraps_any_model, nodes)) else NO_HEAD
         return next((fault for fault in map(_fault_of_call, heads) if fault), None)
+
+    def _paths(self, module: str) -> list[Path]:
+        """The files of a module of the registry."""
+        if module.startswith("vllm."):  # a folder, with a class for every kind of device
+            return sorted(self._root.joinpath(*module.split(".")[1:]).rglob("*.py"))
+        return [self._root / "model_executor/models" / f"{module}.py"]
 
     def _heads(self, path: Path, name: str, seen: set[tuple[Path, str]]) -> list[ast.Assign]:
         """Assignments of a head in a class, or else in the classes that it names or asks for."""
@@ -102,8 +104,8 @@ class _Sources:
                 heads += self._heads(imported.get(part.id, path), part.id, seen)
             elif isinstance(part, ast.Constant) and part.value in self.registered:
                 module, inner = self.registered[part.value]
-                inner_path = self._root / "model_executor/models" / f"{module}.py"
-                heads += self._heads(inner_path, inner, seen)
+                for inner_path in self._paths(module):
+                    heads += self._heads(inner_path, inner, seen)
         return heads
 
 
