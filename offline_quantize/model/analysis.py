@@ -228,8 +228,9 @@ def _reason_to_keep(layer: nn.Module, name: str, blocks: Collection[str]) -> str
     """
     module_name, _, attribute = name.rpartition(".")
     module = layer.get_submodule(module_name)
-    if not isinstance(module, nn.Linear) or attribute != "weight":
+    if attribute != "weight" or not _multiplies(module):
         return f"no nn.Linear, but {type(module).__name__}"
+    assert isinstance(module, nn.Linear)
     if module.in_features % UNIT_INPUTS:
         return f"{module.in_features} inputs, not a multiple of {UNIT_INPUTS}"
     parent_name = module_name.rpartition(".")[0]
@@ -240,6 +241,22 @@ def _reason_to_keep(layer: nn.Module, name: str, blocks: Collection[str]) -> str
     if in_block and sum(isinstance(child, nn.Linear) for child in siblings) == 1:
         return "a router or a gate"
     return ""
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a module on the meta device is a linear that multiplies with all of its weight.
+
+    Some classes derived from ``nn.Linear`` do otherwise (DeepSeek-V4: a block for each group).
+    """
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    try:
+        output = module(module.weight.new_empty(1, module.in_features))
+    except Exception:  # of whatever kind the model's own code raises
+        return False
+    return isinstance(output, torch.Tensor) and output.shape == (1, module.out_features)
 
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
