@@ -22,6 +22,7 @@ POINTERS = {
     "p_slots": "*i32",
     "p_experts": "*i32",
     "p_num_sorted": "*i32",
+    "p_sums": "*fp32",
 }
 """Types of the pointers that do not point at activations."""
 
@@ -42,6 +43,8 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
         from triton.compiler import ASTSource as Source
     activation = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[str(constants["DTYPE"])]
     types = POINTERS | {"scale": "fp32"} | ({"p_x": "*i32"} if gluon else {})
+    if "x_blocks" in kernel.arg_names:
+        types["x_blocks"] = descriptor_type(constants)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         usual = activation if name.startswith("p_") else "i32"
@@ -52,6 +55,15 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     options = {name: value for name, value in constants.items() if name not in signature}
     source = Source(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+
+
+def descriptor_type(constants: dict[str, Any]) -> str:
+    """The type of the descriptor of the activations, as Triton writes it."""
+    from triton.experimental.gluon import language as gl
+
+    shape = [constants["TOKENS"], constants["BLOCK_INPUTS"]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, constants["DTYPE"])
+    return f"tensordesc<{constants['DTYPE']}[{shape[0]},{shape[1]}],{layout!r}>"
 
 
 def _on_cubin(compiled: Any, *command: str) -> str:
