@@ -50,13 +50,14 @@ class Group:
     Attributes:
         at: number of the next instruction.
         state: "running", "barrier", "waiting" (for copies) or "done".
-        products: groups of wgmma that have not been waited for, each with what was known then.
+        products: groups of wgmma that have not been waited for, each with where its second operand
+            is and what the warps knew then.
     """
 
     def __init__(self, registers: Registers, warps: Array) -> None:
         self.registers, self.warps = registers, warps
         self.at, self.state = 0, "running"
-        self.products: list[list[tuple[Instruction, Array]]] = [[]]
+        self.products: list[list[tuple[Instruction, int, Array]]] = [[]]
 
 
 class Machine:
@@ -120,20 +121,25 @@ class Machine:
             self._group(x, y, np.arange(first, first + together))
             for first in range(0, num_warps, together)
         ]
+        waits = 0  # since a warp last ran
         while active := [group for group in groups if group.state != "done"]:
             if all(group.state == "barrier" for group in active):
                 self.shared.join()
                 for group in active:
                     group.state = "running"
             ready = [group for group in active if group.state == "running"]
-            if not ready:
-                self._finish_a_copy()
+            if ready:
+                waits = 0
+            else:
                 ready = [group for group in active if group.state == "waiting"]
+                waits += 1
+                assert self.copies or waits < 1000, "all warps wait, and nothing is copied"
+                if self.copies:
+                    self._finish_a_copy()
             self._run_group(self.order.choice(ready) if self.order else ready[0])
         assert not self.copies, "a copy that nobody waited for"
 
     def _finish_a_copy(self) -> None:
-        assert self.copies, "all warps wait, and nothing is copied"
         which = self.order.randrange(len(self.copies)) if self.order else 0
         tensor_map, column, row, to, mbarrier, clock = self.copies.pop(which)
         start, buffer = self._buffer(tensor_map.address)
@@ -243,7 +249,10 @@ class Machine:
         """Products are computed when they are waited for: as late as may be."""
         kind, operands = instruction.opcode[1], instruction.operands
         if kind == "mma_async":
-            group.products[-1].append((instruction, self.shared.clocks[group.warps].copy()))
+            descriptor = group.registers.values[operands[2]]
+            assert (descriptor == descriptor[0]).all()
+            known = self.shared.clocks[group.warps].copy()
+            group.products[-1].append((instruction, int(descriptor[0]), known))
         elif kind == "commit_group":
             group.products.append([])
         elif kind == "wait_group":
@@ -254,10 +263,10 @@ class Machine:
         else:
             assert kind == "fence", instruction
 
-    def _multiply(self, group: Group, instruction: Instruction, known: Array) -> None:
-        descriptor = group.registers.values[instruction.operands[2]]
-        assert (descriptor == descriptor[0]).all()
-        at = second_operand_bytes(int(descriptor[0]), columns_of(instruction.opcode))
+    def _multiply(
+        self, group: Group, instruction: Instruction, descriptor: int, known: Array
+    ) -> None:
+        at = second_operand_bytes(descriptor, columns_of(instruction.opcode))
         units = np.unique(at // UNIT)
         for warp, clock in zip(group.warps, known, strict=True):
             warps = np.full(len(units), warp)
