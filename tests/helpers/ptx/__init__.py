@@ -4,7 +4,3 @@ Written after the PTX ISA reference. The instructions are those that the tests o
 any other is an error. Accesses out of bounds and misaligned ones are errors too, and so are races
 in shared memory: an access that no barrier orders after what another warp does there.
 """
-
-from tests.helpers.ptx.machine import Machine, TensorMap
-
-__all__ = ["Machine", "TensorMap"]

@@ -68,4 +68,3 @@ class PtxLauncher:
         rows, columns = argument.shape
         box = (argument.block_shape[0], argument.layout.swizzle_byte_width // 2)
         return [TensorMap(address, (rows, columns), box), rows, columns, columns, 1]
-

@@ -237,7 +237,9 @@ class Machine:
             tensor_map = self.arguments[parameter]
             assert isinstance(tensor_map, TensorMap)
             warp = int(group.warps[thread // 32])
-            at = (int(registers.read(name.strip()).view(np.int32)[thread]) for name in (column, row))
+            at = (
+                int(registers.read(name.strip()).view(np.int32)[thread]) for name in (column, row)
+            )
             to, mbarrier = (int(self._address(group, operands[i])[thread]) for i in (0, 2))
             clock = self.shared.clocks[warp].copy()
             self.copies.append(Copy(tensor_map, *at, to, mbarrier, clock))
@@ -257,8 +259,9 @@ class Machine:
             group.products.append([])
         elif kind == "wait_group":
             done = max(len(group.products) - 1 - int(operands[0]), 0)
-            for one in sum(group.products[:done], []):
-                self._multiply(group, *one)
+            for products in group.products[:done]:
+                for product in products:
+                    self._multiply(group, *product)
             group.products = group.products[done:]
         else:
             assert kind == "fence", instruction

@@ -60,9 +60,12 @@ def multiply(
 
 @needs_wide
 @pytest.mark.slow
-@pytest.mark.parametrize("num_tokens, num_rows, num_inputs, multiprocessors, index_bits, dtype", [
-    (13, 70, 64, 4, 11, torch.bfloat16),
-])
+@pytest.mark.parametrize(
+    "num_tokens, num_rows, num_inputs, multiprocessors, index_bits, dtype",
+    [
+        (13, 70, 64, 4, 11, torch.bfloat16),
+    ],
+)
 def test_ptx_is_right(num_tokens, num_rows, num_inputs, multiprocessors, index_bits, dtype) -> None:
     launcher = PtxLauncher(multiprocessors)
     y, exact = multiply(num_tokens, num_rows, num_inputs, index_bits, dtype, True, launcher)

@@ -61,12 +61,12 @@ def decode_stage(
     lane4,
     STAGE: gl.constexpr,
     STAGE_INPUTS: gl.constexpr,
-    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
-    WARPS: gl.constexpr,
     MMA: gl.constexpr,
 ):
     """Coordinates [16 * WARPS, STAGE_INPUTS] of one or two chunks of a tile, as first operand."""
+    ENTRY_BITS: gl.constexpr = len(words) - 2
+    WARPS: gl.constexpr = lane4.shape[0] // 128
     if STAGE_INPUTS == 32:
         decoded = decode_chunk(table, words, lane4, STAGE, ENTRY_BITS)
         a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2, 2])  # ..., g, t, k8, r8, h, half
@@ -81,18 +81,12 @@ def decode_stage(
 
 
 @gluon.jit
-def renew_words(
-    words,
-    p_words,
-    STAGE: gl.constexpr,
-    STAGE_INPUTS: gl.constexpr,
-    INDEX_BITS: gl.constexpr,
-):
+def renew_words(words, p_words, STAGE: gl.constexpr, STAGE_INPUTS: gl.constexpr):
     """``words``, those of them that STAGE was the last to need loaded from ``p_words``.
 
     So the next tile's words are on their way for most of a tile's time, and take no more registers.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    ENTRY_BITS: gl.constexpr = len(words) - 2
     STAGE_PAIRS: gl.constexpr = STAGE_INPUTS // 16  # of a slot
     renewed = ()
     for j in gl.static_range(ENTRY_BITS):
@@ -109,11 +103,22 @@ def renew_words(
 
 
 @gluon.jit
-def start_copy(x_blocks, x_ring, full, block, wanted, token, k):
+def make_ring(x_blocks, TOKENS: gl.constexpr, BLOCK_INPUTS: gl.constexpr, DTYPE: gl.constexpr):
+    """The descriptor of the activations, places for blocks of them, and a barrier for each."""
+    places = gl.allocate_shared_memory(DTYPE, [RING, TOKENS, BLOCK_INPUTS], x_blocks.layout)
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    for place in gl.static_range(RING):
+        mbarrier.init(full.index(place), count=1)
+    return x_blocks, places, full
+
+
+@gluon.jit
+def start_copy(ring, block, wanted, token, k):
     """Start the copy of a program's ``block``-th block of activations, from (token, k)."""
+    x_blocks, places, full = ring
     place = block & (RING - 1)
     mbarrier.expect(full.index(place), x_blocks.nbytes_per_cta, wanted)
-    copy_block(x_blocks, [token, k], full.index(place), x_ring.index(place), wanted)
+    copy_block(x_blocks, [token, k], full.index(place), places.index(place), wanted)
 
 
 @gluon.jit
@@ -143,47 +148,62 @@ def tile_offset(row_block, tile, input_tiles, N, INDEX_BITS: gl.constexpr, WORDS
 @gluon.jit
 def multiply_tile(
     acc,
-    table,
     words,
     p_words,
+    table,
     lane4,
-    x_blocks,
-    x_ring,
-    full,
+    ring,
     block,
     blocks,
     token,
     k,
     input_tiles,
     STAGE_INPUTS: gl.constexpr,
-    INDEX_BITS: gl.constexpr,
-    DTYPE: gl.constexpr,
-    WARPS: gl.constexpr,
 ):
     """acc + one tile per warp times its activations, and the words of the tile at ``p_words``.
 
     Also the number of the next block of activations, and the k of the block after that one, whose
     copy has not been started.
     """
+    _, places, full = ring
     MMA: gl.constexpr = acc.type.layout
-    BLOCK_INPUTS: gl.constexpr = x_ring.shape[2]
+    BLOCK_INPUTS: gl.constexpr = places.shape[2]
     for s in gl.static_range(512 // STAGE_INPUTS):
-        x = x_ring.index(block & (RING - 1))
+        x = places.index(block & (RING - 1))
         x = x.slice(s * STAGE_INPUTS % BLOCK_INPUTS, STAGE_INPUTS, dim=1)
         if s * STAGE_INPUTS % BLOCK_INPUTS == 0:
             mbarrier.wait(full.index(block & (RING - 1)), block // RING & 1)
-        a = decode_stage(table, words, lane4, s, STAGE_INPUTS, INDEX_BITS - 2, DTYPE, WARPS, MMA)
-        words = renew_words(words, p_words, s, STAGE_INPUTS, INDEX_BITS)
+        a = decode_stage(table, words, lane4, s, STAGE_INPUTS, places.dtype, MMA)
+        words = renew_words(words, p_words, s, STAGE_INPUTS)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])  # all but this stage
         if s * STAGE_INPUTS % BLOCK_INPUTS == 0:
             gl.barrier()  # All warps have multiplied the block before this one: its place is free.
-            ahead = block + RING - 1
-            start_copy(x_blocks, x_ring, full, ahead, ahead < blocks, token, k)
+            start_copy(ring, block + RING - 1, block + RING - 1 < blocks, token, k)
             k = next_block(k, input_tiles, BLOCK_INPUTS)
         if (s + 1) * STAGE_INPUTS % BLOCK_INPUTS == 0:
             block += 1
     return acc, words, block, k
+
+
+@gluon.jit
+def write_sums(acc, row_block, begins, whole, token, output, p_sums, DTYPE: gl.constexpr):
+    """Write y of a whole row block, or the program's sums of one that it shares.
+
+    Of two row blocks that it may share with others, the one that it does not begin comes first.
+    """
+    ROWS: gl.constexpr = acc.shape[0]
+    TOKENS: gl.constexpr = acc.shape[1]
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
+    m = gl.arange(0, TOKENS, gl.SliceLayout(0, acc.type.layout))
+    if whole:
+        p_row_norms, p_bias, p_y, M, N, has_bias = output
+        n += row_block * ROWS
+        write(acc, n, token + m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)
+    else:
+        program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+        p_shared = p_sums + (program * 2 + begins.to(gl.int32)).to(gl.int64) * (TOKENS * ROWS)
+        gl.store(p_shared + m.expand_dims(0) * ROWS + n.expand_dims(1), acc)
 
 
 @gluon.jit(
@@ -230,29 +250,25 @@ def wide_gemm_kernel(
     )
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
-    x_ring = gl.allocate_shared_memory(DTYPE, [RING, TOKENS, BLOCK_INPUTS], x_blocks.layout)
-    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(RING):
-        mbarrier.init(full.index(place), count=1)
+    ring = make_ring(x_blocks, TOKENS, BLOCK_INPUTS, DTYPE)
+
     input_tiles = (K + 511) // 512
     units = (N + WARPS * 16 - 1) // (WARPS * 16) * input_tiles
     first = first_unit(gl.program_id(0), gl.num_programs(0), units, grain)
     last = first_unit(gl.program_id(0) + 1, gl.num_programs(0), units, grain)
-    blocks = (last - first) * (512 // BLOCK_INPUTS)
+    first_block = first // input_tiles
+    tile = first - first_block * input_tiles
     token = gl.program_id(1) * TOKENS
-    program_of_all = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-    k = first % input_tiles * 512
-    start_copy(x_blocks, x_ring, full, 0, True, token, k)
-    k = next_block(k, input_tiles, BLOCK_INPUTS)
+    start_copy(ring, 0, True, token, tile * 512)
+    k = next_block(tile * 512, input_tiles, BLOCK_INPUTS)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
     gl.barrier()
 
     lane4 = gl.arange(0, WARPS * 128, WORDS) // 4 % 32 * 4
-    first_block = first // input_tiles
-    tile = first - first_block * input_tiles
     o_words = tile_offset(first_block, tile, input_tiles, N, INDEX_BITS, WORDS)
     words = load_words(p_tiles + o_words, True, INDEX_BITS, True)
-    block = 0
+    output = (p_row_norms, p_bias, p_y, M, N, has_bias)
+    block, blocks = 0, (last - first) * (512 // BLOCK_INPUTS)
     for row_block in range(first_block, (last + input_tiles - 1) // input_tiles):
         start = row_block * input_tiles
         begin, end = gl.maximum(first, start), gl.minimum(last, start + input_tiles)
@@ -262,36 +278,24 @@ def wide_gemm_kernel(
             ends = (unit + 1 == end).to(gl.int32)
             tile = (unit + 1 - start) * (1 - ends)
             o_words = tile_offset(row_block + ends, tile, input_tiles, N, INDEX_BITS, WORDS)
+            p_words = p_tiles + o_words
             acc, words, block, k = multiply_tile(
                 acc,
-                table,
                 words,
-                p_tiles + o_words,
+                p_words,
+                table,
                 lane4,
-                x_blocks,
-                x_ring,
-                full,
+                ring,
                 block,
                 blocks,
                 token,
                 k,
                 input_tiles,
                 STAGE_INPUTS,
-                INDEX_BITS,
-                DTYPE,
-                WARPS,
             )
         acc = warpgroup_mma_wait(0, deps=[acc])
-        # Of two row blocks that a program may share with others, the one that it ends comes first.
-        shared = (program_of_all * 2 + (begin == start).to(gl.int32)).to(gl.int64)
-        p_shared = p_sums + shared * (TOKENS * WARPS * 16)
-        n = gl.arange(0, WARPS * 16, gl.SliceLayout(1, MMA))
-        m = gl.arange(0, TOKENS, gl.SliceLayout(0, MMA))
-        if end - begin == input_tiles:
-            n += row_block * (WARPS * 16)
-            write(acc, n, token + m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)
-        else:
-            gl.store(p_shared + m.expand_dims(0) * (WARPS * 16) + n.expand_dims(1), acc)
+        whole = end - begin == input_tiles
+        write_sums(acc, row_block, begin == start, whole, token, output, p_sums, DTYPE)
 
 
 @gluon.jit(
