@@ -64,7 +64,7 @@ class Machine:
     """One kernel.
 
     Attributes:
-        look_ups: 32 bit loads from the table of ``table_bytes``, by all warps in step.
+        look_ups: 32 bit loads from the table of ``table_bytes``; only where all warps run in step.
         look_up_conflicts: most lanes of a warp that one of them found in the same bank.
     """
 
@@ -289,7 +289,7 @@ class Machine:
         targets = names(list_)
         size = len(targets) * bits // 8
         address = self._address(group, place)
-        if space == "shared":
+        if space == "shared" and self.order is None:
             self._note_look_up(address, load, size)
         mask = registers.mask
         if not mask.any():
