@@ -132,3 +132,28 @@ def test_warm_up_compiles_everything(
     linear(recorder, zero_weight(7, 64, 64, 128), dtype, 1)
     # A rate that was not asked for would be compiled: the recorder sees it.
     assert len(recorder.seen - ready) == 1
+
+
+@pytest.mark.parametrize(
+    "num_tokens, on_sm_90, elsewhere",
+    [
+        (8, "decode_gemm_kernel", "decode_gemm_kernel"),
+        (9, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (16, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (17, "wide_gemm_kernel", "dequantize_kernel"),
+        (512, "wide_gemm_kernel", "dequantize_kernel"),
+        (513, "dequantize_kernel", "dequantize_kernel"),
+    ],
+)
+def test_which_kernel_multiplies(num_tokens: int, on_sm_90: str, elsewhere: str) -> None:
+    """On GPUs that were not measured; float32 has tensor cores nowhere, and the plain kernel."""
+    if gluon_launch.kernels is None:
+        pytest.skip("this Triton has no shared-memory gather")
+    for capability, expected in ((90, on_sm_90), (100, elsewhere)):
+        recorder = Recorder(Processor(132, 227 << 10, capability))
+        linear(recorder, zero_weight(11, 64, 128, 64), torch.bfloat16, num_tokens)
+        assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {expected}
+    recorder = Recorder(Processor(132, 227 << 10, 90))
+    linear(recorder, zero_weight(11, 64, 128, 64), torch.float32, num_tokens)
+    plain = "gemm_kernel" if num_tokens <= 16 else "dequantize_kernel"
+    assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {plain}
