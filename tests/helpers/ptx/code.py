@@ -49,20 +49,26 @@ class Code:
     def _parse(self, body: str) -> None:
         open_blocks, blocks = [0], 1
         for line in body.splitlines():
-            text = line.split("//")[0].strip()
-            if text == "{":
-                open_blocks.append(blocks)
-                blocks += 1
-            elif text == "}":
-                open_blocks.pop()
+            for text in line.split("//")[0].split(";"):
+                statement = text.strip()
+                while statement[:1] in ("{", "}"):
+                    if statement[0] == "{":
+                        open_blocks.append(blocks)
+                        blocks += 1
+                    else:
+                        open_blocks.pop()
+                    statement = statement[1:].strip()
                 if not open_blocks:
                     return
-            elif match := re.fullmatch(r"([$\w]+):", text):
-                self._labels[open_blocks[-1], match[1]] = len(self.instructions)
-            elif match := re.match(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*?);", text):
-                operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
-                self.instructions.append(Instruction(match[1], match[2].split("."), operands))
-                self._blocks.append(open_blocks[-1])
+                self._parse_statement(statement, open_blocks[-1])
+
+    def _parse_statement(self, statement: str, block: int) -> None:
+        if match := re.fullmatch(r"([$\w]+):", statement):
+            self._labels[block, match[1]] = len(self.instructions)
+        elif match := re.fullmatch(r"(?:@(!?[%\w]+)\s+)?([a-z][\w.:]*)\s*(.*)", statement):
+            operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
+            self.instructions.append(Instruction(match[1], match[2].split("."), operands))
+            self._blocks.append(block)
 
     def _target(self, label: str, block: int) -> int:
         """A label of the same block, or of the kernel."""

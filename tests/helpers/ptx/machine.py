@@ -192,6 +192,10 @@ class Machine:
             self._wgmma(group, instruction)
         elif name == "mbarrier":
             self._mbarrier(group, opcode, operands)
+        elif name == "griddepcontrol":
+            pass  # programs of one kernel run after those of another
+        elif "prefetch" in opcode:
+            self._check_prefetch(group, *operands)
         elif name == "cp":
             self._start_copy(group, opcode, operands)
         elif name in ("ld", "st"):
@@ -202,6 +206,13 @@ class Machine:
     @staticmethod
     def _check_barrier(opcode: list[str], operands: list[str]) -> None:
         assert opcode[1] == "sync" and operands == ["0"], "not a barrier of the whole program"
+
+    def _check_prefetch(self, group: Group, place: str, size: str = "16") -> None:
+        """Nothing is done, but what is not there must not be asked for."""
+        for address in self._address(group, place)[group.registers.mask].tolist():
+            start, buffer = self._buffer(address)
+            assert not address % 16 and not int(size) % 16, "prefetch: misaligned"
+            assert address + int(size) <= start + len(buffer), "prefetch: past the end"
 
     def _address(self, group: Group, operand: str) -> Array:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")

@@ -84,6 +84,8 @@ class Registers:
             self.write(target, self.all(int(sources[0])) != 0)
         elif name == "mov":
             self._move(target, sources[0], bits)
+        elif opcode == ["not", "pred"]:
+            self.write(target, ~self.values[sources[0]])
         elif kind == "pred":
             a, b = (self.values[source] for source in sources)
             self.write(target, BINARY[name](a, b))
@@ -127,6 +129,8 @@ class Registers:
             return a * b + self.read(sources[2], bits)
         if name == "lop3":
             return self._any_function(a, b, self.read(sources[2]), int(sources[3], 0))
+        if name == "prmt":
+            return self._permute(a, b, self.read(sources[2]))
         if name == "bfe":
             return (a >> b) & ((U32(1) << self.read(sources[2])) - U32(1))
         if name == "shf":
@@ -161,6 +165,14 @@ class Registers:
                 )
                 result |= of_a & of_b & of_c
         return result
+
+    def _permute(self, a: Array, b: Array, selector: Array) -> Array:
+        """Of the 8 bytes b:a, the four that the selector names."""
+        both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
+        places = selector[:, None] >> U32([0, 4, 8, 12]) & U32(15)
+        assert (places < 8).all(), "a copied sign"
+        chosen = both.view(np.uint8).reshape(-1, 8)[np.arange(self.count)[:, None], places]
+        return chosen.copy().view(U32)[:, 0]
 
     @staticmethod
     def _divide(name: str, a: Array, b: Array, dtype: type) -> Array:
