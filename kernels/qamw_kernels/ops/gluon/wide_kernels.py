@@ -30,8 +30,6 @@ from qamw_kernels.ops.gluon.kernels import entry_address, halves, load_quadrant,
 # Triton 3.9 has the first name, older ones the second.
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 
-RING = gl.constexpr(2)  # blocks of activations in shared memory
-
 
 @gluon.jit
 def flip_signs(words, signs):
@@ -103,8 +101,10 @@ def renew_words(words, p_words, STAGE: gl.constexpr, STAGE_INPUTS: gl.constexpr)
 
 
 @gluon.jit
-def make_ring(x_blocks, TOKENS: gl.constexpr, BLOCK_INPUTS: gl.constexpr, DTYPE: gl.constexpr):
+def make_ring(x_blocks, RING: gl.constexpr, DTYPE: gl.constexpr):
     """The descriptor of the activations, places for blocks of them, and a barrier for each."""
+    TOKENS: gl.constexpr = x_blocks.block_shape[0]
+    BLOCK_INPUTS: gl.constexpr = x_blocks.block_shape[1]
     places = gl.allocate_shared_memory(DTYPE, [RING, TOKENS, BLOCK_INPUTS], x_blocks.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     for place in gl.static_range(RING):
@@ -116,7 +116,7 @@ def make_ring(x_blocks, TOKENS: gl.constexpr, BLOCK_INPUTS: gl.constexpr, DTYPE:
 def start_copy(ring, block, wanted, token, k):
     """Start the copy of a program's ``block``-th block of activations, from (token, k)."""
     x_blocks, places, full = ring
-    place = block & (RING - 1)
+    place = block & (places.shape[0] - 1)
     mbarrier.expect(full.index(place), x_blocks.nbytes_per_cta, wanted)
     copy_block(x_blocks, [token, k], full.index(place), places.index(place), wanted)
 
@@ -167,6 +167,7 @@ def multiply_tile(
     """
     _, places, full = ring
     MMA: gl.constexpr = acc.type.layout
+    RING: gl.constexpr = places.shape[0]
     BLOCK_INPUTS: gl.constexpr = places.shape[2]
     for s in gl.static_range(512 // STAGE_INPUTS):
         x = places.index(block & (RING - 1))
@@ -226,6 +227,7 @@ def wide_gemm_kernel(
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
+    RING: gl.constexpr,
     STAGE_INPUTS: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -239,6 +241,7 @@ def wide_gemm_kernel(
         its ends.
     p_sums: float32, see :func:`add_sums_kernel`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
+    RING: blocks of activations in shared memory, a power of 2.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
@@ -250,7 +253,7 @@ def wide_gemm_kernel(
     )
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
-    ring = make_ring(x_blocks, TOKENS, BLOCK_INPUTS, DTYPE)
+    ring = make_ring(x_blocks, RING, DTYPE)
 
     input_tiles = (K + 511) // 512
     units = (N + WARPS * 16 - 1) // (WARPS * 16) * input_tiles

@@ -20,7 +20,7 @@ MIN_TOKENS, MAX_TOKENS = 9, 512
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
 ROWS = TILE_ROWS * WARPS  # of a row block
-RING = 2  # blocks of activations in shared memory
+RING = 2  # blocks of activations in shared memory: one is multiplied, one on its way
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
 
 
@@ -121,6 +121,7 @@ def constants(
         "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
         "TOKENS": tokens,
         "BLOCK_INPUTS": block_inputs(index_bits, tokens, programs, shared_memory),
+        "RING": RING,
         "STAGE_INPUTS": TILES[tokens].stage_inputs,
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
@@ -129,6 +130,7 @@ def constants(
     }
 
 
+@functools.cache
 def descriptor_layout(block_shape: tuple[int, int], dtype: torch.dtype) -> Any:
     """How blocks of activations lie in shared memory: in the order that the matrix unit reads."""
     from triton.experimental.gluon import language as gl
