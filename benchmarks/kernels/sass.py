@@ -27,6 +27,15 @@ POINTERS = {
 """Types of the pointers that do not point at activations."""
 
 
+def descriptor_type(constants: dict[str, Any]) -> str:
+    """The type of the descriptor of the activations, as Triton writes it."""
+    from triton.experimental.gluon import language as gl
+
+    shape = [constants["TOKENS"], constants["BLOCK_INPUTS"]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, constants["DTYPE"])
+    return f"tensordesc<{constants['DTYPE']}[{shape[0]},{shape[1]}],{layout!r}>"
+
+
 def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     """What Triton makes of a kernel for CUDA's compute capability ``target``, such as 90.
 
@@ -55,15 +64,6 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     options = {name: value for name, value in constants.items() if name not in signature}
     source = Source(kernel, signature, fixed, attributes)
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
-
-
-def descriptor_type(constants: dict[str, Any]) -> str:
-    """The type of the descriptor of the activations, as Triton writes it."""
-    from triton.experimental.gluon import language as gl
-
-    shape = [constants["TOKENS"], constants["BLOCK_INPUTS"]]
-    layout = gl.NVMMASharedLayout.get_default_for(shape, constants["DTYPE"])
-    return f"tensordesc<{constants['DTYPE']}[{shape[0]},{shape[1]}],{layout!r}>"
 
 
 def _on_cubin(compiled: Any, *command: str) -> str:
