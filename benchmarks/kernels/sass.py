@@ -39,8 +39,8 @@ def descriptor_type(constants: dict[str, Any]) -> str:
 def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     """What Triton makes of a kernel for CUDA's compute capability ``target``, such as 90.
 
-    Arguments are typed by name. As in use, pointers and K are multiples of 16, and nothing is known
-    of the other sizes.
+    Arguments are typed by name. As in use, pointers and K are multiples of 16, unless the kernel
+    does not want to know, and nothing is known of the other sizes.
 
     Args:
         constants: compile-time arguments, and options of the compiler, as the launchers pass them.
@@ -58,7 +58,8 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     for i, name in enumerate(kernel.arg_names):
         usual = activation if name.startswith("p_") else "i32"
         signature[name] = "constexpr" if name in constants else types.get(name, usual)
-        if name.startswith("p_") or name == "K":
+        asked = not kernel.params[i].do_not_specialize_on_alignment
+        if asked and (name.startswith("p_") or name == "K"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     fixed = {name: value for name, value in constants.items() if name in signature}
     options = {name: value for name, value in constants.items() if name not in signature}
