@@ -30,7 +30,9 @@ from benchmarks.kernels.check import DTYPE, WAYS, check, random_weight
 from benchmarks.kernels.peers import PEERS, Layer
 from qamw_kernels.ops.crossover import CROSSOVER_FILE, crossover_key, gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import wide_launch
 from qamw_kernels.ops.interpreter import interpreted
+from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.tiling import tiled_shape
 
 # (N, K) of the fused layers: q/k/v, output, gate/up, down.
@@ -44,7 +46,7 @@ SHAPES = {
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 2048, 8192)
 PACKED_MAX_TOKENS = 512
-"""Measured the packed way: it decodes the weight once for every 64 tokens."""
+"""Measured the packed way: it decodes the weight again for every 64 or 128 tokens."""
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -70,6 +72,7 @@ def environment() -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "gluon": gluon_launch.kernels is not None,
+        "wide": wide_launch.kernels is not None,
         "commit": output_of("git", "describe", "--always", "--dirty"),
         "command": sys.argv,
     }
@@ -140,7 +143,9 @@ def measure(
             **{f"{name}_us": median for name, (median, _) in timed.items()},
             **{f"{name}_spread_us": spread for name, (_, spread) in timed.items()},
         }
-        few = num_tokens <= gemm_max_tokens(x.device) and "packed" in timed
+        processor = ON_DEVICE.processor(x.device)
+        most = gemm_max_tokens(x.device, x.dtype, index_bits, processor)
+        few = num_tokens <= most and "packed" in timed
         way = "packed" if few else "dequantized"
         seconds = row[f"{way}_us"] / 1e6
         num_bytes = weight_bytes + 2 * num_tokens * (num_rows + num_inputs)
@@ -219,10 +224,12 @@ def measure_all(models: list[str], index_bits: int) -> dict[str, Any]:
     }
 
 
-def save_crossover(tokens: int) -> None:
+def save_crossover(tokens: int, index_bits: int) -> None:
     """Write the crossover of this GPU into the package's table."""
     known = json.loads(CROSSOVER_FILE.read_text())
-    known[crossover_key(torch.device("cuda"))] = tokens
+    device = torch.device("cuda", torch.cuda.current_device())
+    wide = wide_launch.runs_on(DTYPE, index_bits, ON_DEVICE.processor(device))
+    known[crossover_key(device, wide)] = tokens
     CROSSOVER_FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 
@@ -268,7 +275,7 @@ def main() -> None:
         print(f"{name} was not measured: {why}")
     plot(result, args.out.with_suffix(".png"))
     if args.save_crossover:
-        save_crossover(result["crossover"])
+        save_crossover(result["crossover"], args.index_bits)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ Written by `make kernels-report`, without a GPU: compiled ahead of time, disasse
 bfloat16. The loop is the innermost one that decodes; its instructions include loads, matrix
 instructions and its own control. An H200 at its memory's speed has time for 9.5 instructions per
 pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by
-`tests/kernels_/ops/test_gluon.py`, which executes the PTX. Matrix instructions counted are HMMA and
-HGMMA.
+`tests/kernels_/ops/test_gluon.py` and `test_wide.py`, which execute the PTX. Matrix instructions
+counted are HMMA and HGMMA.
 """
 COLUMNS = (
     "kernel",
@@ -130,6 +130,30 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
             yield row(name, target, kernel, constants, pairs, decoding)
 
 
+def wide_rows(target: int) -> Iterator[dict[str, Any]]:
+    """Figures of the Gluon kernel for 9 to 512 tokens, and of the one that adds up its sums."""
+    import torch
+    import triton.language as tl
+
+    from benchmarks.kernels.sass import SHARED_BYTES
+    from qamw_kernels.ops.gluon import wide_launch
+
+    if wide_launch.kernels is None or target != 90:
+        return
+    pairs, shared_memory = 128, SHARED_BYTES[target]
+
+    def decoding(bodies: list[Loop]) -> Loop:
+        return next(b for b in bodies if b["LDS"] == pairs)
+
+    for bits, tokens in [*((bits, 16) for bits in range(6, 13)), (11, 32), (11, 64), (11, 128)]:
+        constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
+        kernel = wide_launch.kernels.wide_gemm_kernel
+        name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
+        yield row(name, target, kernel, constants, pairs, decoding)
+    constants = {"DTYPE": tl.bfloat16, "ROWS": wide_launch.ROWS, "num_warps": 4}
+    yield row("add_sums (Gluon)", target, wide_launch.kernels.add_sums_kernel, constants)
+
+
 def triton_rows(target: int) -> Iterator[dict[str, Any]]:
     """Figures of the Triton kernels."""
     import torch
@@ -154,7 +178,10 @@ def triton_rows(target: int) -> Iterator[dict[str, Any]]:
 def rows() -> list[dict[str, Any]]:
     """All figures of the Triton that is imported."""
     return [
-        found for target in TARGETS for make in (gluon_rows, triton_rows) for found in make(target)
+        found
+        for target in TARGETS
+        for make in (gluon_rows, wide_rows, triton_rows)
+        for found in make(target)
     ]
 
 

@@ -22,15 +22,25 @@ POINTERS = {
     "p_slots": "*i32",
     "p_experts": "*i32",
     "p_num_sorted": "*i32",
+    "p_sums": "*fp32",
 }
 """Types of the pointers that do not point at activations."""
+
+
+def descriptor_type(constants: dict[str, Any]) -> str:
+    """The type of the descriptor of the activations, as Triton writes it."""
+    from triton.experimental.gluon import language as gl
+
+    shape = [constants["TOKENS"], constants["BLOCK_INPUTS"]]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, constants["DTYPE"])
+    return f"tensordesc<{constants['DTYPE']}[{shape[0]},{shape[1]}],{layout!r}>"
 
 
 def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     """What Triton makes of a kernel for CUDA's compute capability ``target``, such as 90.
 
-    Arguments are typed by name. As in use, pointers and K are multiples of 16, and nothing is known
-    of the other sizes.
+    Arguments are typed by name. As in use, pointers and K are multiples of 16, unless the kernel
+    does not want to know, and nothing is known of the other sizes.
 
     Args:
         constants: compile-time arguments, and options of the compiler, as the launchers pass them.
@@ -42,11 +52,14 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
         from triton.compiler import ASTSource as Source
     activation = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}[str(constants["DTYPE"])]
     types = POINTERS | {"scale": "fp32"} | ({"p_x": "*i32"} if gluon else {})
+    if "x_blocks" in kernel.arg_names:
+        types["x_blocks"] = descriptor_type(constants)
     signature, attributes = {}, {}
     for i, name in enumerate(kernel.arg_names):
         usual = activation if name.startswith("p_") else "i32"
         signature[name] = "constexpr" if name in constants else types.get(name, usual)
-        if name.startswith("p_") or name == "K":
+        asked = not kernel.params[i].do_not_specialize_on_alignment
+        if asked and (name.startswith("p_") or name == "K"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     fixed = {name: value for name, value in constants.items() if name in signature}
     options = {name: value for name, value in constants.items() if name not in signature}

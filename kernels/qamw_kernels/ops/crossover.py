@@ -12,24 +12,39 @@ from pathlib import Path
 import torch
 
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.ops.launcher import Processor
 
 CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
 """JSON object: :func:`crossover_key` -> tokens."""
 
-GEMM_MAX_TOKENS = 128
-"""Of a GPU that was not measured: twice what one program of the Gluon kernel holds."""
+GEMM_MAX_TOKENS = 16
+"""Of a GPU that was not measured: with more, the kernels for few tokens read the activations more
+often than is cheaper than decoding the weight. The wide kernel has a limit of its own."""
 
 
-def crossover_key(device: torch.device) -> str:
-    """What a measurement is valid for: the GPU's name, and the kernel that Triton has."""
-    kernel = "gluon" if gluon_launch.kernels else "plain"
+def crossover_key(device: torch.device, wide: bool) -> str:
+    """What a measurement is valid for: the GPU's name, and the kernel that Triton has for it."""
+    kernel = "wide" if wide else "gluon" if gluon_launch.kernels else "plain"
     return f"{torch.cuda.get_device_name(device)}, {kernel}"
 
 
 @functools.cache
-def gemm_max_tokens(device: torch.device) -> int:
+def _measured() -> dict[str, int]:
+    measured: dict[str, int] = json.loads(CROSSOVER_FILE.read_text())
+    return measured
+
+
+@functools.cache
+def gemm_max_tokens(
+    device: torch.device,
+    dtype: torch.dtype,
+    index_bits: int,
+    processor: Processor | None,
+) -> int:
     """Tokens up to which multiplying with the packed weight is the faster way on that device."""
-    measured: dict[str, int] = {}
-    if device.type == "cuda":
-        measured = json.loads(CROSSOVER_FILE.read_text())
-    return measured.get(crossover_key(device), GEMM_MAX_TOKENS) if measured else GEMM_MAX_TOKENS
+    wide = wide_launch.runs_on(dtype, index_bits, processor)
+    limit = wide_launch.MAX_TOKENS if wide else GEMM_MAX_TOKENS
+    if device.type != "cuda" or not _measured():
+        return limit
+    return _measured().get(crossover_key(device, wide), limit)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
@@ -26,6 +28,14 @@ class _Warmer:
     def packed(self, index_bits: int, rotation_block_size: int, num_tokens: int) -> None:
         weight = self._weight(index_bits, rotation_block_size)
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
+
+    def sums(self, index_bits: int, rotation_block_size: int) -> None:
+        """Of row blocks that programs share, which the smallest weights have none of."""
+        weight = self._weight(index_bits, rotation_block_size)
+        y = torch.empty(1, 1, dtype=self.dtype, device=self.device)
+        shape = (1, 1, 2, 8, wide_launch.ROWS)
+        sums = torch.empty(shape, dtype=torch.float32, device=self.device)
+        wide_launch.add_sums(sums, weight, None, y, self.launcher)
 
     def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
@@ -56,6 +66,13 @@ class _Warmer:
         return torch.zeros(num_tokens, weight.num_inputs, dtype=self.dtype, device=self.device)
 
 
+def packed_tokens(most: int) -> list[int]:
+    """Numbers of tokens, up to ``most``, that need all variants of the packed products."""
+    steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in gluon_launch.PARTS)}
+    steps |= {*wide_launch.TILES}
+    return sorted({min(tokens, most) for tokens in steps})
+
+
 def warm_up(
     rates: Collection[int],
     rotation_block_sizes: Collection[int],
@@ -78,13 +95,16 @@ def warm_up(
     """
     warmer = _Warmer(dtype, device, launcher)
     skinny_and_wide = (launch.SKINNY_MAX_TOKENS, launch.SKINNY_MAX_TOKENS + 1)
-    few = sorted({8 * parts for parts in gluon_launch.PARTS} | set(skinny_and_wide))
-    least = min(rotation_block_sizes)
+    processor, least = launcher.processor(device), min(rotation_block_sizes)
+    few = {bits: packed_tokens(gemm_max_tokens(device, dtype, bits, processor)) for bits in rates}
     # One after the other, and first: all jobs below need these rotations.
     for size in rotation_block_sizes:
-        warmer.packed(min(rates), size, few[0])
+        for num_tokens in {min(few[min(rates)]), max(few[min(rates)])}:
+            warmer.packed(min(rates), size, num_tokens)
+    if wide_launch.runs_on(dtype, min(rates), processor):
+        warmer.sums(min(rates), least)
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few]
+        jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
         for bits in rates:
             for size in rotation_block_sizes:
                 jobs.append(pool.submit(warmer.dequantized, bits, size))

@@ -13,7 +13,7 @@ from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.ops.gluon import launch
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import quadrant_words
-from tests.helpers.ptx import Machine
+from tests.helpers.ptx.machine import Machine
 
 needs_gluon = pytest.mark.skipif(
     launch.kernels is None, reason="this Triton has no shared-memory gather, or is its interpreter"

@@ -51,13 +51,22 @@ class Recorder:
         self.seen.add(f"{name}: {specialization}, {options}")
 
 
-@pytest.fixture(params=["gluon", "triton"])
+@pytest.fixture(params=[90, 100, None], ids=["sm_90", "sm_100", "plain"])
 def recorder(request: pytest.FixtureRequest) -> Recorder:
-    if request.param == "triton":
+    if request.param is None:
         return Recorder(None)
     if gluon_launch.kernels is None:
         pytest.skip("this Triton has no shared-memory gather")
-    return Recorder(Processor(multiprocessors=132, shared_memory=227 << 10))
+    return Recorder(Processor(132, 227 << 10, compute_capability=request.param))
+
+
+def packed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
+    """Names of the kernels that multiply with packed weights."""
+    processor = recorder.processor(torch.device("cpu"))
+    if processor is None or dtype not in gluon_launch.GLUON_DTYPES:
+        return {"gemm_kernel"}
+    wide = {"wide_gemm_kernel", "add_sums_kernel"} if processor.compute_capability == 90 else set()
+    return {"decode_gemm_kernel"} | wide
 
 
 def zero_weight(
@@ -74,10 +83,16 @@ def zero_weight(
 
 
 def linear(
-    recorder: Recorder, weight: TiledWeight, dtype: torch.dtype, num_tokens: int, with_bias: bool
+    recorder: Recorder,
+    weight: TiledWeight,
+    dtype: torch.dtype,
+    num_tokens: int,
+    bias_dtype: torch.dtype | None = None,
 ) -> None:
     x = torch.zeros(num_tokens, weight.num_inputs, dtype=dtype)
-    bias = torch.zeros(weight.num_rows, dtype=dtype) if with_bias else None
+    bias = None
+    if bias_dtype:
+        bias = torch.zeros(weight.num_rows + 1, dtype=bias_dtype)[1:]  # not aligned
     launch.linear(x, weight, bias, recorder)
 
 
@@ -101,19 +116,44 @@ def test_warm_up_compiles_everything(
     with while_vllm_loads():
         warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True, launcher=recorder)
     ready = set(recorder.seen)
-    gemm = "decode_gemm_kernel" if recorder.processor(torch.device("cpu")) else "gemm_kernel"
-    expected = gemm if dtype in gluon_launch.GLUON_DTYPES else "gemm_kernel"
     names = {line.split(":")[0] for line in ready}
-    assert names == {"rotate_kernel", expected, "dequantize_kernel", "routed_gemm_kernel"}
-    shapes = ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128))
+    others = {"rotate_kernel", "dequantize_kernel", "routed_gemm_kernel"}
+    assert names == others | packed_kernels(recorder, dtype)
+    shapes = ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128), (150, 1024, 128))
     for index_bits in RATES:
         for num_rows, num_inputs, size in shapes:
             weight = zero_weight(index_bits, size, num_rows, num_inputs)
             experts = zero_weight(index_bits, size, num_rows, num_inputs, (NUM_EXPERTS,))
-            for num_tokens in (*range(1, 66), 127, 128, 129, 256, 1000, 1024):
-                linear(recorder, weight, dtype, num_tokens, with_bias=num_tokens % 2 == 0)
+            for num_tokens in (*range(1, 66), 127, 128, 129, 256, 512, 513, 1024):
+                bias_dtype = (None, dtype, torch.float32)[num_tokens % 3]
+                linear(recorder, weight, dtype, num_tokens, bias_dtype)
                 routed_linear(recorder, experts, dtype, num_tokens)
     assert recorder.seen - ready == set()
-    linear(recorder, zero_weight(7, 64, 64, 128), dtype, 1, with_bias=False)
+    linear(recorder, zero_weight(7, 64, 64, 128), dtype, 1)
     # A rate that was not asked for would be compiled: the recorder sees it.
     assert len(recorder.seen - ready) == 1
+
+
+@pytest.mark.parametrize(
+    "num_tokens, on_sm_90, elsewhere",
+    [
+        (8, "decode_gemm_kernel", "decode_gemm_kernel"),
+        (9, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (16, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (17, "wide_gemm_kernel", "dequantize_kernel"),
+        (512, "wide_gemm_kernel", "dequantize_kernel"),
+        (513, "dequantize_kernel", "dequantize_kernel"),
+    ],
+)
+def test_which_kernel_multiplies(num_tokens: int, on_sm_90: str, elsewhere: str) -> None:
+    """On GPUs that were not measured; float32 has tensor cores nowhere, and the plain kernel."""
+    if gluon_launch.kernels is None:
+        pytest.skip("this Triton has no shared-memory gather")
+    for capability, expected in ((90, on_sm_90), (100, elsewhere)):
+        recorder = Recorder(Processor(132, 227 << 10, capability))
+        linear(recorder, zero_weight(11, 64, 128, 64), torch.bfloat16, num_tokens)
+        assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {expected}
+    recorder = Recorder(Processor(132, 227 << 10, 90))
+    linear(recorder, zero_weight(11, 64, 128, 64), torch.float32, num_tokens)
+    plain = "gemm_kernel" if num_tokens <= 16 else "dequantize_kernel"
+    assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {plain}

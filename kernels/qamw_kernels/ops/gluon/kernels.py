@@ -25,12 +25,8 @@ def halves(words, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
-    """Codewords of pair PAIR of every slot.
-
-    ``signs`` has the pair's signs at bits 31 and 15. The entry goes to bits 7 and up: 128 bytes
-    each.
-    """
+def entry_address(words, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
+    """Where in the table the entry of pair PAIR of every slot is, for a lane: 128 bytes each."""
     WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
     SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
     if SHIFT < 7:
@@ -42,7 +38,13 @@ def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.const
         low = words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - 7)
         entry = (high | low).to(gl.int32, bitcast=True)
     MASK: gl.constexpr = ((1 << ENTRY_BITS) - 1) << 7
-    address = (entry & MASK) | lane4
+    return (entry & MASK) | lane4
+
+
+@gluon.jit
+def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
+    """Codewords of pair PAIR of every slot; ``signs`` has the pair's signs at bits 31 and 15."""
+    address = entry_address(words, lane4, PAIR, ENTRY_BITS)
     return table.gather(address >> 2, 0) ^ (signs & -0x7FFF8000)
 
 
@@ -128,7 +130,10 @@ def advance(pointers, step):
     return advanced
 
 
-@gluon.jit(do_not_specialize=["M", "N", "has_bias", "log_row_tiles"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "has_bias", "log_row_tiles"],
+    do_not_specialize_on_alignment=["p_bias"],
+)
 def decode_gemm_kernel(
     p_x,
     p_tiles,
@@ -210,16 +215,19 @@ def decode_gemm_kernel(
             row = first_row_tile + i
             for part in gl.static_range(PARTS):
                 sums = gl.sum(gl.where(position == i, acc[part], 0.0), 0)
-                first = first_token + 8 * part
-                write(sums, p_row_norms, p_bias, p_y, row, first, M, N, has_bias, DTYPE)
+                n = row * 16 + gl.arange(0, 16, gl.SliceLayout(1, sums.type.layout))
+                m = gl.arange(0, 8, gl.SliceLayout(0, sums.type.layout))
+                m += first_token + 8 * part
+                write(sums, n, m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)
 
 
 @gluon.jit
-def write(y, p_row_norms, p_bias, p_y, row_tile, first_token, M, N, has_bias, DTYPE: gl.constexpr):
-    """Scale the sums [16, 8] of a row tile, add the bias, and store them."""
-    n = row_tile * 16 + gl.arange(0, 16, gl.SliceLayout(1, y.type.layout))
-    m = first_token + gl.arange(0, 8, gl.SliceLayout(0, y.type.layout))
+def write(y, n, m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE: gl.constexpr):
+    """Scale the sums of rows ``n`` and tokens ``m``, add the bias, and store them.
+
+    M * N is below 2**31.
+    """
     y *= gl.load(p_row_norms + n, mask=n < N, other=0.0).expand_dims(1)
     y += gl.load(p_bias + n, mask=n < N * has_bias, other=0.0).to(gl.float32).expand_dims(1)
-    o_y = m.expand_dims(0).to(gl.int64) * N + n.expand_dims(1)
+    o_y = m.expand_dims(0) * N + n.expand_dims(1)
     gl.store(p_y + o_y, y.to(DTYPE), mask=(n < N).expand_dims(1) & (m < M).expand_dims(0))

@@ -125,11 +125,14 @@ def rotate_kernel(
     WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr,
+    SWAPPED: tl.constexpr,
 ):
     """Hadamard transform of every rotation block of x [R, B], R = M * G.
 
     Program (i, j) writes [BLOCK_R, WIDTH]. Row r of x is block r % G of its token, so one token
     alone already fills a tensor-core tile.
+
+    SWAPPED: write the inputs in the order of :mod:`qamw_kernels.ops.gluon.wide_kernels`.
     """
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j0 = tl.program_id(1) * WIDTH
@@ -147,7 +150,10 @@ def rotate_kernel(
         operand = cast(x * input_scales * (scale * hadamard_sign(i0 & j0)), DTYPE)
         acc = dot(operand, hadamard, acc)
     j = j0 + tl.arange(0, WIDTH)
-    tl.store(p_out + r.to(tl.int64)[:, None] * B + j[None, :], cast(acc, DTYPE), mask=m_r)
+    o_out = r.to(tl.int64)[:, None] * B + j[None, :]
+    if SWAPPED:  # K is a multiple of 32, so these bits of the offset are those of the input
+        o_out = (o_out & ~0x1E) | ((o_out & 0x06) << 2) | ((o_out & 0x18) >> 2)
+    tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r)
 
 
 @triton.jit
@@ -186,7 +192,7 @@ def coordinates_times(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "N", "has_bias"])
+@triton.jit(do_not_specialize=["M", "N", "has_bias"], do_not_specialize_on_alignment=["p_bias"])
 def gemm_kernel(
     p_x,
     p_tiles,

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
@@ -64,7 +65,11 @@ DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
 @functools.cache
-def rotate_constants(rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def rotate_constants(
+    rotation_block_size: int,
+    dtype: torch.dtype,
+    swapped: bool = False,
+) -> dict[str, Any]:
     """Compile-time arguments of ``rotate_kernel``, and options of its compiler."""
     tile = ROTATE_TILES[dtype.itemsize]
     return {
@@ -72,6 +77,7 @@ def rotate_constants(rotation_block_size: int, dtype: torch.dtype) -> dict[str, 
         "WIDTH": min(rotation_block_size, ROTATE_WIDTH),
         "BLOCK_R": tile.BLOCK_M,
         "DTYPE": TL_DTYPES[dtype],
+        "SWAPPED": swapped,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -122,8 +128,10 @@ def linear(
 ) -> torch.Tensor:
     """The op ``qamw::linear``, in the way that suits the number of tokens."""
     weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    if len(x) <= gemm_max_tokens(x.device):
+    # Kernels are compiled for biases of the activations' dtype, and for no other while serving.
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    processor = launcher.processor(x.device)
+    if len(x) <= gemm_max_tokens(x.device, x.dtype, weight.index_bits, processor):
         return multiply_packed(x.contiguous(), weight, bias, launcher=launcher)
     return multiply_dequantized(x.contiguous(), weight, bias, launcher=launcher)
 
@@ -135,8 +143,14 @@ def multiply_packed(
     launcher: Launcher = ON_DEVICE,
 ) -> torch.Tensor:
     """:func:`linear` for few tokens: rotate them, multiply with the weight as it is decoded."""
-    rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher)
-    return gemm(rotated, weight, bias, launcher)
+    processor = launcher.processor(x.device)
+    wide = wide_launch.fits(len(x), x.dtype, weight.index_bits, processor)
+    rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher, swapped=wide)
+    if processor is None or not wide:
+        return gemm(rotated, weight, bias, launcher)
+    y = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
+    wide_launch.gemm(rotated, weight, bias, y, processor, launcher)
+    return y
 
 
 def multiply_dequantized(
@@ -216,12 +230,17 @@ def rotate(
     input_scales: torch.Tensor,
     rotation_block_size: int,
     launcher: Launcher = ON_DEVICE,
+    swapped: bool = False,
 ) -> torch.Tensor:
-    """x [M, K] times ``input_scales`` [K], each block transformed: what :func:`gemm` multiplies."""
+    """x [M, K] times ``input_scales`` [K], each block transformed: what :func:`gemm` multiplies.
+
+    Args:
+        swapped: in the order that :mod:`qamw_kernels.ops.gluon.wide_kernels` wants.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    constants = rotate_constants(rotation_block_size, x.dtype)
+    constants = rotate_constants(rotation_block_size, x.dtype, swapped)
     num_blocks = x.numel() // rotation_block_size
     grid = (
         triton.cdiv(num_blocks, constants["BLOCK_R"]),

@@ -76,6 +76,17 @@ def test_rotate(rotation_block_size: int, dtype: torch.dtype) -> None:
         assert_as_good_as_torch(got, of_torch.view_as(x), exact.view_as(x))
 
 
+@pytest.mark.parametrize("rotation_block_size", [16, 64])
+def test_rotate_swaps_inputs(rotation_block_size: int) -> None:
+    """Bits 1 and 2 of an input's number change places with bits 3 and 4."""
+    x, input_scales = random(3, 192), random_weight(1, 192, 6).input_scales
+    plain = launch.rotate(x, input_scales, rotation_block_size)
+    swapped = launch.rotate(x, input_scales, rotation_block_size, swapped=True)
+    inputs = torch.arange(192, device=DEVICE)
+    others = inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
+    assert torch.equal(swapped, plain[:, others])
+
+
 def test_rotate_overflows_only_where_the_result_does() -> None:
     x = torch.zeros(1, 128, dtype=torch.float16, device=DEVICE)
     x[0, 5] = 60000

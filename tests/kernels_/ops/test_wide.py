@@ -1,0 +1,162 @@
+"""The Gluon kernel for 9 to 512 tokens without a GPU.
+
+Its PTX is executed on the CPU, its machine code counted.
+"""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops, registers
+from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from tests.helpers.ptx.launcher import PtxLauncher
+
+needs_wide = pytest.mark.skipif(
+    wide_launch.kernels is None, reason="this Triton lacks what the kernel needs, or interprets"
+)
+PAIRS_PER_THREAD = 128  # of a tile
+
+
+def swap(x: torch.Tensor) -> torch.Tensor:
+    """x [M, K] in the order of the kernel: bits 1 and 2 of the input change places with 3 and 4."""
+    return x.view(len(x), -1, 4, 4, 2).transpose(2, 3).reshape(x.shape)
+
+
+def multiply(
+    num_tokens: int,
+    num_rows: int,
+    num_inputs: int,
+    index_bits: int,
+    dtype: torch.dtype,
+    launcher: PtxLauncher,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y [M, N] of random values, and the exact one in float64."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
+    indices = (order % 2**index_bits).view(num_rows, -1)
+    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
+    weight = TiledWeight(
+        tile_planes(pack_planes(indices, index_bits)),
+        torch.rand(num_rows, generator=generator) + 0.5,
+        torch.ones(num_inputs).half(),
+        quadrant_words(index_bits),
+        64,
+    )
+    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens % 2 else None
+    y = torch.full((num_tokens, num_rows), torch.nan, dtype=dtype)
+    processor = launcher.processor(y.device)
+    wide_launch.gemm(swap(x).contiguous(), weight, bias, y, processor, launcher)
+    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
+    exact = x.double() @ coordinates.T * weight.row_norms.double()
+    return y, exact if bias is None else exact + bias.double()
+
+
+CASES = {
+    # Inputs that end within a tile and within a block; with several programs, some have parts of
+    # two row blocks. One by one, warps run in another order for every seed.
+    "less than a tile": (13, 70, 64, 11, torch.bfloat16, 1, None),
+    "a whole row block and two parts": (16, 300, 1600, 11, torch.bfloat16, 1, None),
+    "warps one by one": (11, 150, 576, 11, torch.bfloat16, 1, 1),
+    "warps one by one, in another order": (11, 150, 576, 11, torch.bfloat16, 1, 2),
+    "33 tokens": (33, 150, 2112, 11, torch.bfloat16, 4, None),
+    "two groups of tokens": (130, 70, 576, 11, torch.bfloat16, 4, None),
+    "the smallest table": (32, 129, 1088, 6, torch.float16, 2, None),
+    "the largest table": (32, 129, 1088, 12, torch.bfloat16, 3, None),
+}
+COMPILED = [(11, 16), (11, 64), (11, 128), (12, 32)]
+ALL = [(bits, tokens) for bits in INDEX_BITS for tokens in wide_launch.TILES]
+
+
+@needs_wide
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_ptx_is_right(
+    case: tuple[int, int, int, int, torch.dtype, int, int | None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    num_tokens, num_rows, num_inputs, index_bits, dtype, multiprocessors, seed = case
+    launcher = PtxLauncher(multiprocessors, seed)
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
+        out = empty(*args, **kwargs)
+        return out.fill_(torch.nan) if out.is_floating_point() else out
+
+    monkeypatch.setattr(torch, "empty", filled)  # shows what is read before it is written
+    y, exact = multiply(num_tokens, num_rows, num_inputs, index_bits, dtype, launcher)
+    step = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
+    # One wrong weight spoils a row, which is one in a hundred at least.
+    assert (y == exact.to(dtype)).double().mean() > 0.99
+    if seed is None:
+        assert launcher.machines[0].look_ups % PAIRS_PER_THREAD == 0 < launcher.machines[0].look_ups
+        assert launcher.machines[0].look_up_conflicts == 1, "lanes of one bank"
+
+
+@needs_wide
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "index_bits, tokens",
+    [*COMPILED, *(pytest.param(*x, marks=pytest.mark.matrix) for x in ALL if x not in COMPILED)],
+)
+def test_main_loop(index_bits: int, tokens: int) -> None:
+    """Every word is loaded and every pair looked up once, for all tokens of a program.
+
+    At most 8.1 instructions per pair; an H200 has time for 9.5 at its memory's speed.
+    """
+    assert wide_launch.kernels is not None
+    constants = wide_launch.constants(index_bits, torch.bfloat16, tokens, SHARED_BYTES[90])
+    compiled = compile_for(90, wide_launch.kernels.wide_gemm_kernel, constants)
+    instructions = disassemble(compiled)
+    assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
+    assert registers(compiled) <= constants["maxnreg"]
+    main = next(body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD)
+    assert main.total() <= 8.1 * PAIRS_PER_THREAD, main
+    loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
+    assert loads == main["LDG.E.128"] == index_bits, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32, main
+    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|STS|STG", opcode)], main
+    programs = wide_launch.programs_per_processor(index_bits, tokens, SHARED_BYTES[90])
+    assert programs * (compiled.metadata.shared + 1024) <= SHARED_BYTES[90] + 1024
+
+
+def test_programs_fit_the_processor() -> None:
+    """Two programs with few tokens share a multiprocessor, except where the table is too large."""
+    shared_memory, some_bits = SHARED_BYTES[90], (8, 11, 12)
+    programs, inputs = {}, {}
+    for tokens in wide_launch.TILES:
+        constants = [
+            wide_launch.constants(bits, torch.float16, tokens, shared_memory) for bits in some_bits
+        ]
+        inputs[tokens] = [chosen["BLOCK_INPUTS"] for chosen in constants]
+        programs[tokens] = [
+            wide_launch.programs_per_processor(bits, tokens, shared_memory) for bits in some_bits
+        ]
+    assert programs == {16: [2, 2, 1], 32: [2, 2, 1], 64: [1, 1, 1], 128: [1, 1, 1]}
+    assert inputs == {
+        16: [512, 512, 512],
+        32: [512, 256, 512],
+        64: [512, 512, 256],
+        128: [256, 256, 128],
+    }
+
+
+@pytest.mark.parametrize("programs", [33, 66, 132, 264])
+@pytest.mark.parametrize("num_rows, num_inputs", [(6144, 4096), (28672, 4096), (4096, 14336)])
+def test_work_is_shared_out(num_rows: int, num_inputs: int, programs: int) -> None:
+    """The busiest program has little more than if all were equally busy.
+
+    Llama-3-8B's layers; on a part of the programs if there are several groups of tokens.
+    """
+    row_blocks, input_tiles = num_rows // wide_launch.ROWS, num_inputs // 512
+    share = wide_launch.share_out(row_blocks, input_tiles, programs)
+    assert share.programs <= programs and share.grain in (1, input_tiles)
+    units = row_blocks * input_tiles
+    busiest = -(-units // share.grain // share.programs) * share.grain
+    assert busiest <= -(-units // programs) + wide_launch.ADDING_UNITS
