@@ -74,9 +74,12 @@ class Machine:
             text = line.split("//")[0].strip()
             if re.match(r"\$\w+:", text):
                 self.labels[text[:-1]] = len(self.code)
-            elif match := re.match(r"(?:@(!?%p\d+)\s+)?([a-z][\w.:]*)\s*(.*?);", text):
-                operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
-                self.code.append((match[1], match[2].split("."), operands))
+            # Inline assembly is a block of several statements in one line.
+            for statement in text.removeprefix("{").split(";")[:-1]:
+                match = re.match(r"(?:@(!?%?\w+)\s+)?([a-z][\w.:]*)\s*(.*)", statement.strip())
+                if match:
+                    operands = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", match[3])
+                    self.code.append((match[1], match[2].split("."), operands))
 
     def run(
         self,
@@ -145,9 +148,12 @@ class Machine:
 
     def _execute(self, opcode: list[str], operands: list[str]) -> None:
         name, kind = opcode[0], opcode[-1]
+        if name in ("bar", "griddepcontrol"):
+            return
         bits = int(re.sub(r"\D", "", kind) or 32)
         target, sources = operands[0], operands[1:]
-        if name == "bar":
+        if "prefetch" in opcode:
+            self._prefetch(target, int(sources[0]))
             return
         if name == "mma":
             self._multiply_matrices(opcode, operands)
@@ -157,6 +163,8 @@ class Machine:
             self._write(target, self._all(int(sources[0])) != 0)
         elif name == "mov":
             self._move(target, sources[0], bits)
+        elif opcode == ["not", "pred"]:
+            self._write(target, ~self.registers[sources[0]])
         elif kind == "pred":
             a, b = (self.registers[source] for source in sources)
             self._write(target, BINARY[name](a, b))
@@ -188,11 +196,18 @@ class Machine:
         if name == "shfl":
             assert opcode[2] == "bfly"
             return a[np.arange(self.threads) ^ int(sources[1])]
+        if name == "not":
+            return ~a
         if name == "neg":
             return ~a + a.dtype.type(1)
         b = self._read(sources[1], bits)
         if name == "mad":
             return a * b + self._read(sources[2], bits)
+        if name == "prmt":
+            both = b.astype(np.uint64) << np.uint64(32) | a.astype(np.uint64)
+            places = self._read(sources[2])[:, None] >> U32([0, 4, 8, 12]) & U32(7)
+            chosen = both.view(np.uint8).reshape(-1, 8)[np.arange(self.threads)[:, None], places]
+            return chosen.copy().view(U32)[:, 0]
         if name == "bfe":
             return (a >> b) & ((U32(1) << self._read(sources[2])) - U32(1))
         if name == "shf":
@@ -266,6 +281,13 @@ class Machine:
         else:
             values = np.stack([self._read(register, bits) for register in registers], 1)
             buffer[bytes_at] = np.ascontiguousarray(values[self.mask]).view(np.uint8)
+
+    def _prefetch(self, place: str, size: int) -> None:
+        """Nothing is done, but what is not there must not be asked for."""
+        for address in self.registers[place[1:-1]][self.mask].tolist():
+            start, buffer = self._buffer(address)
+            assert not address % 16 and not size % 16, f"prefetch at {address:#x}: misaligned"
+            assert address + size <= start + len(buffer), "prefetch past the end of a buffer"
 
     def _note_look_up(self, address: Array, load: bool, size: int) -> None:
         """Count an access to shared memory that is a look-up in the table, and its conflicts."""

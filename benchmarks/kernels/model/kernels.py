@@ -58,11 +58,16 @@ def _pointer(instruction: Instruction) -> tuple[str, int]:
     return found[1], int(found[2] or "0", 16)
 
 
-def _requests_of_loop(body: Iterable[Instruction], parts: int) -> list[Request]:
+def _requests_of_loop(
+    body: Iterable[Instruction], parts: int, ahead: int
+) -> list[Request]:
     """Of every instruction of a loop that decodes.
 
     Index words and activations are told apart by their pointers: of the words, all offsets are
     multiples of a stride.
+
+    Args:
+        ahead: turns between a prefetch and the use of the tile.
     """
     body = list(body)
     offsets: dict[str, list[int]] = collections.defaultdict(list)
@@ -75,7 +80,7 @@ def _requests_of_loop(body: Iterable[Instruction], parts: int) -> list[Request]:
     found = []
     for x in body:
         if x.name == "UBLKPF":
-            found.append(Request(Source.WORDS, ahead=1))
+            found.append(Request(Source.WORDS, ahead=ahead))
         elif x.name != "LDG":
             found.append(NOTHING)
         elif _pointer(x)[0] in words:
@@ -117,14 +122,16 @@ def _decode_requests(listing: Listing, parts: int) -> list[Request]:
     # Prefetched row norms are in L2 when they are loaded; the quadrant is, from the layer before.
     early = any(x.name == "CCTL" for x in listing.code)
     norms = Request(Source.L2 if early else Source.HBM, 64)
+    ahead = 0
     for i, x in enumerate(listing.code):
-        if x.name == "UBLKPF":
-            requests[i] = Request(Source.WORDS, ahead=1)
+        if x.name == "UBLKPF" and i < decoding[0].first:
+            ahead += 1  # before the loop, one prefetch for every turn up to this distance
+            requests[i] = Request(Source.WORDS, ahead=ahead)
         elif x.name == "LDG":
             requests[i] = Request(Source.L2, 32) if i < decoding[0].first else norms
     for loop in decoding:
         body = listing.code[loop.first : loop.last + 1]
-        requests[loop.first : loop.last + 1] = _requests_of_loop(body, parts)
+        requests[loop.first : loop.last + 1] = _requests_of_loop(body, parts, ahead)
     return requests
 
 
@@ -162,7 +169,7 @@ def decode_launch(
             if loop in (tiles, rest):
                 tile = first_tile + n * share + (whole if loop == rest else 0)
                 turn += step.first == loop.first
-            found.append(BlockStep(blocks.number(step), tile if tile < input_tiles else -1, turn))
+            found.append(BlockStep(blocks.number(step), 1024 * tile if tile < input_tiles else -1, turn))
         return tuple(found)
 
     programs = []
@@ -186,15 +193,88 @@ def decode_launch(
 def rotate_launch(
     num_inputs: int, num_tokens: int, rotation_block_size: int, machine: Machine
 ) -> Launch:
-    """The rotation: activations are in L2, and every other load is of the layer's scales."""
+    """The rotation: activations are in L2; the later half of its loads is of the layer's scales."""
     constants = triton_launch.rotate_constants(rotation_block_size, torch.bfloat16)
     listing = rotate_listing(rotation_block_size)
     requests = [NOTHING] * len(listing.code)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]
     for n, i in enumerate(loads):
-        requests[i] = Request(Source.HBM, 64) if n % 2 else Request(Source.L2, 64)
+        requests[i] = Request(Source.HBM, 256) if 2 * n >= len(loads) else Request(Source.L2, 256)
     blocks = _Blocks(listing, requests, machine)
     steps = tuple(BlockStep(blocks.number(s), 0, -1) for s in walk(listing, lambda *_: 1))
     rows = -(-num_tokens * num_inputs // rotation_block_size)
     grid = -(-rows // constants["BLOCK_R"]) * (rotation_block_size // constants["WIDTH"])
     return Launch(blocks.blocks, [(0, [steps] * constants["num_warps"])] * grid, 8)
+
+
+def narrow_launch(
+    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine, listing, warps=16, slots=8
+) -> Launch:
+    """The kernel for few tokens: half a tile for every warp, one program on a multiprocessor."""
+    row_tiles, input_tiles = -(-num_rows // 16), -(-num_inputs // 512)
+    slices = -(-input_tiles // (warps // 2))
+    batch = slots // slices
+    run = -(-row_tiles // MULTIPROCESSORS)
+    columns = -(-row_tiles // run)
+    decoding = next(
+        x
+        for x in reversed(listing.loops)
+        if listing.count(x, lambda i: i.name == "HMMA") == 16
+    )
+    batches, sliced = [x for x in listing.loops if x.holds(decoding)]
+    requests, ahead, chunk = [NOTHING] * len(listing.code), 0, 0
+    for i, x in enumerate(listing.code):
+        if x.name == "UBLKPF":
+            ahead += i < batches.first
+            requests[i] = Request(Source.WORDS, ahead=ahead)
+        elif x.name == "LDG" and PAST_L1.search(x.opcode):
+            requests[i] = Request(Source.WORDS, 512, bypass=True)
+        elif x.name == "LDG" and ".128" in x.opcode:
+            if i < batches.first or slices > 1:
+                requests[i] = Request(Source.TOKENS, chunk=chunk % 8)
+            chunk += 1
+        elif x.name == "LDG" and i < batches.first:
+            requests[i] = Request(Source.L2, 32)
+        elif x.name == "LDG":
+            requests[i] = Request(Source.L2, 64)
+    assert chunk == 16, chunk
+    # Words that the loop loads for its next turn, and those of the first turn before it.
+    carried = any(r.source == Source.WORDS and r.bypass for r in requests[sliced.first : decoding.first])
+    if any(r.source == Source.WORDS and r.bypass for r in requests[: decoding.first]):
+        for i, r in enumerate(requests):
+            if r.source == Source.WORDS and r.bypass:
+                requests[i] = r._replace(ahead=1)
+    blocks = _Blocks(listing, requests, machine)
+
+    @functools.cache
+    def steps(warp: int, own: int) -> tuple[BlockStep, ...]:
+        sizes = [min(batch, own - first) for first in range(0, own, batch)]
+
+        def trips(loop: Loop, turns: Any) -> int:
+            if loop == batches:
+                return len(sizes)
+            size = sizes[turns[0][1]] if turns and turns[0][0] == batches else 0
+            if loop == sliced:
+                return slices
+            if loop == decoding:
+                return size
+            if loop.first > sliced.last:  # writing
+                inner = any(x.holds(loop) for x in listing.loops if x.first > sliced.last)
+                return slices if inner else -(-size * 128 // (32 * warps))
+            return 1
+
+        found, turn = [], -1
+        for step in walk(listing, trips):
+            where = dict(step.turns)
+            s = where.get(sliced, 0)
+            if decoding in where and step.first == decoding.first:
+                turn += 1
+            tile = s * (warps // 2) + warp // 2
+            found.append(BlockStep(blocks.number(step), 1024 * tile + 512 * (warp % 2) if tile < input_tiles else -1, turn))
+        return tuple(found)
+
+    programs = [
+        (0, [steps(w, min(run, row_tiles - x * run)) for w in range(warps)])
+        for x in range(columns)
+    ]
+    return Launch(blocks.blocks, programs, 1, tokens=num_tokens, row_bytes=2 * num_inputs, tile_bytes=index_bits * 256)

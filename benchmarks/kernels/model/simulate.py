@@ -17,12 +17,12 @@ class BlockStep(NamedTuple):
     """A warp executes a block.
 
     Attributes:
-        tile: along the inputs, that its loads are of; -1: none, the loads are masked out.
+        offset: bytes, of the activations that its loads are of; -1: they are masked out.
         turn: of the main loop that the warp is in, or was in last; -1 before the first.
     """
 
     block: int
-    tile: int
+    offset: int
     turn: int
 
 

@@ -40,8 +40,11 @@ bool Launch::read() {
   for (Path& path : paths_) {
     numbers(path.turns, size);
     path.steps.resize(size);
-    for (Step& s : path.steps)
-      if (!numbers(s.block, s.tile, s.turn)) return false;
+    path.wanted.assign(path.turns, false);
+    for (Step& s : path.steps) {
+      if (!numbers(s.block, s.offset, s.turn)) return false;
+      if (s.turn >= 0 && s.offset >= 0) path.wanted[s.turn] = true;
+    }
   }
   programs_.resize(programs);
   for (Program& program : programs_) {
@@ -193,7 +196,7 @@ void Launch::issue(Multiprocessor& sm, Scheduler& s, Warp& w, int slot) {
     case FMA: pipe(s.fma); break;
     case HMMA: pipe(s.tensor); break;
     case SHARED: case GLOBAL: case STORE: case COPY: {
-      const int cycles = i.source == TOKENS && step.tile < 0 ? 1 : i.pipe;
+      const int cycles = i.source == TOKENS && step.offset < 0 ? 1 : i.pipe;
       sm.lsu = std::max(sm.lsu, t) + cycles;
       lsu_busy_ += cycles;
       s.issue = t + 2;
@@ -254,7 +257,8 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
                     Time t) {
   if (i.unit == PREFETCH) {
     const int turn = step.turn + i.ahead;
-    if (turn < w.path->turns) w.prefetched[turn] = from_hbm(p_.tile_bytes, t);
+    if (turn < w.path->turns && w.path->wanted[turn])
+      w.prefetched[turn] = from_hbm(p_.tile_bytes, t);
     return t;
   }
   if (i.unit == BULK_COPY) {
@@ -278,7 +282,7 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
 
 Time Launch::words(Multiprocessor& sm, Warp& w, const Instruction& i, const Step& step, Time t) {
   const int turn = step.turn + i.ahead;
-  if (step.tile < 0 || turn >= w.path->turns) return t + p_.l1_latency;  // masked out
+  if (turn >= w.path->turns || (turn >= 0 && !w.path->wanted[turn])) return t + p_.l1_latency;
   // Later blocks of tokens find a weight that L2 holds.
   const bool kept = p_.resident && programs_[w.program].first_token > 0;
   Time arrival = turn >= 0 ? w.prefetched[turn] : 0;
@@ -294,14 +298,14 @@ Time Launch::words(Multiprocessor& sm, Warp& w, const Instruction& i, const Step
 Time Launch::activations(Multiprocessor& sm, const Warp& w, const Instruction& i, const Step& step,
                          Time t) {
   Time done = t + p_.l1_latency;
-  if (step.tile < 0) return done;
+  if (step.offset < 0) return done;
   int before = -1;
   for (int k = 0; k < 8; k++) {
     const int token = std::min(programs_[w.program].first_token + 8 * i.part + k, p_.tokens - 1);
     if (token == before) break;  // tokens past the end are the last one again
     before = token;
     const uint64_t address =
-        static_cast<uint64_t>(token) * p_.row_bytes + step.tile * 1024 + i.chunk * 64;
+        static_cast<uint64_t>(token) * p_.row_bytes + step.offset + i.chunk * 64;
     Time& arrival = sm.l1.line(address / 128).arrival[address / 64 % 2];
     l1_requests_++;
     if (arrival < 0) {

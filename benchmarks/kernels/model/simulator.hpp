@@ -26,8 +26,12 @@ struct Instruction {
   int bypass;         // 1: takes no room in L1
 };
 using Block = std::vector<Instruction>;
-struct Step { int block, tile, turn; };  // tile: along the inputs, -1: none
-struct Path { std::vector<Step> steps; int turns; };
+struct Step { int block, offset, turn; };  // offset: of activations in a row, -1: none
+struct Path {
+  std::vector<Step> steps;
+  int turns;
+  std::vector<bool> wanted;  // by turn: whether its words are not masked out
+};
 
 struct Parameters {
   double hbm, l2, link;  // bytes per cycle

@@ -21,10 +21,12 @@ class Processor:
     Attributes:
         multiprocessors: of the GPU.
         shared_memory: bytes that one program may have.
+        compute_capability: CUDA's, such as 90.
     """
 
     multiprocessors: int
     shared_memory: int
+    compute_capability: int
 
 
 class Launcher(Protocol):
@@ -76,4 +78,7 @@ def _current(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
 @functools.cache
 def _processor(index: int) -> Processor:
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return Processor(properties["multiprocessor_count"], properties["max_shared_mem"])
+    major, minor = torch.cuda.get_device_capability(index)
+    return Processor(
+        properties["multiprocessor_count"], properties["max_shared_mem"], 10 * major + minor
+    )

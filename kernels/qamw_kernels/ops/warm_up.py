@@ -8,6 +8,7 @@ import torch
 
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import narrow_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
@@ -78,7 +79,8 @@ def warm_up(
     """
     warmer = _Warmer(dtype, device, launcher)
     skinny_and_wide = (launch.SKINNY_MAX_TOKENS, launch.SKINNY_MAX_TOKENS + 1)
-    few = sorted({8 * parts for parts in gluon_launch.PARTS} | set(skinny_and_wide))
+    parts = {8 * parts for parts in gluon_launch.PARTS}
+    few = sorted({narrow_launch.MAX_TOKENS, *parts, *skinny_and_wide})
     least = min(rotation_block_sizes)
     # One after the other, and first: all jobs below need these rotations.
     for size in rotation_block_sizes:

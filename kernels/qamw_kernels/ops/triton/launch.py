@@ -13,6 +13,7 @@ import triton.language as tl
 
 from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import narrow_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
@@ -64,14 +65,21 @@ DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
 @functools.cache
-def rotate_constants(rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments of ``rotate_kernel``, and options of its compiler."""
+def rotate_constants(
+    rotation_block_size: int, dtype: torch.dtype, early: bool = False
+) -> dict[str, Any]:
+    """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
+
+    Args:
+        early: whether the next kernel may begin before this one is complete.
+    """
     tile = ROTATE_TILES[dtype.itemsize]
     return {
         "B": rotation_block_size,
         "WIDTH": min(rotation_block_size, ROTATE_WIDTH),
         "BLOCK_R": tile.BLOCK_M,
         "DTYPE": TL_DTYPES[dtype],
+        "EARLY": early,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -221,7 +229,9 @@ def rotate(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    constants = rotate_constants(rotation_block_size, x.dtype)
+    processor = launcher.processor(x.device)
+    early = processor is not None and narrow_launch.dependent(processor)
+    constants = rotate_constants(rotation_block_size, x.dtype, early)
     num_blocks = x.numel() // rotation_block_size
     grid = (
         triton.cdiv(num_blocks, constants["BLOCK_R"]),
@@ -254,6 +264,12 @@ def gemm(
     if num_tokens == 0:
         return y
     processor = launcher.processor(rotated.device)
+    narrow = narrow_launch.fits(
+        num_tokens, num_inputs, rotated.dtype, weight.index_bits, processor
+    )
+    if processor is not None and narrow:
+        narrow_launch.gemm(rotated, weight, bias, y, processor, launcher)
+        return y
     if processor is not None and gluon_launch.fits(rotated.dtype, weight.index_bits, processor):
         gluon_launch.gemm(rotated, weight, bias, y, processor, launcher)
         return y
