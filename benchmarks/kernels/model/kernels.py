@@ -230,8 +230,8 @@ def narrow_launch(
         elif x.name == "LDG" and PAST_L1.search(x.opcode):
             requests[i] = Request(Source.WORDS, 512, bypass=True)
         elif x.name == "LDG" and ".128" in x.opcode:
-            if i < batches.first or slices > 1:
-                requests[i] = Request(Source.TOKENS, chunk=chunk % 8)
+            # In the loop those of the next slice, in the last turn of this one.
+            requests[i] = Request(Source.TOKENS, chunk=chunk % 8)
             chunk += 1
         elif x.name == "LDG" and i < batches.first:
             requests[i] = Request(Source.L2, 32)
@@ -263,14 +263,21 @@ def narrow_launch(
                 return slices if inner else -(-size * 128 // (32 * warps))
             return 1
 
+        def offset(s: int) -> int:
+            tile = s * (warps // 2) + warp // 2
+            return 1024 * tile + 512 * (warp % 2) if tile < input_tiles else -1
+
         found, turn = [], -1
         for step in walk(listing, trips):
             where = dict(step.turns)
             s = where.get(sliced, 0)
-            if decoding in where and step.first == decoding.first:
-                turn += 1
-            tile = s * (warps // 2) + warp // 2
-            found.append(BlockStep(blocks.number(step), 1024 * tile + 512 * (warp % 2) if tile < input_tiles else -1, turn))
+            at = offset(s)
+            if decoding in where:
+                turn += step.first == decoding.first
+                if any(requests[i].source == Source.TOKENS for i in range(step.first, step.last)):
+                    renews = slices > 1 and where[decoding] == sizes[where[batches]] - 1
+                    at = offset((s + 1) % slices) if renews else -1
+            found.append(BlockStep(blocks.number(step), at, turn))
         return tuple(found)
 
     programs = [

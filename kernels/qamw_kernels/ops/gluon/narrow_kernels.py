@@ -69,14 +69,19 @@ def load_half(
 
 
 @gluon.jit
-def load_x(p_token, s, warp, K, WARPS: gl.constexpr):
-    """The activations of half a tile of a slice; those past the end are zeros."""
+def half_tile(p_token, s, warp, K, WARPS: gl.constexpr):
+    """Where the activations of half a tile of a slice are, and how many chunks of them exist."""
     first = (s * WARPS + warp) * CHUNKS
-    x = ()
+    return p_token + first * 16, K // 32 - first
+
+
+@gluon.jit
+def zero_rest(x, chunks):
+    """The activations x of half a tile, of which only the first ``chunks`` exist."""
+    kept = ()
     for chunk in gl.static_range(CHUNKS):
-        m_chunk = first + chunk < K // 32
-        x = x + (gl.load(p_token + (first + chunk) * 16, mask=m_chunk, other=0),)
-    return x
+        kept = kept + (gl.where(chunk < chunks, x[chunk], 0),)
+    return kept
 
 
 @gluon.jit
@@ -217,13 +222,17 @@ def narrow_gemm_kernel(
     token = gl.minimum(lane // 4, M - 1)
     p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
     row, row_s, row_first = begin, 0, begin
-    x = load_x(p_token, 0, warp, K, WARPS)
+    p_half, chunks = half_tile(p_token, 0, warp, K, WARPS)
+    x = ()
+    for chunk in gl.static_range(CHUNKS):
+        x = x + (gl.load(p_half + chunk * 16, mask=chunk < chunks, other=0),)
     raw = load_half(p_lane, begin, 0, warp, input_tiles, INDEX_BITS, WARPS)
     for first in range(begin, end, batch):
         stop = gl.minimum(first + batch, end)
         for s in range(slices):
             if slices > 1:
-                x = load_x(p_token, s, warp, K, WARPS)
+                p_half, chunks = half_tile(p_token, s, warp, K, WARPS)
+                x = zero_rest(x, chunks)
             for row_tile in range(first, stop):
                 if AHEAD:
                     prefetch_turn(p_tiles, ahead, ahead_s, end, input_tiles, INDEX_BITS, WARPS)
@@ -234,6 +243,9 @@ def narrow_gemm_kernel(
                 words = align(raw, half, ENTRY_BITS)
                 signs = raw[(ENTRY_BITS + 1) // 2]
                 acc = (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
+                p_half, chunks = half_tile(p_token, row_s, warp, K, WARPS)
+                chunks = gl.where(row_s != s, chunks, 0)
+                renewed = ()
                 for chunk in gl.static_range(CHUNKS):
                     if chunk == LOAD_AT:
                         following = gl.minimum(row, end - 1)
@@ -243,6 +255,10 @@ def narrow_gemm_kernel(
                     acc = multiply_chunk(
                         acc, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
                     )
+                    # the next slice's, as soon as these are not needed any more
+                    m_chunk = chunk < chunks
+                    renewed = renewed + (gl.load(p_half + chunk * 16, mask=m_chunk, other=x[chunk]),)
+                x = renewed
                 slots.index((row_tile - first) * slices + s).store(acc[0])
         gl.barrier()
         write_sums(
