@@ -154,8 +154,7 @@ class Machine:
         target, sources = operands[0], operands[1:]
         if "prefetch" in opcode:
             self._prefetch(target, int(sources[0]))
-            return
-        if name == "mma":
+        elif name == "mma":
             self._multiply_matrices(opcode, operands)
         elif name in ("ld", "st"):
             self._access(opcode, operands, bits)
@@ -163,11 +162,9 @@ class Machine:
             self._write(target, self._all(int(sources[0])) != 0)
         elif name == "mov":
             self._move(target, sources[0], bits)
-        elif opcode == ["not", "pred"]:
-            self._write(target, ~self.registers[sources[0]])
         elif kind == "pred":
-            a, b = (self.registers[source] for source in sources)
-            self._write(target, BINARY[name](a, b))
+            values = [self.registers[source] for source in sources]
+            self._write(target, ~values[0] if name == "not" else BINARY[name](*values))
         elif name == "selp":
             a, b = (self._read(source, bits) for source in sources[:2])
             self._write(target, np.where(self.registers[sources[2]], a, b))

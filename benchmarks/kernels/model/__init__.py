@@ -1,4 +1,4 @@
-"""What a model of an H100 and an H200 says of the kernels' speed. Needs no GPU; nothing is measured.
+"""What a model of an H100 and an H200 says of the kernels' speed. Nothing is measured.
 
 ``make kernels-model`` compiles the kernels, takes their machine code apart, and replays it: every
 warp of every program of a launch, with the stall counts and scoreboards that the assembler wrote
@@ -11,7 +11,8 @@ and numba is not among this project's packages. Everything else is Python:
     trace         what an instruction costs, and what of memory it asks for
     paths         which instructions a warp executes, given how often it goes round each loop
     simulate      a launch as a job for simulator.cpp
-    kernels       launches of this project's kernels
-    references    kernels whose speed is published, as a test of the model
+    blocks        what launches have in common
+    narrow, decode, rotation
+                  launches of this project's kernels
     report        tables
 """

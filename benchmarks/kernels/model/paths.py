@@ -5,20 +5,19 @@ from typing import NamedTuple
 
 from benchmarks.kernels.model.listing import Listing, Loop
 
+Turns = tuple[tuple[Loop, int], ...]
+"""The loops that something is in, outermost first, and the turns of them."""
+
 
 class Step(NamedTuple):
-    """A stretch of code that a warp executes from its first to its last instruction.
-
-    Attributes:
-        turns: (loop, turn) of the loops that it is in, outermost first.
-    """
+    """A stretch of code that a warp executes from its first to its last instruction."""
 
     first: int
     last: int
-    turns: tuple[tuple[Loop, int], ...]
+    turns: Turns
 
 
-Trips = Callable[[Loop, tuple[tuple[Loop, int], ...]], int]
+Trips = Callable[[Loop, Turns], int]
 """How often a warp goes round a loop, given the turns of those that this one is in."""
 
 
@@ -26,7 +25,7 @@ def walk(
     listing: Listing,
     trips: Trips,
     loop: Loop | None = None,
-    turns: tuple[tuple[Loop, int], ...] = (),
+    turns: Turns = (),
 ) -> Iterator[Step]:
     """The steps of a warp. Branches forwards are not taken, except around a loop of no trips."""
     at = loop.first if loop else 0

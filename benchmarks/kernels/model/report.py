@@ -2,15 +2,22 @@
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 
 from benchmarks.kernels.model.assumptions import GPUS, TYPICAL, Gpu, Machine, bf16_seconds
-from benchmarks.kernels.model.kernels import decode_launch, rotate_launch
-from benchmarks.kernels.model.simulate import Outcome, simulate
+from benchmarks.kernels.model.blocks import PROCESSOR
+from benchmarks.kernels.model.decode import decode_launch
+from benchmarks.kernels.model.narrow import narrow_launch
+from benchmarks.kernels.model.rotation import rotate_launch
+from benchmarks.kernels.model.simulate import Launch, Outcome, simulate
+from qamw_kernels.ops.gluon import narrow_launch as narrow
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SHAPES = {  # of Llama-3-8B: rows, inputs
@@ -35,19 +42,37 @@ its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s.
 
 
 @functools.cache
-def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine) -> Outcome:
-    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine)
-    return simulate(launch, gpu, machine)
+def _rotation(num_inputs: int, num_tokens: int, early: bool, gpu: Gpu, machine: Machine) -> float:
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, early, machine)
+    return simulate(launch, gpu, machine).seconds
+
+
+def _narrow(num_inputs: int, num_tokens: int, index_bits: int) -> bool:
+    return narrow.fits(num_tokens, num_inputs, torch.bfloat16, index_bits, PROCESSOR)
+
+
+def packed_launch(
+    shape: tuple[int, int], num_tokens: int, index_bits: int, machine: Machine
+) -> Launch:
+    """The launch of the kernel that multiplies so many tokens."""
+    fits = _narrow(shape[1], num_tokens, index_bits)
+    make = narrow_launch if fits else decode_launch
+    return make(*shape, num_tokens, index_bits, machine)
 
 
 def packed_seconds(
     shape: tuple[int, int], num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine
 ) -> tuple[float, Outcome]:
     """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
-    rotation = _rotation(shape[1], num_tokens, gpu, machine)
-    launch = decode_launch(*shape, num_tokens, index_bits, machine)
+    launch = packed_launch(shape, num_tokens, index_bits, machine)
+    dependent = _narrow(shape[1], num_tokens, index_bits)
+    rotation = _rotation(shape[1], num_tokens, dependent, gpu, machine)
+    if dependent:
+        launch.ready = rotation + machine.dependent_end - machine.dependent_start
+        product = simulate(launch, gpu, machine)
+        return machine.launch_gap + machine.dependent_start + product.seconds, product
     product = simulate(launch, gpu, machine)
-    return 2 * machine.launch_gap + rotation.seconds + product.seconds, product
+    return 2 * machine.launch_gap + rotation + product.seconds, product
 
 
 def decoded_seconds(
@@ -85,14 +110,25 @@ def speed_up(rows: Iterable[dict[str, Any]]) -> float:
     return float(sum(r["bf16_us"] for r in rows) / sum(r["us"] for r in rows))
 
 
-def rows() -> Iterator[dict[str, Any]]:
-    """Figures of every product."""
-    for gpu in GPUS:
-        for bits in RATES:
-            for tokens in TOKENS:
-                layer = [row(name, tokens, bits, gpu) for name in SHAPES]
-                print(f"{gpu.name}, b = {bits}, M = {tokens}: {speed_up(layer):.2f}x", flush=True)
-                yield from layer
+def rows() -> list[dict[str, Any]]:
+    """Figures of every product; the simulator runs once for each core at a time."""
+    keys = [
+        (name, tokens, bits, gpu)
+        for tokens in TOKENS
+        for gpu in GPUS
+        for bits in RATES
+        for name in SHAPES
+    ]
+    # Everything is compiled before, by one thread: Triton's compiler is not made for more.
+    for name, tokens, bits, _ in keys:
+        if tokens <= PACKED_MAX_TOKENS:
+            packed_launch(SHAPES[name], tokens, bits, TYPICAL)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = []
+        for made in pool.map(lambda key: row(*key), keys):
+            print(made, flush=True)
+            found.append(made)
+    return found
 
 
 def markdown(found: list[dict[str, Any]]) -> str:
@@ -119,7 +155,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    found = list(rows())
+    found = rows()
     data = {"triton": triton.__version__, "modelled": True, "rows": found}
     text = json.dumps(data).replace('{"gpu"', '\n{"gpu"')
     (RESULTS / "model.json").write_text(text + "\n")

@@ -43,12 +43,12 @@ Classify = Callable[[Instruction], Request]
 """What of global memory an instruction asks for; only kernels know."""
 
 NOTHING = Request(Source.NOWHERE)
+INTEGER = re.compile(
+    "LOP3|SHF|ISETP|SEL|VIMNMX|VIADDMNMX|PRMT|IADD3|LEA|SGXT|PLOP3|VIADD|FSETP|FMNMX|F2FP|POPC|I2FP?"
+    "|MOV"
+)
+"""What the integer unit executes: half a warp a cycle."""
 UNITS = {
-    **dict.fromkeys(
-        "LOP3 SHF ISETP SEL VIMNMX VIADDMNMX PRMT IADD3 LEA SGXT PLOP3 VIADD FSETP FMNMX F2FP POPC "
-        "I2F I2FP MOV".split(),
-        Unit.ALU,
-    ),
     **dict.fromkeys(("LDS", "LDSM", "STS", "STSM", "SHFL"), Unit.SHARED),
     **dict.fromkeys(("STG", "RED"), Unit.STORE),
     "IMAD": Unit.FMA,
@@ -100,6 +100,8 @@ def unit_of(instruction: Instruction) -> Unit:
         return Unit.COPY_WAIT
     if instruction.opcode.startswith("SYNCS.PHASECHK"):
         return Unit.BULK_WAIT
+    if INTEGER.fullmatch(instruction.name):
+        return Unit.ALU
     return UNITS.get(instruction.name, Unit.OTHER)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
 from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.ops.gluon import launch, narrow_launch
@@ -70,7 +70,11 @@ def run_on_cpu(
 )
 @pytest.mark.parametrize(
     "target, index_bits, dtype",
-    [*((90, b, torch.bfloat16) for b in INDEX_BITS), (90, 11, torch.float16), (80, 11, torch.bfloat16)],
+    [
+        *((90, b, torch.bfloat16) for b in INDEX_BITS),
+        (90, 11, torch.float16),
+        (80, 11, torch.bfloat16),
+    ],
     ids=str,
 )
 def test_ptx_is_right(

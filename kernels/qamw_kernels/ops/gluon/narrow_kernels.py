@@ -17,7 +17,6 @@ from triton.language.extra.cuda import gdc_wait
 from qamw_kernels.ops.gluon.kernels import load_quadrant, multiply_chunk
 
 CHUNKS = gl.constexpr(8)  # of half a tile
-LOAD_AT = gl.constexpr(4)
 
 
 @gluon.constexpr_function
@@ -47,20 +46,24 @@ def prefetch_turn(
 
 
 @gluon.jit
-def load_half(
-    p_lane, row_tile, s, warp, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr
-):
+def words_of(p_lane, row_tile, s, warp, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Word 0 of the tile of which each warp has a half; p_lane: of the first tile.
+
+    Tiles past the end are read as the last one: their activations are zeros.
+    """
+    tile = gl.minimum(s * (WARPS // 2) + warp // 2, input_tiles - 1)
+    return p_lane + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+
+
+@gluon.jit
+def load_half(p_words, half, INDEX_BITS: gl.constexpr):
     """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
 
-    They are read once, and take no room in L1 (.cg). Tiles past the end are read as the last one:
-    their activations are zeros.
+    They are read once, and take no room in L1 (.cg).
 
-    p_lane: at word 0 of the first tile.
+    p_words: at word 0 of the tile.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    half = warp % 2
-    tile = gl.minimum(s * (WARPS // 2) + warp // 2, input_tiles - 1)
-    p_words = p_lane + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
     p_half = p_words + half * (ENTRY_BITS // 2 * 128)
     words = ()
     for j in gl.static_range((ENTRY_BITS + 1) // 2):
@@ -103,6 +106,45 @@ def align(words, half, ENTRY_BITS: gl.constexpr):
             )
             aligned = aligned + (word,)
     return aligned
+
+
+@gluon.jit
+def multiply_half(
+    acc,
+    table,
+    raw,
+    x,
+    p_words,
+    p_half,
+    new_chunks,
+    lane4,
+    half,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """acc + half a tile per warp times its activations.
+
+    raw, x: words and activations of this turn.
+    p_words: at word 0 of the next turn's tile.
+    p_half: at the next turn's activations, of which ``new_chunks`` are to be loaded.
+
+    Returns acc, and words and activations of the next turn, which are loaded as soon as these are
+    not needed any more.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    words = align(raw, half, ENTRY_BITS)
+    signs = raw[(ENTRY_BITS + 1) // 2]
+    sums, renewed = (acc,), ()
+    for chunk in gl.static_range(CHUNKS):
+        if chunk == CHUNKS // 2:
+            raw = load_half(p_words, half, INDEX_BITS)
+        sums = multiply_chunk(
+            sums, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
+        )
+        m_chunk = chunk < new_chunks
+        renewed = renewed + (gl.load(p_half + chunk * 16, mask=m_chunk, other=x[chunk]),)
+    return sums[0], raw, renewed
 
 
 @gluon.jit
@@ -187,7 +229,6 @@ def narrow_gemm_kernel(
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    TILE: gl.constexpr = INDEX_BITS * 128
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
@@ -203,7 +244,6 @@ def narrow_gemm_kernel(
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
     half = warp % 2
-    thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
@@ -226,7 +266,8 @@ def narrow_gemm_kernel(
     x = ()
     for chunk in gl.static_range(CHUNKS):
         x = x + (gl.load(p_half + chunk * 16, mask=chunk < chunks, other=0),)
-    raw = load_half(p_lane, begin, 0, warp, input_tiles, INDEX_BITS, WARPS)
+    p_words = words_of(p_lane, begin, 0, warp, input_tiles, INDEX_BITS, WARPS)
+    raw = load_half(p_words, half, INDEX_BITS)
     for first in range(begin, end, batch):
         stop = gl.minimum(first + batch, end)
         for s in range(slices):
@@ -240,28 +281,38 @@ def narrow_gemm_kernel(
                         ahead, ahead_s, ahead_first, batch, slices, end
                     )
                 row, row_s, row_first = next_turn(row, row_s, row_first, batch, slices, end)
-                words = align(raw, half, ENTRY_BITS)
-                signs = raw[(ENTRY_BITS + 1) // 2]
-                acc = (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
                 p_half, chunks = half_tile(p_token, row_s, warp, K, WARPS)
-                chunks = gl.where(row_s != s, chunks, 0)
-                renewed = ()
-                for chunk in gl.static_range(CHUNKS):
-                    if chunk == LOAD_AT:
-                        following = gl.minimum(row, end - 1)
-                        raw = load_half(
-                            p_lane, following, row_s, warp, input_tiles, INDEX_BITS, WARPS
-                        )
-                    acc = multiply_chunk(
-                        acc, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
-                    )
-                    # the next slice's, as soon as these are not needed any more
-                    m_chunk = chunk < chunks
-                    renewed = renewed + (gl.load(p_half + chunk * 16, mask=m_chunk, other=x[chunk]),)
-                x = renewed
-                slots.index((row_tile - first) * slices + s).store(acc[0])
+                p_words = words_of(
+                    p_lane, gl.minimum(row, end - 1), row_s, warp, input_tiles, INDEX_BITS, WARPS
+                )
+                acc, raw, x = multiply_half(
+                    gl.zeros([WARPS, 16, 8], gl.float32, MMA),
+                    table,
+                    raw,
+                    x,
+                    p_words,
+                    p_half,
+                    gl.where(row_s != s, chunks, 0),
+                    lane4,
+                    half,
+                    INDEX_BITS,
+                    DTYPE,
+                    WARPS,
+                )
+                slots.index((row_tile - first) * slices + s).store(acc)
         gl.barrier()
         write_sums(
-            flat, stop - first, slices, first, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE, WARPS
+            flat,
+            stop - first,
+            slices,
+            first,
+            p_row_norms,
+            p_bias,
+            p_y,
+            M,
+            N,
+            has_bias,
+            DTYPE,
+            WARPS,
         )
         gl.barrier()

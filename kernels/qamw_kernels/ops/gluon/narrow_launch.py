@@ -12,10 +12,10 @@ from qamw_kernels.ops.launcher import Launcher, Processor
 from qamw_kernels.ops.tiling import TILE_INPUTS
 from qamw_kernels.ops.weight import TiledWeight
 
+narrow_gemm_kernel: Any = None
+"""The kernel, where the installed Triton can compile it."""
 if launch.kernels is not None:
     from qamw_kernels.ops.gluon.narrow_kernels import narrow_gemm_kernel
-else:
-    narrow_gemm_kernel = None
 
 MAX_TOKENS = 8
 WARP_BASES = ((128,), (256,), (512,), (1024,))
@@ -41,7 +41,7 @@ def slices(num_input_tiles: int) -> int:
 
 
 def dependent(processor: Processor) -> bool:
-    """Whether the kernel begins before the rotation is complete: a programmatic dependent launch."""
+    """Whether the kernel begins before the rotation is complete (a dependent launch)."""
     return processor.compute_capability >= 90
 
 
@@ -71,7 +71,11 @@ def fits(
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply so many tokens with so many inputs on a processor."""
-    if num_tokens > MAX_TOKENS or processor is None or not launch.fits(dtype, index_bits, processor):
+    if (
+        num_tokens > MAX_TOKENS
+        or processor is None
+        or not launch.fits(dtype, index_bits, processor)
+    ):
         return False
     needed = slices(triton.cdiv(num_inputs, TILE_INPUTS))
     return needed <= slots(index_bits, processor.shared_memory)

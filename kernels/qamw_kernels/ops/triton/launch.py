@@ -264,9 +264,7 @@ def gemm(
     if num_tokens == 0:
         return y
     processor = launcher.processor(rotated.device)
-    narrow = narrow_launch.fits(
-        num_tokens, num_inputs, rotated.dtype, weight.index_bits, processor
-    )
+    narrow = narrow_launch.fits(num_tokens, num_inputs, rotated.dtype, weight.index_bits, processor)
     if processor is not None and narrow:
         narrow_launch.gemm(rotated, weight, bias, y, processor, launcher)
         return y
