@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-matrix test-architectures test-quick lint format codebooks \
-	check-memory study study-report kernels-report bench-cpu bench-serve soak attack fuzz \
+	check-memory study study-report kernels-report kernels-model bench-cpu bench-serve soak attack fuzz \
 	check-versions
 
 setup: $(VENV)/.ready
@@ -75,6 +75,12 @@ study-report: setup
 # as long as it takes (15 minutes).
 kernels-report: setup
 	$(BIN)/python -m benchmarks.kernels.machine_code
+
+# What a model of an H100 and an H200 says of the kernels' speed (minutes). Needs g++.
+kernels-model: setup
+	mkdir -p build
+	g++ -O3 -std=c++17 benchmarks/kernels/model/simulator.cpp -o build/kernels-model
+	$(BIN)/python -m benchmarks.kernels.model.report
 
 # Could the CPU multiply with packed weights? Needs g++ and AVX-512 with BF16.
 bench-cpu:

@@ -67,7 +67,7 @@ def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
 
-def _on_cubin(compiled: Any, *command: str) -> str:
+def on_cubin(compiled: Any, *command: str) -> str:
     """What a tool of Triton's own copy of the CUDA binary utilities prints about the kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / command[0]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -83,7 +83,7 @@ def disassemble(compiled: Any) -> list[tuple[str, str]]:
     A label is ("LABEL", its name).
     """
     found = []
-    for line in _on_cubin(compiled, "nvdisasm", "-c").splitlines():
+    for line in on_cubin(compiled, "nvdisasm", "-c").splitlines():
         if label := re.match(r"^(\.L_x_\d+):", line):
             found.append(("LABEL", label[1]))
         elif instruction := INSTRUCTION.match(line):
@@ -94,7 +94,7 @@ def disassemble(compiled: Any) -> list[tuple[str, str]]:
 
 def registers(compiled: Any) -> int:
     """Registers of a thread."""
-    usage = re.search(r"REG:(\d+)", _on_cubin(compiled, "cuobjdump", "--dump-resource-usage"))
+    usage = re.search(r"REG:(\d+)", on_cubin(compiled, "cuobjdump", "--dump-resource-usage"))
     assert usage, "the resource usage could not be read"
     return int(usage[1])
 

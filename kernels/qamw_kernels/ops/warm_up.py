@@ -9,7 +9,7 @@ import torch
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
-from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.ops.gluon import narrow_launch, wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
@@ -69,7 +69,7 @@ class _Warmer:
 def packed_tokens(most: int) -> list[int]:
     """Numbers of tokens, up to ``most``, that need all variants of the packed products."""
     steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in gluon_launch.PARTS)}
-    steps |= {*wide_launch.TILES}
+    steps |= {narrow_launch.MAX_TOKENS, *wide_launch.TILES}
     return sorted({min(tokens, most) for tokens in steps})
 
 

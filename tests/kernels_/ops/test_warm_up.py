@@ -66,7 +66,7 @@ def packed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     if processor is None or dtype not in gluon_launch.GLUON_DTYPES:
         return {"gemm_kernel"}
     wide = {"wide_gemm_kernel", "add_sums_kernel"} if processor.compute_capability == 90 else set()
-    return {"decode_gemm_kernel"} | wide
+    return {"narrow_gemm_kernel", "decode_gemm_kernel"} | wide
 
 
 def zero_weight(
@@ -119,7 +119,14 @@ def test_warm_up_compiles_everything(
     names = {line.split(":")[0] for line in ready}
     others = {"rotate_kernel", "dequantize_kernel", "routed_gemm_kernel"}
     assert names == others | packed_kernels(recorder, dtype)
-    shapes = ((1, 128, 128), (30, 1088, 64), (64, 1024, 16), (48, 2048, 128), (150, 1024, 128))
+    shapes = (
+        (1, 128, 128),
+        (30, 1088, 64),
+        (64, 1024, 16),
+        (48, 2048, 128),
+        (150, 1024, 128),
+        (1, 36864, 128),
+    )
     for index_bits in RATES:
         for num_rows, num_inputs, size in shapes:
             weight = zero_weight(index_bits, size, num_rows, num_inputs)

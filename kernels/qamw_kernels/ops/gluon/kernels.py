@@ -69,14 +69,56 @@ def load_quadrant(p_quadrant, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WAR
 
 @gluon.jit
 def load_words(p_words, m_tile, INDEX_BITS: gl.constexpr, WHOLE: gl.constexpr):
-    """The INDEX_BITS words of every slot; unless WHOLE, only of the warps where ``m_tile``."""
+    """The INDEX_BITS words of every slot; unless WHOLE, only of the warps where ``m_tile``.
+
+    They are read once, and take no room in L1 (.cg): it holds the activations.
+    """
     words = ()
     for j in gl.static_range(INDEX_BITS):
         if WHOLE:
-            words = words + (gl.load(p_words + j * 128),)
+            words = words + (gl.load(p_words + j * 128, cache_modifier=".cg"),)
         else:
-            words = words + (gl.load(p_words + j * 128, mask=m_tile, other=0),)
+            word = gl.load(p_words + j * 128, mask=m_tile, other=0, cache_modifier=".cg")
+            words = words + (word,)
     return words
+
+
+@gluon.jit
+def multiply_chunk(
+    acc,
+    table,
+    words,
+    signs,
+    x,
+    lane4,
+    chunk: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """acc + one chunk per warp times its activations, of every part.
+
+    words: entries, those of chunk 0 first.
+    signs: of the 16 pairs that this chunk's are among.
+    """
+    MMA: gl.constexpr = acc[0].type.layout
+    operands = ()
+    for part in gl.static_range(len(acc)):
+        operands = operands + gl.split(x[part].reshape([WARPS, 32, 2, 2]).permute([0, 1, 3, 2]))
+    for h in gl.static_range(2):
+        pair_signs = signs << (2 * chunk % 16 + h)
+        decoded = look_up(table, words, pair_signs, lane4, 2 * chunk + h, ENTRY_BITS)
+        a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2])
+        a = a.permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
+        a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
+        sums = ()
+        for part in gl.static_range(len(acc)):
+            b = halves(operands[2 * part + h], DTYPE).reshape([WARPS, 8, 4, 2, 2])
+            b = b.permute([0, 3, 2, 4, 1]).reshape([WARPS, 16, 8])
+            b = gl.convert_layout(b, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
+            sums = sums + (mma_v2(a, b, acc[part]),)
+        acc = sums
+    return acc
 
 
 @gluon.jit
@@ -96,28 +138,15 @@ def multiply_tile(
 
     Unless WHOLE, only the first ``chunks`` chunks exist.
     """
-    MMA: gl.constexpr = acc[0].type.layout
     for chunk in gl.static_range(16):
-        operands = ()
+        x = ()
         for part in gl.static_range(len(acc)):
             if WHOLE:
-                x = gl.load(p_x[part] + chunk * 16)
+                x = x + (gl.load(p_x[part] + chunk * 16),)
             else:
-                x = gl.load(p_x[part] + chunk * 16, mask=chunks > chunk, other=0)
-            operands = operands + gl.split(x.reshape([WARPS, 32, 2, 2]).permute([0, 1, 3, 2]))
-        for h in gl.static_range(2):
-            signs = words[ENTRY_BITS + chunk // 8] << (2 * chunk % 16 + h)
-            decoded = look_up(table, words, signs, lane4, 2 * chunk + h, ENTRY_BITS)
-            a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2])
-            a = a.permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
-            a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
-            sums = ()
-            for part in gl.static_range(len(acc)):
-                b = halves(operands[2 * part + h], DTYPE).reshape([WARPS, 8, 4, 2, 2])
-                b = b.permute([0, 3, 2, 4, 1]).reshape([WARPS, 16, 8])
-                b = gl.convert_layout(b, gl.DotOperandLayout(1, MMA, 2), assert_trivial=True)
-                sums = sums + (mma_v2(a, b, acc[part]),)
-            acc = sums
+                x = x + (gl.load(p_x[part] + chunk * 16, mask=chunks > chunk, other=0),)
+        signs = words[ENTRY_BITS + chunk // 8]
+        acc = multiply_chunk(acc, table, words, signs, x, lane4, chunk, ENTRY_BITS, DTYPE, WARPS)
     return acc
 
 

@@ -17,7 +17,7 @@ from qamw_kernels.ops.weight import TiledWeight
 GLUON_DTYPES = (torch.bfloat16, torch.float16)
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
-PARTS = (1, 2, 4, 8)  # of 8 tokens, by one program
+PARTS = (2, 4, 8)  # of 8 tokens, by one program; narrow_launch has the kernel for one part
 
 REGISTERS = {1: 255, 2: 128}
 """That a thread may have, by programs on a multiprocessor; left to itself, the compiler would use

@@ -10,6 +10,7 @@ bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not spe
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 # Triton's interpreter (seen in 3.6 to 3.9) truncates float32 to bfloat16 instead of rounding, and
 # tl.dot multiplies the raw bits of bfloat16 operands as integers. `cast` and `dot` work around
@@ -126,6 +127,7 @@ def rotate_kernel(
     BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr,
     SWAPPED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Hadamard transform of every rotation block of x [R, B], R = M * G.
 
@@ -133,27 +135,31 @@ def rotate_kernel(
     alone already fills a tensor-core tile.
 
     SWAPPED: write the inputs in the order of :mod:`qamw_kernels.ops.gluon.wide_kernels`.
+    EARLY: the next kernel may begin, and waits for this one by itself.
     """
+    if EARLY:
+        gdc_launch_dependents()
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j0 = tl.program_id(1) * WIDTH
-    m_r = (r < R)[:, None]
-    hadamard = hadamard_tile(WIDTH, DTYPE)
+    m_r = r < R
+    # The pieces of a block are added up before they are multiplied, with the signs of the tile of
+    # the matrix that is theirs: everything is loaded at once, and there is one product.
+    piece = tl.arange(0, B // WIDTH) * WIDTH
+    o_i = piece[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
+    m_i = m_r[:, None, None]
+    x = tl.load(p_x + r.to(tl.int64)[:, None, None] * B + o_i, mask=m_i, other=0.0)
+    input_scales = tl.load(p_input_scales + (r % G)[:, None, None] * B + o_i, mask=m_i, other=0.0)
+    # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
+    # output does too.
+    signs = (scale * hadamard_sign(piece & j0))[None, :, None]
+    operand = tl.sum(x.to(tl.float32) * input_scales.to(tl.float32) * signs, 1)
     acc = tl.zeros([BLOCK_R, WIDTH], dtype=tl.float32)
-    for i0 in range(0, B, WIDTH):
-        i = i0 + tl.arange(0, WIDTH)
-        p_block = p_x + r.to(tl.int64)[:, None] * B + i[None, :]
-        x = tl.load(p_block, mask=m_r, other=0.0).to(tl.float32)
-        p_scales = p_input_scales + (r % G)[:, None] * B + i[None, :]
-        input_scales = tl.load(p_scales, mask=m_r, other=0.0).to(tl.float32)
-        # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
-        # output does too.
-        operand = cast(x * input_scales * (scale * hadamard_sign(i0 & j0)), DTYPE)
-        acc = dot(operand, hadamard, acc)
+    acc = dot(cast(operand, DTYPE), hadamard_tile(WIDTH, DTYPE), acc)
     j = j0 + tl.arange(0, WIDTH)
     o_out = r.to(tl.int64)[:, None] * B + j[None, :]
     if SWAPPED:  # K is a multiple of 32, so these bits of the offset are those of the input
         o_out = (o_out & ~0x1E) | ((o_out & 0x06) << 2) | ((o_out & 0x18) >> 2)
-    tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r)
+    tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r[:, None])
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import launch as gluon_launch
-from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.ops.gluon import narrow_launch, wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
@@ -69,8 +69,14 @@ def rotate_constants(
     rotation_block_size: int,
     dtype: torch.dtype,
     swapped: bool = False,
+    early: bool = False,
 ) -> dict[str, Any]:
-    """Compile-time arguments of ``rotate_kernel``, and options of its compiler."""
+    """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
+
+    Args:
+        swapped: see :func:`rotate`.
+        early: whether the next kernel may begin before this one is complete.
+    """
     tile = ROTATE_TILES[dtype.itemsize]
     return {
         "B": rotation_block_size,
@@ -78,6 +84,7 @@ def rotate_constants(
         "BLOCK_R": tile.BLOCK_M,
         "DTYPE": TL_DTYPES[dtype],
         "SWAPPED": swapped,
+        "EARLY": early,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -240,7 +247,9 @@ def rotate(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    constants = rotate_constants(rotation_block_size, x.dtype, swapped)
+    processor = launcher.processor(x.device)
+    early = processor is not None and not swapped and narrow_launch.dependent(processor)
+    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     num_blocks = x.numel() // rotation_block_size
     grid = (
         triton.cdiv(num_blocks, constants["BLOCK_R"]),
@@ -273,6 +282,10 @@ def gemm(
     if num_tokens == 0:
         return y
     processor = launcher.processor(rotated.device)
+    narrow = narrow_launch.fits(num_tokens, num_inputs, rotated.dtype, weight.index_bits, processor)
+    if processor is not None and narrow:
+        narrow_launch.gemm(rotated, weight, bias, y, processor, launcher)
+        return y
     if processor is not None and gluon_launch.fits(rotated.dtype, weight.index_bits, processor):
         gluon_launch.gemm(rotated, weight, bias, y, processor, launcher)
         return y

@@ -1,0 +1,119 @@
+"""Launches of the kernel for up to 8 tokens: what every warp of it decodes, and when."""
+
+import functools
+
+import torch
+
+from benchmarks.kernels.model.assumptions import Machine
+from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, TILE_BYTES, Blocks, goes_past_l1
+from benchmarks.kernels.model.listing import Listing, Loop, read_listing
+from benchmarks.kernels.model.paths import Turns, walk
+from benchmarks.kernels.model.simulate import BlockStep, Launch
+from benchmarks.kernels.model.trace import NOTHING, Request, Source
+from benchmarks.kernels.sass import compile_for
+from qamw_kernels.ops.gluon import narrow_launch as kernel
+
+HALF_TILE_PRODUCTS = 16  # matrix instructions of a turn
+CHUNKS = 8  # of half a tile
+
+
+@functools.cache
+def narrow_listing(index_bits: int) -> Listing:
+    """Machine code of the kernel in bfloat16."""
+    constants = kernel.constants(index_bits, torch.bfloat16, PROCESSOR)
+    return read_listing(compile_for(TARGET, kernel.narrow_gemm_kernel, constants))
+
+
+def _nest(listing: Listing) -> tuple[Loop, Loop, Loop]:
+    """The loops over batches of row tiles, over slices of the inputs, and over row tiles."""
+    products = [
+        x
+        for x in listing.loops
+        if listing.count(x, lambda i: i.name == "HMMA") == HALF_TILE_PRODUCTS
+    ]
+    batches, slices, turns = products
+    assert batches.holds(slices) and slices.holds(turns)
+    return batches, slices, turns
+
+
+def _requests(listing: Listing) -> list[Request]:
+    """Of every instruction.
+
+    The words of a turn are loaded in the turn before, those of the first before the loops.
+    """
+    batches = _nest(listing)[0]
+    requests, ahead, chunk = [NOTHING] * len(listing.code), 0, 0
+    for i, x in enumerate(listing.code):
+        if x.name == "UBLKPF":
+            ahead += i < batches.first  # before the loops, one for every turn of the distance
+            requests[i] = Request(Source.WORDS, ahead=ahead)
+        elif x.name == "LDG" and goes_past_l1(x):
+            requests[i] = Request(Source.WORDS, 512, ahead=1, bypass=True)
+        elif x.name == "LDG" and ".128" in x.opcode:
+            requests[i] = Request(Source.TOKENS, chunk=chunk % CHUNKS)
+            chunk += 1
+        elif x.name == "LDG":  # the quadrant; row norms, and no bias
+            source = Source.L2 if i < batches.first else Source.HBM
+            requests[i] = Request(source, 32)
+    assert chunk == 2 * CHUNKS, "activations before the loops, and in the last turn of a slice"
+    return requests
+
+
+def narrow_launch(
+    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
+) -> Launch:
+    """The kernel, with the grid that its launcher chooses."""
+    row_tiles, input_tiles = -(-num_rows // 16), -(-num_inputs // 512)
+    slices = kernel.slices(input_tiles)
+    batch = kernel.slots(index_bits, PROCESSOR.shared_memory) // slices
+    run = -(-row_tiles // PROCESSOR.multiprocessors)
+    listing = narrow_listing(index_bits)
+    batches, sliced, decoding = _nest(listing)
+    requests = _requests(listing)
+    blocks = Blocks(listing, requests, machine)
+
+    @functools.cache
+    def steps(warp: int, own: int) -> tuple[BlockStep, ...]:
+        """Of a warp whose program has ``own`` row tiles."""
+        sizes = [min(batch, own - first) for first in range(0, own, batch)]
+
+        def trips(loop: Loop, turns: Turns) -> int:
+            size = sizes[dict(turns).get(batches, 0)]
+            if loop == decoding:
+                return size
+            if loop.first > sliced.last:  # adding up, in turns of a thread for every sum
+                adds = not any(loop.holds(other) for other in listing.loops)
+                return slices if adds else -(-size * 128 // (32 * kernel.WARPS))
+            return {batches: len(sizes), sliced: slices}.get(loop, 1)
+
+        def offset(s: int) -> int:
+            tile = s * kernel.SLICE_TILES + warp // 2
+            half = TILE_BYTES // 2 * (warp % 2)
+            return TILE_BYTES * tile + half if tile < input_tiles else -1
+
+        found, turn = [], -1
+        for step in walk(listing, trips):
+            where = dict(step.turns)
+            s = where.get(sliced, 0)
+            at = offset(s)
+            if decoding in where:
+                turn += step.first == decoding.first
+                span = range(step.first, step.last + 1)
+                if any(requests[i].source == Source.TOKENS for i in span):
+                    renews = slices > 1 and where[decoding] == sizes[where[batches]] - 1
+                    at = offset((s + 1) % slices) if renews else -1
+            found.append(BlockStep(blocks.number(step), at, turn))
+        return tuple(found)
+
+    programs = [
+        (0, [steps(w, min(run, row_tiles - first)) for w in range(kernel.WARPS)])
+        for first in range(0, row_tiles, run)
+    ]
+    return Launch(
+        blocks.records,
+        programs,
+        programs_each=1,
+        tokens=num_tokens,
+        row_bytes=2 * num_inputs,
+        tile_bytes=index_bits * 256,  # two warps ask for a tile
+    )

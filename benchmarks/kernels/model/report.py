@@ -1,0 +1,166 @@
+"""Rows and tables of the model; ``python -m benchmarks.kernels.model.report`` writes them."""
+
+import functools
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.kernels.model.assumptions import GPUS, TYPICAL, Gpu, Machine, bf16_seconds
+from benchmarks.kernels.model.blocks import PROCESSOR
+from benchmarks.kernels.model.decode import decode_launch
+from benchmarks.kernels.model.narrow import narrow_launch
+from benchmarks.kernels.model.rotation import rotate_launch
+from benchmarks.kernels.model.simulate import Launch, Outcome, simulate
+from qamw_kernels.ops.gluon import narrow_launch as narrow
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SHAPES = {  # of Llama-3-8B: rows, inputs
+    "qkv": (6144, 4096),
+    "o": (4096, 4096),
+    "gate_up": (28672, 4096),
+    "down": (4096, 14336),
+}
+RATES = (11, 8)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+PACKED_MAX_TOKENS = 128
+ROTATION_BLOCK_SIZE = 128
+INTRODUCTION = """\
+# What a model of an H100 and an H200 says of the kernels
+
+Written by `make kernels-model`, without a GPU: **modelled, not measured**. The compiled kernels are
+replayed instruction by instruction on a model of the multiprocessors and their memory
+(`benchmarks/kernels/model`, every assumption with its source in `assumptions.py`). bfloat16, the
+layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
+its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s.
+"""
+
+
+@functools.cache
+def _rotation(num_inputs: int, num_tokens: int, early: bool, gpu: Gpu, machine: Machine) -> float:
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, early, machine)
+    return simulate(launch, gpu, machine).seconds
+
+
+def _narrow(num_inputs: int, num_tokens: int, index_bits: int) -> bool:
+    return narrow.fits(num_tokens, num_inputs, torch.bfloat16, index_bits, PROCESSOR)
+
+
+def packed_launch(
+    shape: tuple[int, int], num_tokens: int, index_bits: int, machine: Machine
+) -> Launch:
+    """The launch of the kernel that multiplies so many tokens."""
+    fits = _narrow(shape[1], num_tokens, index_bits)
+    make = narrow_launch if fits else decode_launch
+    return make(*shape, num_tokens, index_bits, machine)
+
+
+def packed_seconds(
+    shape: tuple[int, int], num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine
+) -> tuple[float, Outcome]:
+    """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
+    launch = packed_launch(shape, num_tokens, index_bits, machine)
+    dependent = _narrow(shape[1], num_tokens, index_bits)
+    rotation = _rotation(shape[1], num_tokens, dependent, gpu, machine)
+    if dependent:
+        launch.ready = rotation + machine.dependent_end - machine.dependent_start
+        product = simulate(launch, gpu, machine)
+        return machine.launch_gap + machine.dependent_start + product.seconds, product
+    product = simulate(launch, gpu, machine)
+    return 2 * machine.launch_gap + rotation + product.seconds, product
+
+
+def decoded_seconds(
+    shape: tuple[int, int], num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine
+) -> float:
+    """Time of decoding into a workspace and a vendor's product; of the former only the traffic."""
+    weights = shape[0] * shape[1]
+    traffic = weights * (index_bits / 16 + 2)
+    return machine.launch_gap + traffic / gpu.copy + bf16_seconds(*shape, num_tokens, gpu)
+
+
+def row(
+    name: str, num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine = TYPICAL
+) -> dict[str, Any]:
+    """Figures of one product."""
+    shape = SHAPES[name]
+    found: dict[str, Any] = {"gpu": gpu.name, "b": index_bits, "shape": name, "M": num_tokens}
+    if num_tokens <= PACKED_MAX_TOKENS:
+        seconds, product = packed_seconds(shape, num_tokens, index_bits, gpu, machine)
+        found["kernel_us"] = round(product.seconds * 1e6, 2)
+        found["lsu"], found["issue"] = round(product.lsu, 2), round(product.issue, 2)
+        found["x_hits"] = round(product.l1_hits, 2)
+    else:
+        seconds = decoded_seconds(shape, num_tokens, index_bits, gpu, machine)
+    weight_bytes = shape[0] * shape[1] * index_bits / 16
+    found["us"] = round(seconds * 1e6, 2)
+    found["bf16_us"] = round(bf16_seconds(*shape, num_tokens, gpu) * 1e6, 2)
+    found["bandwidth"] = round(weight_bytes / gpu.datasheet / seconds, 3)
+    return found
+
+
+def speed_up(rows: Iterable[dict[str, Any]]) -> float:
+    """Of some products, one after the other, over bf16."""
+    rows = list(rows)
+    return float(sum(r["bf16_us"] for r in rows) / sum(r["us"] for r in rows))
+
+
+def rows() -> list[dict[str, Any]]:
+    """Figures of every product; the simulator runs once for each core at a time."""
+    keys = [
+        (name, tokens, bits, gpu)
+        for tokens in TOKENS
+        for gpu in GPUS
+        for bits in RATES
+        for name in SHAPES
+    ]
+    # Everything is compiled before, by one thread: Triton's compiler is not made for more.
+    for name, tokens, bits, _ in keys:
+        if tokens <= PACKED_MAX_TOKENS:
+            packed_launch(SHAPES[name], tokens, bits, TYPICAL)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = []
+        for made in pool.map(lambda key: row(*key), keys):
+            print(made, flush=True)
+            found.append(made)
+    return found
+
+
+def markdown(found: list[dict[str, Any]]) -> str:
+    """A table for every GPU and rate."""
+    lines = [INTRODUCTION, f"Kernels compiled by Triton {triton.__version__}.", ""]
+    for gpu in GPUS:
+        for bits in RATES:
+            lines += [
+                f"## {gpu.name}, b = {bits}: modelled, not measured",
+                "",
+                f"Per cent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s) for each",
+                "layer, and the speed-up of all four over bf16.",
+                "",
+                f"| M | {' | '.join(SHAPES)} | over bf16 |",
+                "|---" * (len(SHAPES) + 2) + "|",
+            ]
+            for tokens in TOKENS:
+                key = {"gpu": gpu.name, "b": bits, "M": tokens}
+                layer = [r for r in found if key.items() <= r.items()]
+                cells = [f"{r['bandwidth']:.0%}" for r in layer]
+                lines.append(f"| {tokens} | {' | '.join(cells)} | {speed_up(layer):.2f}x |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    found = rows()
+    data = {"triton": triton.__version__, "modelled": True, "rows": found}
+    text = json.dumps(data).replace('{"gpu"', '\n{"gpu"')
+    (RESULTS / "model.json").write_text(text + "\n")
+    (RESULTS / "model.md").write_text(markdown(found))
+
+
+if __name__ == "__main__":
+    main()

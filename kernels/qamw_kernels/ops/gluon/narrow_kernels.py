@@ -1,0 +1,318 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005  (Gluon knows no starred tuples)
+"""The decode GEMM for up to 8 tokens: see :mod:`qamw_kernels.ops.gluon.kernels` for the look-ups.
+
+What few tokens cost is waiting, so everything here is about beginning early and ending soon. One
+program has a multiprocessor, and so one table and one copy of the activations. A warp has half a
+tile: the same 256 inputs of all row tiles of its program, whose activations it keeps in its
+registers. Nothing but index words is read in the loop, and those are fetched into L2 turns before.
+What the warps have summed is added up once for many row tiles, so that they seldom wait for each
+other.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from qamw_kernels.ops.gluon.kernels import load_quadrant, multiply_chunk
+
+CHUNKS = gl.constexpr(8)  # of half a tile
+
+
+@gluon.constexpr_function
+def bulk_prefetch(BYTES):
+    """PTX: BYTES at the address $1 on their way to L2, if $2."""
+    prefetch = f"@p cp.async.bulk.prefetch.L2.global [$1], {BYTES};"
+    return "{ .reg .pred p; setp.ne.s32 p, $2, 0; " + prefetch + " mov.b32 $0, 0; }"
+
+
+@gluon.jit
+def prefetch_turn(
+    p_tiles, row_tile, s, end, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr
+):
+    """The tiles of a turn on their way to L2, if there is one; every other warp asks for one."""
+    thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    tile = s * (WARPS // 2) + thread // 64
+    m_thread = (thread % 64 == 0) & (row_tile < end) & (tile < input_tiles)
+    p_tile = p_tiles + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+    gl.inline_asm_elementwise(
+        bulk_prefetch(INDEX_BITS * 512),
+        "=r,l,r",
+        [p_tile, m_thread.to(gl.int32)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def words_of(p_lane, row_tile, s, warp, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Word 0 of the tile of which each warp has a half; p_lane: of the first tile.
+
+    Tiles past the end are read as the last one: their activations are zeros.
+    """
+    tile = gl.minimum(s * (WARPS // 2) + warp // 2, input_tiles - 1)
+    return p_lane + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+
+
+@gluon.jit
+def load_half(p_words, half, INDEX_BITS: gl.constexpr):
+    """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
+
+    They are read once, and take no room in L1 (.cg).
+
+    p_words: at word 0 of the tile.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    p_half = p_words + half * (ENTRY_BITS // 2 * 128)
+    words = ()
+    for j in gl.static_range((ENTRY_BITS + 1) // 2):
+        words = words + (gl.load(p_half + j * 128, cache_modifier=".cg"),)
+    return words + (gl.load(p_words + (ENTRY_BITS + half) * 128, cache_modifier=".cg"),)
+
+
+@gluon.jit
+def half_tile(p_token, s, warp, K, WARPS: gl.constexpr):
+    """Where the activations of half a tile of a slice are, and how many chunks of them exist."""
+    first = (s * WARPS + warp) * CHUNKS
+    return p_token + first * 16, K // 32 - first
+
+
+@gluon.jit
+def zero_rest(x, chunks):
+    """The activations x of half a tile, of which only the first ``chunks`` exist."""
+    kept = ()
+    for chunk in gl.static_range(CHUNKS):
+        kept = kept + (gl.where(chunk < chunks, x[chunk], 0),)
+    return kept
+
+
+@gluon.jit
+def align(words, half, ENTRY_BITS: gl.constexpr):
+    """Entry words from bit 0 on: with an odd number of bits the second half begins at bit 16."""
+    aligned = words
+    if ENTRY_BITS % 2:
+        bytes_of_word = gl.where(half != 0, 0x5432, 0x3210)
+        aligned = ()
+        for j in gl.static_range(ENTRY_BITS // 2 + 1):
+            next_word = words[min(j + 1, ENTRY_BITS // 2)]
+            word = gl.inline_asm_elementwise(
+                "prmt.b32 $0, $1, $2, $3;",
+                "=r,r,r,r",
+                [words[j], next_word, bytes_of_word],
+                dtype=gl.int32,
+                is_pure=True,
+                pack=1,
+            )
+            aligned = aligned + (word,)
+    return aligned
+
+
+@gluon.jit
+def multiply_half(
+    acc,
+    table,
+    raw,
+    x,
+    p_words,
+    p_half,
+    new_chunks,
+    lane4,
+    half,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """acc + half a tile per warp times its activations.
+
+    raw, x: words and activations of this turn.
+    p_words: at word 0 of the next turn's tile.
+    p_half: at the next turn's activations, of which ``new_chunks`` are to be loaded.
+
+    Returns acc, and words and activations of the next turn, which are loaded as soon as these are
+    not needed any more.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    words = align(raw, half, ENTRY_BITS)
+    signs = raw[(ENTRY_BITS + 1) // 2]
+    sums, renewed = (acc,), ()
+    for chunk in gl.static_range(CHUNKS):
+        if chunk == CHUNKS // 2:
+            raw = load_half(p_words, half, INDEX_BITS)
+        sums = multiply_chunk(
+            sums, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
+        )
+        m_chunk = chunk < new_chunks
+        renewed = renewed + (gl.load(p_half + chunk * 16, mask=m_chunk, other=x[chunk]),)
+    return sums[0], raw, renewed
+
+
+@gluon.jit
+def next_turn(row_tile, s, first, batch, slices, end):
+    """Row tile, slice and first row tile of the batch of the turn after this one."""
+    stop = gl.minimum(first + batch, end)
+    row_tile += 1
+    s = gl.where(row_tile == stop, s + 1, s)
+    row_tile = gl.where((row_tile == stop) & (s < slices), first, row_tile)
+    first = gl.where(s == slices, stop, first)
+    s = gl.where(s == slices, 0, s)
+    return row_tile, s, first
+
+
+@gluon.jit
+def write_sums(
+    slots,
+    row_tiles,
+    slices,
+    first_row_tile,
+    p_row_norms,
+    p_bias,
+    p_y,
+    M,
+    N,
+    has_bias,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """y of ``row_tiles`` row tiles: what all warps have in ``slices`` slots each.
+
+    slots: [slot, warp, row, token], one after the other.
+    """
+    OUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    for first in range(0, row_tiles * 128, 32 * WARPS):
+        e = first + gl.arange(0, 32 * WARPS, OUT)
+        row_tile, row, m = e // 128, e // 8 % 16, e % 8
+        n = (first_row_tile + row_tile) * 16 + row
+        m_out = (row_tile < row_tiles) & (n < N) & (m < M)
+        norm = gl.load(p_row_norms + n, mask=m_out, other=0.0)
+        bias = gl.load(p_bias + n, mask=m_out & (has_bias != 0), other=0.0).to(gl.float32)
+        at = gl.minimum(row_tile, row_tiles - 1) * (slices * WARPS * 128) + e % 128
+        total = gl.zeros([32 * WARPS], gl.float32, OUT)
+        for s in range(slices):
+            for warp in gl.static_range(WARPS):
+                total += slots.gather(at + (s * WARPS + warp) * 128, 0)
+        o_y = m.to(gl.int64) * N + n
+        gl.store(p_y + o_y, (total * norm + bias).to(DTYPE), mask=m_out)
+
+
+@gluon.jit(do_not_specialize=["M", "N", "has_bias", "run", "batch"])
+def narrow_gemm_kernel(
+    p_x,
+    p_tiles,
+    p_row_norms,
+    p_quadrant,
+    p_bias,
+    p_y,
+    M,
+    N,
+    K,
+    has_bias,
+    run,
+    batch,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARP_BASES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, M <= 8.
+
+    A program has the row tiles from program_id * R / num_programs on, of R. All inputs of a slice,
+    256 for every warp, are multiplied with as many row tiles as there are slots for, before the
+    next slice is.
+
+    p_x: [M, K / 2] int32, two activations per word.
+    SLOTS: row tiles x slices whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
+    AHEAD: turns that tiles are prefetched before they are decoded; 0: they are not.
+    DEPENDENT: the program may run before the kernel is complete that writes x.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
+    )
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
+    )
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], FLAT)
+    slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
+    flat = slots.reinterpret(gl.float32, [SLOTS * WARPS * 128], FLAT)
+
+    index = gl.arange(0, WARPS * 128, WORDS)
+    slot, lane, warp = index % 4, index // 4 % 32, index // 128
+    half = warp % 2
+    input_tiles = (K + 511) // 512
+    slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
+    begin = gl.program_id(0) * run
+    end = gl.minimum(begin + run, (N + 15) // 16)
+
+    ahead, ahead_s, ahead_first = begin, 0, begin
+    for turn in gl.static_range(AHEAD):  # noqa: B007
+        prefetch_turn(p_tiles, ahead, ahead_s, end, input_tiles, INDEX_BITS, WARPS)
+        ahead, ahead_s, ahead_first = next_turn(ahead, ahead_s, ahead_first, batch, slices, end)
+    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    lane4 = lane * 4
+    p_lane = p_tiles + lane4 + slot
+    gl.barrier()
+    if DEPENDENT:
+        gdc_wait()
+    token = gl.minimum(lane // 4, M - 1)
+    p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
+    row, row_s, row_first = begin, 0, begin
+    p_half, chunks = half_tile(p_token, 0, warp, K, WARPS)
+    x = ()
+    for chunk in gl.static_range(CHUNKS):
+        x = x + (gl.load(p_half + chunk * 16, mask=chunk < chunks, other=0),)
+    p_words = words_of(p_lane, begin, 0, warp, input_tiles, INDEX_BITS, WARPS)
+    raw = load_half(p_words, half, INDEX_BITS)
+    for first in range(begin, end, batch):
+        stop = gl.minimum(first + batch, end)
+        for s in range(slices):
+            if slices > 1:
+                p_half, chunks = half_tile(p_token, s, warp, K, WARPS)
+                x = zero_rest(x, chunks)
+            for row_tile in range(first, stop):
+                if AHEAD:
+                    prefetch_turn(p_tiles, ahead, ahead_s, end, input_tiles, INDEX_BITS, WARPS)
+                    ahead, ahead_s, ahead_first = next_turn(
+                        ahead, ahead_s, ahead_first, batch, slices, end
+                    )
+                row, row_s, row_first = next_turn(row, row_s, row_first, batch, slices, end)
+                p_half, chunks = half_tile(p_token, row_s, warp, K, WARPS)
+                p_words = words_of(
+                    p_lane, gl.minimum(row, end - 1), row_s, warp, input_tiles, INDEX_BITS, WARPS
+                )
+                acc, raw, x = multiply_half(
+                    gl.zeros([WARPS, 16, 8], gl.float32, MMA),
+                    table,
+                    raw,
+                    x,
+                    p_words,
+                    p_half,
+                    gl.where(row_s != s, chunks, 0),
+                    lane4,
+                    half,
+                    INDEX_BITS,
+                    DTYPE,
+                    WARPS,
+                )
+                slots.index((row_tile - first) * slices + s).store(acc)
+        gl.barrier()
+        write_sums(
+            flat,
+            stop - first,
+            slices,
+            first,
+            p_row_norms,
+            p_bias,
+            p_y,
+            M,
+            N,
+            has_bias,
+            DTYPE,
+            WARPS,
+        )
+        gl.barrier()

@@ -1,0 +1,112 @@
+"""Launcher of the Gluon kernel for up to 8 tokens."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from qamw_kernels.ops.gluon import launch
+from qamw_kernels.ops.launcher import Launcher, Processor
+from qamw_kernels.ops.tiling import TILE_INPUTS
+from qamw_kernels.ops.weight import TiledWeight
+
+narrow_gemm_kernel: Any = None
+"""The kernel, where the installed Triton can compile it."""
+if launch.kernels is not None:
+    from qamw_kernels.ops.gluon.narrow_kernels import narrow_gemm_kernel
+
+MAX_TOKENS = 8
+WARP_BASES = ((128,), (256,), (512,), (1024,))
+WARPS = 1 << len(WARP_BASES)
+REGISTERS = 128  # that a thread may have: one program takes all of a multiprocessor's
+SLICE_TILES = WARPS // 2  # a warp has half a tile of a slice
+SLOT_BYTES = 512 * WARPS
+MAX_SLOTS = 8
+AHEAD = 2
+"""Turns that tiles are prefetched before their use: one less leaves HBM idle at the beginning, one
+more makes the first tiles wait for the others."""
+
+
+def slots(index_bits: int, shared_memory: int) -> int:
+    """Sums of row tiles and slices that fit beside the table, a power of two; 0: none."""
+    left = (shared_memory - (128 << (index_bits - 2))) // SLOT_BYTES
+    return min(MAX_SLOTS, 1 << (left.bit_length() - 1)) if left > 0 else 0
+
+
+def slices(num_input_tiles: int) -> int:
+    """Parts of the inputs that all warps together have one after the other."""
+    return int(triton.cdiv(num_input_tiles, SLICE_TILES))
+
+
+def dependent(processor: Processor) -> bool:
+    """Whether the kernel begins before the rotation is complete (a dependent launch)."""
+    return processor.compute_capability >= 90
+
+
+@functools.cache
+def constants(index_bits: int, dtype: torch.dtype, processor: Processor) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and options of its compiler."""
+    hopper = dependent(processor)  # which can also prefetch whole tiles
+    return {
+        "INDEX_BITS": index_bits,
+        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "WARPS": WARPS,
+        "WARP_BASES": WARP_BASES,
+        "SLOTS": slots(index_bits, processor.shared_memory),
+        "AHEAD": AHEAD if hopper else 0,
+        "DEPENDENT": hopper,
+        "num_warps": WARPS,
+        "maxnreg": REGISTERS,
+        "launch_pdl": hopper,
+    }
+
+
+def fits(
+    num_tokens: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    index_bits: int,
+    processor: Processor | None,
+) -> bool:
+    """Whether the kernel can multiply so many tokens with so many inputs on a processor."""
+    if (
+        num_tokens > MAX_TOKENS
+        or processor is None
+        or not launch.fits(dtype, index_bits, processor)
+    ):
+        return False
+    needed = slices(triton.cdiv(num_inputs, TILE_INPUTS))
+    return needed <= slots(index_bits, processor.shared_memory)
+
+
+def gemm(
+    rotated: torch.Tensor,
+    weight: TiledWeight,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    processor: Processor,
+    launcher: Launcher,
+) -> None:
+    """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
+    num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
+    run: int = triton.cdiv(num_row_tiles, processor.multiprocessors)
+    fixed = constants(weight.index_bits, rotated.dtype, processor)
+    launcher.launch(
+        narrow_gemm_kernel,
+        (triton.cdiv(num_row_tiles, run),),
+        rotated.view(torch.int32),
+        weight.tiles,
+        weight.row_norms,
+        weight.quadrant_words,
+        y if bias is None else bias,
+        y,
+        len(rotated),
+        weight.num_rows,
+        rotated.shape[1],
+        int(bias is not None),
+        run,
+        fixed["SLOTS"] // slices(num_input_tiles),
+        **fixed,
+    )

@@ -1,0 +1,121 @@
+"""The Gluon kernel for up to 8 tokens, without a GPU: its PTX is executed on the CPU."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
+from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.ops.gluon import launch, narrow_launch
+from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.ops.weight import quadrant_words
+from tests.helpers.ptx import Machine
+from tests.kernels_.ops.test_gluon import as_bytes
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(launch.kernels is None, reason="this Triton has no shared-memory gather"),
+]
+PAIRS_PER_THREAD = 64  # of half a tile
+
+
+def processor(target: int) -> Processor:
+    return Processor(132, SHARED_BYTES[target], target)
+
+
+def compile_gemm(target: int, index_bits: int, dtype: torch.dtype) -> Any:
+    constants = narrow_launch.constants(index_bits, dtype, processor(target))
+    return compile_for(target, narrow_launch.narrow_gemm_kernel, constants)
+
+
+def run_on_cpu(
+    compiled: Any,
+    x: torch.Tensor,
+    indices: torch.Tensor,
+    index_bits: int,
+    row_norms: torch.Tensor,
+    bias: torch.Tensor | None,
+    run: int,
+    batch: int,
+) -> tuple[torch.Tensor, Machine]:
+    """y [M, N], and the machine it was computed on."""
+    tiles = tile_planes(pack_planes(indices, index_bits))
+    y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
+    tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
+    buffers = [as_bytes(t) for t in (*tensors, y)]
+    machine = Machine(compiled.asm["ptx"])
+    addresses = [(i + 1) << 32 for i in range(len(buffers))]
+    sizes = [len(x), len(row_norms), x.shape[1], int(bias is not None), run, batch]
+    machine.run(
+        list(zip(addresses, buffers, strict=True)),
+        [*addresses, *sizes, 0, 0],
+        (-(-len(tiles) // run), 1),
+        compiled.metadata.shared,
+        128 << (index_bits - 2),
+    )
+    return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
+
+
+@pytest.mark.parametrize(
+    "num_tokens, num_rows, num_inputs, run, batch",
+    [
+        (1, 70, 4096, 3, 8),  # whole tiles, two programs
+        (3, 33, 448, 2, 2),  # less than a tile, and a batch for each two row tiles
+        (8, 100, 4672, 7, 4),  # two slices, of which the second is nearly empty; two batches
+    ],
+)
+@pytest.mark.parametrize(
+    "target, index_bits, dtype",
+    [
+        *((90, b, torch.bfloat16) for b in INDEX_BITS),
+        (90, 11, torch.float16),
+        (80, 11, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_ptx_is_right(
+    target: int,
+    index_bits: int,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_rows: int,
+    num_inputs: int,
+    run: int,
+    batch: int,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
+    indices = (order % 2**index_bits).view(num_rows, -1)
+    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
+    row_norms = torch.rand(num_rows, generator=generator) + 0.5
+    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
+    compiled = compile_gemm(target, index_bits, dtype)
+    y, machine = run_on_cpu(compiled, x, indices, index_bits, row_norms, bias, run, batch)
+    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
+    exact = x.double() @ coordinates.T * row_norms.double()
+    exact = exact if bias is None else exact + bias.double()
+    step = 2**-8 if dtype == torch.bfloat16 else 2**-11
+    torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
+    # One wrong weight spoils a row, which is one in a hundred at least.
+    assert (y == exact.to(dtype)).double().mean() > 0.99
+    assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
+    assert machine.look_up_conflicts == 1, "lanes of one bank"
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+@pytest.mark.parametrize("target", [80, 89, 90, 100])
+def test_main_loop(target: int, index_bits: int) -> None:
+    """No spills, and in the loop no more than 8.5 instructions per pair.
+
+    Half a tile is decoded at once, so that control weighs more than in the kernel for more tokens.
+    """
+    if not launch.fits(torch.bfloat16, index_bits, processor(target)):
+        pytest.skip("the table does not fit: the plain kernel runs")
+    compiled = compile_gemm(target, index_bits, torch.bfloat16)
+    instructions = disassemble(compiled)
+    assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
+    assert compiled.metadata.shared <= SHARED_BYTES[target]
