@@ -113,16 +113,24 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
-    from qamw_kernels.ops.gluon import launch
+    from qamw_kernels.ops.gluon import launch, narrow_launch
+    from qamw_kernels.ops.launcher import Processor
 
     if launch.kernels is None:
         return
     pairs, shared_memory = 128, SHARED_BYTES[target]
+    processor = Processor(1, shared_memory, target)
 
     def decoding(bodies: list[Loop]) -> Loop:
         return min((b for b in bodies if b["LDS"] == pairs), key=collections.Counter.total)
 
-    for bits, parts in [*((bits, 1) for bits in range(6, 13)), (11, 2), (11, 4), (11, 8)]:
+    for bits in range(6, 13):
+        if narrow_launch.slots(bits, shared_memory):
+            name = f"narrow_gemm (Gluon), b = {bits}, 8 tokens"
+            constants = narrow_launch.constants(bits, torch.bfloat16, processor)
+            # The loop that decodes holds another, of its prefetch, and is not looked at.
+            yield row(name, target, narrow_launch.narrow_gemm_kernel, constants)
+    for bits, parts in [*((bits, 2) for bits in range(6, 13)), (11, 4), (11, 8)]:
         if launch.shared_bytes(bits) <= shared_memory:
             name = f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens"
             kernel = launch.kernels.decode_gemm_kernel

@@ -1,9 +1,13 @@
-"""Rows and tables of the model; ``python -m benchmarks.kernels.model.report`` writes them."""
+"""Rows and tables of the model.
+
+``python -m benchmarks.kernels.model.report [TOKENS ...]`` writes them.
+"""
 
 import functools
 import json
 import os
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ SHAPES = {  # of Llama-3-8B: rows, inputs
     "down": (4096, 14336),
 }
 RATES = (11, 8)
-TOKENS = (1, 8, 16, 32, 64, 128, 256, 512)
+TOKENS = (1, 8, 256, 512)  # others as arguments; 16 to 128 take minutes each
 PACKED_MAX_TOKENS = 128
 ROTATION_BLOCK_SIZE = 128
 INTRODUCTION = """\
@@ -110,11 +114,11 @@ def speed_up(rows: Iterable[dict[str, Any]]) -> float:
     return float(sum(r["bf16_us"] for r in rows) / sum(r["us"] for r in rows))
 
 
-def rows() -> list[dict[str, Any]]:
+def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Figures of every product; the simulator runs once for each core at a time."""
     keys = [
         (name, tokens, bits, gpu)
-        for tokens in TOKENS
+        for tokens in all_tokens
         for gpu in GPUS
         for bits in RATES
         for name in SHAPES
@@ -145,7 +149,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
                 f"| M | {' | '.join(SHAPES)} | over bf16 |",
                 "|---" * (len(SHAPES) + 2) + "|",
             ]
-            for tokens in TOKENS:
+            for tokens in dict.fromkeys(r["M"] for r in found):
                 key = {"gpu": gpu.name, "b": bits, "M": tokens}
                 layer = [r for r in found if key.items() <= r.items()]
                 cells = [f"{r['bandwidth']:.0%}" for r in layer]
@@ -155,7 +159,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    found = rows()
+    found = rows([int(argument) for argument in sys.argv[1:]] or TOKENS)
     data = {"triton": triton.__version__, "modelled": True, "rows": found}
     text = json.dumps(data).replace('{"gpu"', '\n{"gpu"')
     (RESULTS / "model.json").write_text(text + "\n")

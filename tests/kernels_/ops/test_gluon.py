@@ -63,7 +63,7 @@ def run_on_cpu(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "num_tokens, num_rows, num_inputs, log",
-    [(1, 70, 4608, 0), (8, 16, 576, 3), (13, 33, 4096, 1), (70, 100, 8704, 2)],
+    [(1, 70, 4608, 0), (8, 16, 448, 3), (13, 33, 4096, 1), (25, 40, 704, 1), (70, 100, 8704, 2)],
 )
 @pytest.mark.parametrize(
     "index_bits, dtype",
@@ -106,7 +106,7 @@ def test_ptx_is_right(
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
 def test_main_loop(target: int, index_bits: int) -> None:
-    """The decode kernel is held to 6.5 instructions per pair everywhere.
+    """The decode kernel is held to 7 instructions per pair for 16 tokens everywhere.
 
     An H200 has time for 9.5 instructions per pair at its memory's speed.
     """
@@ -118,11 +118,25 @@ def test_main_loop(target: int, index_bits: int) -> None:
     assert compiled.metadata.shared <= launch.shared_bytes(index_bits)
     decoding = [body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD]
     main = min(decoding, key=lambda body: body.total())
-    assert main.total() <= 6.5 * PAIRS_PER_THREAD, main
+    assert main.total() <= 7 * PAIRS_PER_THREAD, main
     loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
-    assert loads == main["LDG.E.128"] == index_bits + 16, main
-    assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 32, main
+    wide = sum(n for op, n in main.items() if re.match(r"LDG\.E\.128", op))
+    assert loads == wide == index_bits + 32, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 64, main
     assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
+
+
+@needs_gluon
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [4, 8])
+def test_nothing_is_spilled_in_the_loop(parts: int) -> None:
+    """With 32 and 64 tokens some words are spilled, but not where it would cost."""
+    instructions = disassemble(compile_gemm(90, 11, torch.bfloat16, parts))
+    main = min(
+        (body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD),
+        key=lambda body: body.total(),
+    )
+    assert not [opcode for opcode in main if re.match("LDL|STL", opcode)], main
 
 
 def test_programs_fit_the_processor() -> None:

@@ -1,5 +1,6 @@
 """The Gluon kernel for up to 8 tokens, without a GPU: its PTX is executed on the CPU."""
 
+import collections
 import re
 from typing import Any
 
@@ -13,7 +14,7 @@ from qamw_kernels.ops.gluon import launch, narrow_launch
 from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import quadrant_words
-from tests.helpers.ptx import Machine
+from tests.helpers.ptx.machine import Machine
 from tests.kernels_.ops.test_gluon import as_bytes
 
 pytestmark = [
@@ -106,16 +107,38 @@ def test_ptx_is_right(
     assert machine.look_up_conflicts == 1, "lanes of one bank"
 
 
-@pytest.mark.parametrize("index_bits", INDEX_BITS)
+@pytest.mark.parametrize("index_bits", [6, 11, 12])
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
-def test_main_loop(target: int, index_bits: int) -> None:
-    """No spills, and in the loop no more than 8.5 instructions per pair.
-
-    Half a tile is decoded at once, so that control weighs more than in the kernel for more tokens.
-    """
+def test_machine_code(target: int, index_bits: int) -> None:
+    """No spills, tensor cores, 16-byte loads past L1; prefetches and dependence from sm_90 on."""
     if not launch.fits(torch.bfloat16, index_bits, processor(target)):
         pytest.skip("the table does not fit: the plain kernel runs")
     compiled = compile_gemm(target, index_bits, torch.bfloat16)
-    instructions = disassemble(compiled)
-    assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
+    opcodes = collections.Counter(opcode for opcode, _ in disassemble(compiled))
+    assert not [opcode for opcode in opcodes if re.match("LDL|STL", opcode)], "spills"
+    assert opcodes["LDG.E.128.STRONG.GPU"] == 2 * ((index_bits - 1) // 2 + 1)
+    assert sum(n for opcode, n in opcodes.items() if opcode.startswith("HMMA")) == 16
     assert compiled.metadata.shared <= SHARED_BYTES[target]
+    hopper = target >= 90
+    assert ("UBLKPF" in {opcode.split(".")[0] for opcode in opcodes}) == hopper
+    assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == hopper
+
+
+def test_slots_fit_beside_the_table() -> None:
+    """One program of 16 warps on every device, at every rate whose table fits at all."""
+    found = {
+        target: [narrow_launch.slots(bits, size) for bits in (6, 10, 11, 12)]
+        for target, size in SHARED_BYTES.items()
+    }
+    assert found == {80: [8, 8, 8, 4], 89: [8, 8, 4, 0], 90: [8, 8, 8, 8], 100: [8, 8, 8, 8]}
+
+
+def test_the_kernel_takes_few_tokens_and_inputs_that_fit_its_slots() -> None:
+    def fits(num_tokens: int, num_inputs: int, target: int = 90, index_bits: int = 11) -> bool:
+        gpu = processor(target)
+        return narrow_launch.fits(num_tokens, num_inputs, torch.bfloat16, index_bits, gpu)
+
+    assert fits(1, 64) and fits(8, 32768)
+    assert not fits(9, 64) and not fits(8, 32832)
+    assert fits(8, 16384, target=89) and not fits(8, 16448, target=89)
+    assert not fits(1, 64, target=89, index_bits=12)
