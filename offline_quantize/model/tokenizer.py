@@ -21,14 +21,15 @@ TOKENIZER = "tokenizer.json"
 
 # What tokenizers take is far below: some hundred bytes and less than 10 microseconds for a byte.
 _BASE_BYTES, _BYTES_PER_BYTE = 4 * 2**30, 2**12
-_BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
+BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
 
 
-def load_tokenizer(directory: Path, text: str) -> Any:
+def load_tokenizer(directory: Path, text: str, base_seconds: float = BASE_SECONDS) -> Any:
     """transformers' tokenizer of a model; no code of the model runs.
 
     Args:
         text: that it will be used for.
+        base_seconds: that it may take for an empty text.
     Raises:
         QuantizeError: there is none, or it cannot be used for this text.
     """
@@ -38,7 +39,7 @@ def load_tokenizer(directory: Path, text: str) -> Any:
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
             )
     if (directory / TOKENIZER).is_file():
-        _try(directory / TOKENIZER, text.encode())
+        _try(directory / TOKENIZER, text.encode(), base_seconds)
     from transformers import AutoTokenizer  # slow to import
 
     try:
@@ -53,14 +54,14 @@ def load_tokenizer(directory: Path, text: str) -> Any:
         ) from None
 
 
-def _try(path: Path, text: bytes) -> None:
+def _try(path: Path, text: bytes, base_seconds: float) -> None:
     """Have another process tokenize a text.
 
     Raises:
         QuantizeError: it took too much memory or time, or was ended by the attempt.
     """
     num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * len(text)
-    seconds = _BASE_SECONDS + _SECONDS_PER_BYTE * len(text)
+    seconds = base_seconds + _SECONDS_PER_BYTE * len(text)
     command = [sys.executable, "-P", "-m", __name__, str(path), str(num_bytes)]
     try:
         code = subprocess.run(

@@ -32,8 +32,8 @@ VERIFY_VARIABLE = "QAMW_VERIFY"
 
 CONFIG = "config.json"
 _WEIGHTS = ".safetensors"
-# vLLM reads these, so no manifest may leave them out.
-_READ_BY_NAME = (CONFIG, INDEX)
+# What vLLM and transformers look for by themselves: configs, chat templates, tokenizers, weights.
+_FOUND_BY_READERS = (".json", ".jinja", ".model", _WEIGHTS)
 _DOCUMENTATION = re.compile(
     r"(^|/)(\.[^/]+|[^/]+\.(md|png|jpe?g|gif|svg|pdf)|(licen[cs]e|notice)[^/]*|qamw_report\.json)$",
     re.IGNORECASE,
@@ -153,9 +153,16 @@ def _digest_faults(directory: Path, served: dict[str, FileEntry], digests: Diges
 
 
 def _read_files(directory: Path) -> list[str]:
-    """Files that vLLM's loader finds by itself, whatever a manifest lists."""
-    by_name = [file for file in _READ_BY_NAME if (directory / file).exists()]
-    return by_name + sorted(path.name for path in directory.glob(f"*{_WEIGHTS}"))
+    """Files that readers find by themselves, so that no manifest may leave them out."""
+    paths = (p for p in directory.rglob("*") if p.suffix in _FOUND_BY_READERS and not p.is_dir())
+    found = (path.relative_to(directory) for path in paths)
+    shown = (p for p in found if not any(part.startswith(".") for part in p.parts[:-1]))
+    return sorted(
+        path.as_posix()
+        for path in shown
+        if path.suffix == _WEIGHTS or not _DOCUMENTATION.search(path.as_posix())
+        if path.name != MANIFEST
+    )
 
 
 def _index_faults(directory: Path, listed: Collection[str]) -> list[str]:

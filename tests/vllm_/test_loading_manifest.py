@@ -157,6 +157,28 @@ def test_what_vllm_reads_by_name_must_be_listed(checkpoint: Path, cache: Path) -
         check_checkpoint(checkpoint, cache)
 
 
+@pytest.mark.parametrize(
+    "file", ["chat_template.jinja", "generation_config.json", "1_Pooling/config.json", "x.model"]
+)
+def test_what_is_read_if_it_is_there_must_be_listed(
+    checkpoint: Path, cache: Path, file: str
+) -> None:
+    """A template that was added changes every answer."""
+    (checkpoint / file).parent.mkdir(exist_ok=True)
+    (checkpoint / file).touch()
+    with pytest.raises(FileError, match=f"{file}: not in {MANIFEST}"):
+        check_checkpoint(checkpoint, cache)
+    sign(checkpoint)
+    check_checkpoint(checkpoint, cache)
+
+
+def test_what_no_model_is_read_from_need_not_be_listed(checkpoint: Path, cache: Path) -> None:
+    for file in ("notes.md", "run.log", ".cache/huggingface/x.json", ".git/config.json"):
+        (checkpoint / file).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / file).touch()
+    assert check_checkpoint(checkpoint, cache).num_files == SERVED
+
+
 def test_manifest_is_needed(checkpoint: Path, cache: Path) -> None:
     (checkpoint / MANIFEST).write_text('{"manifest_version": 2, "files": {}}')
     with pytest.raises(FormatError, match="manifest_version 2 is not supported"):

@@ -33,6 +33,17 @@ def test_only_a_text_that_ends_the_process_is_refused(growing: Path, tiny_llama:
         load_tokenizer(growing, "zoo\n")
 
 
+def test_one_that_does_not_stop_is_stopped(tiny_llama: Path, tmp_path: Path) -> None:
+    model = copy_model(tiny_llama, tmp_path / "slow")
+    content: dict[str, Any] = json.loads((model / "tokenizer.json").read_text())
+    same = {"type": "Replace", "pattern": {"String": "z"}, "content": "z"}
+    normalizer = {"type": "Sequence", "normalizers": [same] * 100_000}
+    (model / "tokenizer.json").write_text(json.dumps(content | {"normalizer": normalizer}))
+    message = r"tokenizer.json: this tokenizer cannot tokenize 9000 bytes of text: it was stopped"
+    with pytest.raises(QuantizeError, match=message):
+        load_tokenizer(model, "z" * 9000, base_seconds=3)
+
+
 def test_commands_end_with_one_message(
     growing: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
