@@ -37,6 +37,17 @@ class _Warmer:
         sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         wide_launch.add_sums(sums, weight, None, y, self.launcher)
 
+    def long(self, index_bits: int, rotation_block_size: int) -> None:
+        """Of few tokens with more inputs than the narrow kernel takes."""
+        weight, processor = (
+            self._weight(index_bits, rotation_block_size),
+            self.launcher.processor(self.device),
+        )
+        x = self._tokens(weight, narrow_launch.MAX_TOKENS)
+        y = torch.empty(len(x), weight.num_rows, dtype=self.dtype, device=self.device)
+        if processor is not None:
+            gluon_launch.gemm(x, weight, None, y, processor, self.launcher)
+
     def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
         launch.dequantize(self._weight(index_bits, rotation_block_size), self.dtype, self.launcher)
@@ -106,6 +117,8 @@ def warm_up(
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
         for bits in rates:
+            if wide_launch.runs_on(dtype, bits, processor):
+                jobs.append(pool.submit(warmer.long, bits, least))
             for size in rotation_block_sizes:
                 jobs.append(pool.submit(warmer.dequantized, bits, size))
         if experts:

@@ -144,7 +144,7 @@ def test_warm_up_compiles_everything(
 @pytest.mark.parametrize(
     "num_tokens, on_sm_90, elsewhere",
     [
-        (8, "decode_gemm_kernel", "decode_gemm_kernel"),
+        (8, "narrow_gemm_kernel", "narrow_gemm_kernel"),
         (9, "wide_gemm_kernel", "decode_gemm_kernel"),
         (16, "wide_gemm_kernel", "decode_gemm_kernel"),
         (17, "wide_gemm_kernel", "dequantize_kernel"),

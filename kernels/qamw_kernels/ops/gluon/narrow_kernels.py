@@ -195,7 +195,10 @@ def write_sums(
         gl.store(p_y + o_y, (total * norm + bias).to(DTYPE), mask=m_out)
 
 
-@gluon.jit(do_not_specialize=["M", "N", "has_bias", "run", "batch"])
+@gluon.jit(
+    do_not_specialize=["M", "N", "has_bias", "run", "batch"],
+    do_not_specialize_on_alignment=["p_bias"],
+)
 def narrow_gemm_kernel(
     p_x,
     p_tiles,
