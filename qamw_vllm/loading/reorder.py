@@ -21,7 +21,7 @@ def reordered(
     for name, tensor in weights:
         module, _, suffix = name.rpartition(".")
         if reorder is not None and suffix in _ROWS:
-            rows = torch.arange(tensor.shape[_ROWS[suffix]])
+            rows = torch.arange(tensor.shape[_ROWS[suffix]], device=tensor.device)
             _, order = reorder(f"{module}.weight", rows[:, None])
             yield name, tensor.index_select(_ROWS[suffix], order[:, 0])
         else:
