@@ -91,7 +91,7 @@ def test_every_layer_asks_for_its_tensors(tiny_llama: Path) -> None:
     """Of 1000 layers and 100 thousand tensors, in seconds."""
     _, tensor_map = build_empty_model(Checkpoint(tiny_llama))
     names = [f"h.{number % 1000}.{number}.weight" for number in reversed(range(100_000))]
-    tensor_map.replace([], [Conversion({f"t.{name}": (1,)}, {name: (1,)}) for name in names])
+    tensor_map.replace([], [Conversion({f"t.{name}": (1,)}, {name: (1,)}) for name in names], [])
     start = time.process_time()
     found = [tensor_map.tensors_of(f"h.{layer}.") for layer in range(1000)]
     assert time.process_time() - start < 3
