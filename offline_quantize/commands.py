@@ -230,8 +230,10 @@ def _print_sizes(made: "Plan", processes: int) -> None:
         scratch = f", and {megabytes:.1f} MB of scratch while quantizing"
     show(
         f"disk: {(made.output_bytes + made.bytes_left) / 1e6:.1f} MB in {len(made.shards)} shards, "
-        f"instead of {made.source_bytes / 1e6:.1f} MB{scratch}"
+        f"instead of {made.checkpoint.source_bytes / 1e6:.1f} MB{scratch}"
     )
+    if made.checkpoint.encoding:
+        show(f"the model is quantized already, {made.checkpoint.encoding}: decoded when it is read")
     gibibytes = estimate_memory(made, tokens, processes).total / 2**30
     each = f" in each of {processes} processes" if processes > 1 else ""
     read = f", for {tokens} tokens of calibration text" if tokens else ""

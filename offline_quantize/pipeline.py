@@ -299,7 +299,7 @@ def _read_layer(run: Run, shard: Shard, layer: DecoderLayer) -> dict[str, torch.
 def _pass_tokens(run: Run, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Carry the calibration tokens through a layer as its output ``tensors`` represent it."""
     if run.calibrator:
-        run.calibrator.finish(_decoded(run.plan, layer, tensors))
+        run.calibrator.finish(layer, _decoded(run.plan, layer, tensors))
 
 
 def _outside_layers(run: Run, shard: Shard, quantized_head: Callable[[], Quantized]) -> Quantized:

@@ -74,9 +74,9 @@ def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
         )
     if current_platform.is_cpu():
         return "They stay packed; Triton kernels run in the interpreter (slow)"
-    from qamw_kernels.ops.gluon import launch as gluon_launch
+    from qamw_kernels.ops.gluon import table
 
-    if gluon_launch.kernels is not None:
+    if table.HAS_GATHER:
         return "They stay packed; the Gluon kernel decodes them"
     return (
         "They stay packed; a plain Triton kernel decodes them, because this Triton has no "

@@ -28,9 +28,12 @@ import triton
 
 from benchmarks.kernels.check import DTYPE, WAYS, check, random_weight
 from benchmarks.kernels.peers import PEERS, Layer
-from qamw_kernels.ops.crossover import CROSSOVER_FILE, crossover_key, gemm_max_tokens
-from qamw_kernels.ops.gluon import launch as gluon_launch
-from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.ops.crossover import (
+    CROSSOVER_FILE,
+    crossover_key,
+    gemm_max_tokens,
+    kernel_for_many,
+)
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.tiling import tiled_shape
@@ -71,8 +74,6 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "gluon": gluon_launch.kernels is not None,
-        "wide": wide_launch.kernels is not None,
         "commit": output_of("git", "describe", "--always", "--dirty"),
         "command": sys.argv,
     }
@@ -217,6 +218,7 @@ def measure_all(models: list[str], index_bits: int) -> dict[str, Any]:
     return {
         "environment": environment(),
         "index_bits": index_bits,
+        "kernel_for_many": kernel_name(index_bits),
         "copy_bytes_per_second": bandwidth,
         "models": measured,
         "not_measured": skipped,
@@ -224,12 +226,17 @@ def measure_all(models: list[str], index_bits: int) -> dict[str, Any]:
     }
 
 
+def kernel_name(index_bits: int) -> str:
+    """Of the packed product for more than a few tokens, on the current GPU."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    return kernel_for_many(DTYPE, index_bits, ON_DEVICE.processor(device))
+
+
 def save_crossover(tokens: int, index_bits: int) -> None:
     """Write the crossover of this GPU into the package's table."""
     known = json.loads(CROSSOVER_FILE.read_text())
     device = torch.device("cuda", torch.cuda.current_device())
-    wide = wide_launch.runs_on(DTYPE, index_bits, ON_DEVICE.processor(device))
-    known[crossover_key(device, wide)] = tokens
+    known[crossover_key(device, kernel_name(index_bits))] = tokens
     CROSSOVER_FILE.write_text(json.dumps(known, indent=1) + "\n")
 
 

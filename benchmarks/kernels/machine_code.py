@@ -32,7 +32,7 @@ Written by `make kernels-report`, without a GPU: compiled ahead of time, disasse
 bfloat16. The loop is the innermost one that decodes; its instructions include loads, matrix
 instructions and its own control. An H200 at its memory's speed has time for 9.5 instructions per
 pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by
-`tests/kernels_/ops/test_gluon.py` and `test_wide.py`, which execute the PTX. Matrix instructions
+`tests/kernels_/ops/test_decode.py` and `test_wide.py`, which execute the PTX. Matrix instructions
 counted are HMMA and HGMMA.
 """
 COLUMNS = (
@@ -113,10 +113,10 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
-    from qamw_kernels.ops.gluon import launch, narrow_launch
+    from qamw_kernels.ops.gluon import decode_launch, narrow_launch, table
     from qamw_kernels.ops.launcher import Processor
 
-    if launch.kernels is None:
+    if not table.HAS_GATHER:
         return
     pairs, shared_memory = 128, SHARED_BYTES[target]
     processor = Processor(1, shared_memory, target)
@@ -129,13 +129,12 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
             name = f"narrow_gemm (Gluon), b = {bits}, 8 tokens"
             constants = narrow_launch.constants(bits, torch.bfloat16, processor)
             # The loop that decodes holds another, of its prefetch, and is not looked at.
-            yield row(name, target, narrow_launch.narrow_gemm_kernel, constants)
+            yield row(name, target, narrow_launch.kernel, constants)
     for bits, parts in [*((bits, 2) for bits in range(6, 13)), (11, 4), (11, 8)]:
-        if launch.shared_bytes(bits) <= shared_memory:
+        if target != 90 and decode_launch.shared_bytes(bits) <= shared_memory:
             name = f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens"
-            kernel = launch.kernels.decode_gemm_kernel
-            constants = launch.constants(bits, torch.bfloat16, parts, shared_memory)
-            yield row(name, target, kernel, constants, pairs, decoding)
+            constants = decode_launch.constants(bits, torch.bfloat16, parts, shared_memory)
+            yield row(name, target, decode_launch.kernel, constants, pairs, decoding)
 
 
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:

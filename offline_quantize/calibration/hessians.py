@@ -107,7 +107,6 @@ class Calibrator:
         self._runner = LayerRunner(checkpoint, tokens[self._own], device, dtype)
         self._runner.unload_embeddings_and_head()
         self._shrink_routed = shrink_routed
-        self._index = 0
 
     @torch.no_grad()
     def hessians(
@@ -130,11 +129,11 @@ class Calibrator:
         """
         runner = self._runner
         inputs = _Sums(layer, [self._own_part(tokens) for tokens in importance], runner.device)
-        runner.load(self._index, weights)
-        with on_linear_inputs(runner.layers[self._index], inputs.add):
+        runner.load(layer, weights)
+        with on_linear_inputs(runner.layers[layer.index], inputs.add):
             for i, batch in enumerate(runner.hidden):
                 with suppress(_Reached):
-                    runner.run(self._index, i, batch.to(runner.device))
+                    runner.run(layer.index, i, batch.to(runner.device))
         inputs.add_up(self._ranks)
         for name, total in inputs.sums.items():
             if not total.isfinite().all():
@@ -158,18 +157,18 @@ class Calibrator:
         start, stop = (len(importance) * edge // self._num_windows for edge in edges)
         return importance[start:stop]
 
-    def finish(self, weights: dict[str, torch.Tensor]) -> None:
-        """Carry the tokens through the layer and go on to the next.
+    def finish(self, layer: DecoderLayer, weights: dict[str, torch.Tensor]) -> None:
+        """Carry the tokens through a layer.
 
         Args:
+            layer: the next one.
             weights: the layer's tensors by full name, quantized and decoded.
         Raises:
             QuantizeError: the layer's output is not finite.
         """
-        self._runner.load(self._index, weights)
-        self._runner.advance(self._index)
-        self._runner.unload(self._index)
-        self._index += 1
+        self._runner.load(layer, weights)
+        self._runner.advance(layer.index)
+        self._runner.unload(layer.index)
 
     @torch.no_grad()
     def head_hessian(self) -> torch.Tensor:

@@ -128,7 +128,7 @@ def measure_sensitivities(
     steps = 3 * len(layers)  # backwards is twice the work
 
     def load(layer: DecoderLayer, step: int) -> None:
-        runner.load(layer.index, layer.load(checkpoint))
+        runner.load(layer, layer.load(checkpoint))
         progress("sensitivity", step, steps)
 
     sensitivities: list[list[Sensitivity]] = []

@@ -166,16 +166,19 @@ def decoded_tensors(
         wanted: names of tensors of the model; names that it does not have are left out.
             None for all tensors.
     Yields:
-        Name and tensor.
+        Name and tensor, as in a plain checkpoint; but of stacks of experts their parts, where the
+        checkpoint has those.
     Raises:
-        QuantizeError: quantized with another method, or :meth:`QuantizedCheckpoint.of` refuses it.
+        QuantizeError: quantized with a method that is not decoded, or
+            :meth:`QuantizedCheckpoint.of` refuses it.
         TensorError: a value of a QAM-W checkpoint that the format does not allow.
     """
-    if not checkpoint.config.get("quantization_config"):
+    if not checkpoint.quantization or checkpoint.encoding:
         names = [name for name in checkpoint.tensors if wanted is None or name in wanted]
         yield from checkpoint.load(names)
         return
     quantized = QuantizedCheckpoint.of(checkpoint)
     for name, stored in quantized.decoded_names().items():
         if wanted is None or name in wanted:
-            yield name, quantized.decoded_tensor(stored, dtype)
+            tensor = quantized.decoded_tensor(stored, dtype)
+            yield name, tensor.T if name in quantized.format.stacks else tensor

@@ -114,7 +114,7 @@ def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -
     stored, tensors = quantized.decoded_names(), quantized.checkpoint.tensors
     expected = dict(structure.expected)
     for name, stack in structure.stacks.items():
-        if name not in stored:
+        if name not in stored or name in quantized.format.stacks:
             del expected[name]
             expected |= {part: stack.shape_of(part) for part in stack.slices}
     faults = [

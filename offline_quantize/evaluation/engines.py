@@ -29,7 +29,8 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """
     checkpoint = Checkpoint(directory)
     model, tensor_map = build_empty_model(checkpoint)
-    values = dict(tensor_map.parameters(decoded_tensors(checkpoint, dtype)))
+    tensors = tensor_map.apart(decoded_tensors(checkpoint, dtype))
+    values = dict(tensor_map.parameters(tensors))
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
         return values.pop(name).to(dtype) if name in values else old

@@ -92,11 +92,11 @@ def _check_decodable(directory: Path) -> None:
     """Refuse what transformers cannot run."""
     checkpoint = Checkpoint(directory)
     transformers_config(checkpoint)
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization and quantization.get("quant_method") != QUANT_METHOD:
+    method = checkpoint.quantization.get("quant_method", QUANT_METHOD)
+    if method != QUANT_METHOD and not checkpoint.encoding:
         raise QuantizeError(
-            f"{directory / CONFIG}: quant_method is {quantization.get('quant_method')!r}, but in "
-            f"transformers only {QUANT_METHOD} and plain checkpoints are measured; "
+            f"{directory / CONFIG}: quant_method is {method!r}, but in transformers only "
+            f"{QUANT_METHOD}, plain checkpoints and such that are decoded are measured; "
             "a checkpoint of another method with ",
             Option("engine", "vllm"),
         )

@@ -3,6 +3,7 @@
 Only safetensors is read, never pickle.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.errors import QuantizeError, explained
+from offline_quantize.files import CARD, CONFIG, SINGLE, WEIGHT_SUFFIXES
 from offline_quantize.model.copied import copied_files
+from offline_quantize.model.encoded import Encoded, find_encoding
 from offline_quantize.model.sources import Sources
+from qamw_kernels.errors import FileError
 from qamw_kernels.files import open_regular, parse_json, read_json
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.weight import check_plain
@@ -32,7 +35,10 @@ _DTYPES = {
     "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+
+_CARD_BYTES = 2**16  # its metadata comes first
 
 
 @dataclass(frozen=True)
@@ -53,11 +59,16 @@ class TensorInfo:
 class Checkpoint:
     """A directory with config.json and safetensors shards.
 
+    What other methods than QAM-W quantized is decoded as it is read (:mod:`.encoded`).
+
     Attributes:
         directory: the path given.
         name: the directory's name, or the id of a model in the hub's cache.
         config: config.json.
-        tensors: name -> TensorInfo, of all shards.
+        quantization: ``quantization_config`` of it; empty for a plain checkpoint.
+        tensors: name -> TensorInfo, as they are once decoded.
+        encoding: how they are encoded, in words; empty if they are not, or cannot be decoded.
+        source_bytes: of the tensors in the shards.
         sources: the files that were read; what is read of them later must be the same.
     """
 
@@ -66,13 +77,15 @@ class Checkpoint:
 
         Raises:
             FileError, FormatError: config.json or the index cannot be understood.
-            QuantizeError: a shard is missing or cannot be read, or they contradict each other.
+            QuantizeError: a shard is missing or cannot be read, or they contradict each other or
+                config.json.
         """
         self.directory = directory
         self.name = _model_name(directory)
         self.sources = Sources(directory)
         self.sources.note(CONFIG)
         self.config = _read_config(directory / CONFIG)
+        self.quantization = _quantization(self.config)
         self.tensors: dict[str, TensorInfo] = {}
         weight_map = self._weight_map()
         for file in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
@@ -80,6 +93,28 @@ class Checkpoint:
         for name, file in (weight_map or {}).items():
             if name not in self.tensors or self.tensors[name].file != file:
                 raise QuantizeError(f"{directory / INDEX}: {name} should be in {file}, but is not")
+        self.source_bytes = sum(info.num_bytes for info in self.tensors.values())
+        self.encoding = ""
+        self._stored = self.tensors
+        self._encoded: dict[str, Encoded] = {}
+        self._decode()
+
+    def _decode(self) -> None:
+        """From now on, ``tensors`` are those that a plain checkpoint would have."""
+        try:
+            encoding = find_encoding(self.quantization, _dtype(self.config), self._stored)
+        except QuantizeError as error:
+            raise QuantizeError(f"{self.directory}: ", *error.parts) from None
+        if encoding is None:
+            return
+        self.encoding = encoding.description
+        self._encoded = {tensor.name: tensor for tensor in encoding.tensors}
+        decoded = {}
+        for name, tensor in self._encoded.items():
+            file = self._stored[next(iter(tensor.parts.values()))].file
+            decoded[name] = TensorInfo(name, file, tensor.shape, tensor.dtype)
+        plain = {n: info for n, info in self._stored.items() if n not in encoding.dropped}
+        self.tensors = plain | decoded
 
     def _weight_map(self) -> dict[str, str] | None:
         """The index: name of a tensor -> its file. None where one file holds all."""
@@ -125,18 +160,23 @@ class Checkpoint:
         A shard is mapped only while its tensors are read.
 
         Raises:
-            QuantizeError: a shard is no longer what it was when the checkpoint was opened.
+            QuantizeError: a shard is no longer what it was when the checkpoint was opened, or a
+                tensor cannot be decoded.
         """
-        open_file = ""
-        shard: Any = None
+        reader = _Reader(self.directory, self.sources)
         for name in names:
-            info = self.tensors[name]
-            if info.file != open_file:
-                open_file = info.file
-                self.sources.check(open_file)
-                shard = safe_open(self.directory / info.file, framework="pt")
-            tensor = shard.get_tensor(name).clone()  # a copy, so that the mapping can go
-            self.sources.check_read(open_file)
+            encoded = self._encoded.get(name)
+            if encoded is None:
+                yield name, reader.read(self._stored[name])
+                continue
+            parts = {part: reader.read(self._stored[x]) for part, x in encoded.parts.items()}
+            with explained(f"{self.directory / self.tensors[name].file}: {name}: {self.encoding}"):
+                tensor = encoded.decode(parts)
+            if tensor.shape != encoded.shape:
+                raise QuantizeError(
+                    f"{self.directory / self.tensors[name].file}: {name}: decoded to shape "
+                    f"{tuple(tensor.shape)}, expected {encoded.shape}"
+                )
             yield name, tensor
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -149,6 +189,16 @@ class Checkpoint:
             check_plain(tensor, name)
             yield name, tensor
 
+    def base_model(self) -> str:
+        """What the model card says that this model was made of, as the end of a sentence."""
+        try:
+            with open_regular(self.directory / CARD) as file:
+                text = file.read(_CARD_BYTES).decode(errors="replace")
+        except FileError:
+            return ""
+        named = re.search(r"^base_model:\s*(?:-\s*)?(\S+)$", text, re.MULTILINE)
+        return f", {named[1]}" if named else ""
+
     def other_files(self) -> list[str]:
         """Paths inside the directory of every file without weights; see :mod:`.copied`.
 
@@ -160,6 +210,23 @@ class Checkpoint:
         for file in files:
             self.sources.note(file)
         return files
+
+
+class _Reader:
+    """Reads tensors, and keeps the shard of the last one mapped."""
+
+    def __init__(self, directory: Path, sources: Sources) -> None:
+        self._directory, self._sources = directory, sources
+        self._file = ""
+        self._shard: Any = None
+
+    def read(self, info: TensorInfo) -> torch.Tensor:
+        if info.file != self._file:
+            self._sources.check(info.file)
+            self._file, self._shard = info.file, safe_open(self._directory / info.file, "pt")
+        tensor: torch.Tensor = self._shard.get_tensor(info.name).clone()  # so the mapping can go
+        self._sources.check_read(info.file)
+        return tensor
 
 
 def _check_names(path: Path) -> None:
@@ -199,6 +266,23 @@ def _read_config(path: Path) -> dict[str, Any]:
                     f"got {type(style).__name__} for {name}"
                 )
     return config
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """How a checkpoint is quantized; wrappers may say so among the settings of their decoder."""
+    text_config = config.get("text_config") or {}
+    found: dict[str, Any] = (
+        config.get("quantization_config") or text_config.get("quantization_config") or {}
+    )
+    return found
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """Of the model: of 16 bits, bfloat16 where config.json does not say float16."""
+    for section in (config, config.get("text_config") or {}):
+        if "float16" in (section.get("dtype"), section.get("torch_dtype")):
+            return torch.float16
+    return torch.bfloat16
 
 
 def resolve_model(model: str) -> Path:

@@ -15,6 +15,7 @@ from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
 from offline_quantize.model.tensor_map import TensorMap, plain_shapes
+from offline_quantize.model.transposed import straighten
 
 # Of layers and experts, which have tensors of their own: the names in config.json.
 _COUNTS = frozenset(
@@ -53,7 +54,8 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
 
     It is of the class that config.json names. Parameters, and buffers that checkpoints have, are on
     the meta device; all other buffers hold what transformers computes for them. Experts are taken
-    apart (:mod:`offline_quantize.model.experts`). No code of the checkpoint runs.
+    apart (:mod:`offline_quantize.model.experts`), and GPT-2's linear layers straightened. No code
+    of the checkpoint runs.
 
     Raises:
         QuantizeError: transformers does not know the architecture, or refuses its config.json; or
@@ -74,6 +76,7 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
         _compute_buffers(model, checkpoint)
         tensor_map = TensorMap(model, plain_shapes(checkpoint))
         unfuse_experts(model, tensor_map)
+        straighten(model, tensor_map)
     return model.eval(), tensor_map
 
 

@@ -15,6 +15,7 @@ from offline_quantize.model.empty import (
     set_parameters,
     text_decoder,
 )
+from offline_quantize.model.structure import DecoderLayer
 from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.tracing import LayerCall, record_layer_calls
 
@@ -80,7 +81,7 @@ class LayerRunner:
         }
         inside = set(self._tensor_map.tensors_of(layers))
         tensors = checkpoint.load_finite(name for name in wanted if name not in inside)
-        values = dict(self._tensor_map.parameters(tensors))
+        values = dict(self._tensor_map.parameters(self._tensor_map.apart(tensors)))
 
         def stored(name: str, old: torch.Tensor) -> torch.Tensor:
             if name in values:
@@ -90,18 +91,22 @@ class LayerRunner:
         set_parameters(self.model, stored, skip=self.layers_name, buffers=True)
         share_tensors(self.model, self._tensor_map.shared())
 
-    def load(self, index: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Give decoder layer ``index`` its parameters, from tensors of the checkpoint by name."""
-        parameters = dict(self._tensor_map.parameters(weights.items()))
+    def load(self, layer: DecoderLayer, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give a decoder layer its parameters, from tensors as :meth:`DecoderLayer.load` has them.
+
+        Those of quantized matrices may be others of the same shapes.
+        """
+        apart = self._tensor_map.apart(weights.items(), {stack.name for stack in layer.stacks})
+        parameters = dict(self._tensor_map.parameters(apart))
 
         def given(name: str, old: torch.Tensor) -> torch.Tensor:
-            tensor = parameters.get(f"{self.layers_name}.{index}.{name}")
+            tensor = parameters.get(f"{layer.name}.{name}")
             if tensor is None:
                 return old.to(self.device)
             is_parameter = isinstance(old, nn.Parameter)  # routers have buffers of float32
             return tensor.to(self.device, self._dtype if is_parameter else old.dtype)
 
-        set_parameters(self.layers[index], given, buffers=True)
+        set_parameters(self.layers[layer.index], given, buffers=True)
 
     def unload(self, index: int) -> None:
         """Let go of the tensors of decoder layer ``index``."""

@@ -7,7 +7,7 @@ all tensors that belong together have been read.
 
 import sys
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -180,24 +180,31 @@ class TensorMap:
             for other in group[1:]
         )
 
+    def apart(
+        self, tensors: Iterable[tuple[str, torch.Tensor]], done: Collection[str] = ()
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of the checkpoint, stacks in their parts.
+
+        Args:
+            done: names of stacks that are in their parts already: one may have its stack's name.
+        """
+        for name, tensor in tensors:
+            if name in self.stacks and name not in done:
+                yield from self.stacks[name].split(tensor)
+            else:
+                yield name, tensor
+
     def parameters(
         self, tensors: Iterable[tuple[str, torch.Tensor]]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Names and values of parameters and buffers, as soon as all of their tensors are there.
 
         Args:
-            tensors: name in the checkpoint and value, or those of the parts of a stack; what is
-                nothing of the model's is left out.
+            tensors: name in the checkpoint and value, stacks :meth:`apart`; what is nothing of the
+                model's is left out.
         """
-        apart = (
-            part
-            for name, tensor in tensors
-            for part in (
-                self.stacks[name].split(tensor) if name in self.stacks else [(name, tensor)]
-            )
-        )
         waiting: dict[int, dict[str, torch.Tensor]] = {}
-        for name, tensor in apart:
+        for name, tensor in tensors:
             conversion = self._of_tensor.get(name)
             if conversion is None:
                 continue

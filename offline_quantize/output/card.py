@@ -23,7 +23,7 @@ tags: [qamw]
 {report.quantized_weights / 1e6:.1f} million weights of the decoder layers, \
 {report.effective_bits_per_weight:.3f} effective bits each
 (every stored byte counted); {report.output_bytes / 1e6:.1f} MB instead of \
-{report.source_bytes / 1e6:.1f} MB.{_head(plan)}
+{report.source_bytes / 1e6:.1f} MB.{_head(plan)}{_source(report)}
 Calibration: {_calibration(report)}; encoder {report.encoder}, {report.rates} rates. \
 Made by qamw-vllm {report.qamw_version}.
 
@@ -45,6 +45,12 @@ def _head(plan: Plan) -> str:
     return (
         f" The head has {nominal_bits_per_weight(HEAD_INDEX_BITS):g} bits per weight, beside that."
     )
+
+
+def _source(report: Report) -> str:
+    if not report.source_encoding:
+        return ""
+    return f" The model was quantized before, {report.source_encoding}, and was decoded first."
 
 
 def _calibration(report: Report) -> str:

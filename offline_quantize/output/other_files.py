@@ -89,7 +89,8 @@ def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
         nominal_bits_per_weight=plan.nominal_bits_per_weight,
         effective_bits_per_weight=plan.effective_bits_per_weight,
         quantized_weights=plan.num_quantized_weights,
-        source_bytes=plan.source_bytes,
+        source_bytes=plan.checkpoint.source_bytes,
+        source_encoding=plan.checkpoint.encoding,
         output_bytes=plan.output_bytes,
         tensor_parallel_sizes=plan.tensor_parallel_sizes,
         layers=tuple(map(LayerReport.from_dict, entries)),
@@ -99,6 +100,9 @@ def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
 def _output_config(plan: Plan) -> dict[str, Any]:
     """The content of config.json."""
     config = plan.checkpoint.config | {"quantization_config": plan.format.to_dict()}
+    if "quantization_config" in (config.get("text_config") or {}):
+        config["text_config"] = dict(config["text_config"])
+        del config["text_config"]["quantization_config"]
     if plan.head or any_differ(plan.checkpoint, plan.structure.stored_twice):
         config["tie_word_embeddings"] = False  # the head has a weight of its own
         if isinstance(config.get("text_config"), dict):

@@ -91,7 +91,8 @@ class Report:
         nominal_bits_per_weight: what the indices take, on average over the decoder layers.
         effective_bits_per_weight: all stored bytes of the quantized decoder layers.
         quantized_weights: number of weights in them.
-        source_bytes: of the model's tensors.
+        source_bytes: of the model's tensors, as they are on disk.
+        source_encoding: how they were quantized there; empty for a plain checkpoint.
         output_bytes: of the tensors that were written.
         tensor_parallel_sizes: that the result can be served with.
         layers: every quantized linear, the head last.
@@ -106,6 +107,7 @@ class Report:
     effective_bits_per_weight: float
     quantized_weights: int
     source_bytes: int
+    source_encoding: str
     output_bytes: int
     tensor_parallel_sizes: tuple[int, ...]
     layers: tuple[LayerReport, ...]
@@ -136,6 +138,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of qamw_report.json."""
+        encoding = {"source_encoding": self.source_encoding} if self.source_encoding else {}
         return {
             "qamw_version": self.qamw_version,
             "calibration": self.calibration,
@@ -146,6 +149,7 @@ class Report:
             "effective_bits_per_weight": self.effective_bits_per_weight,
             "quantized_weights": self.quantized_weights,
             "source_bytes": self.source_bytes,
+            **encoding,
             "output_bytes": self.output_bytes,
             "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
             "not_reached": self.not_reached,

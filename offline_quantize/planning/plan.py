@@ -5,7 +5,7 @@ A plan is decided from config.json and the headers of the shards; no tensor is r
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,7 +25,7 @@ from offline_quantize.planning.selection import (
     select_layers,
     unquantized_matrices,
 )
-from offline_quantize.planning.shards import Shard, make_shards, total_bytes
+from offline_quantize.planning.shards import Shard, make_shards
 from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import QamwFormat, layer_tensors, role_of
 from qamw_kernels.format.rates import (
@@ -123,7 +123,7 @@ class Plan:
         ]
 
     @functools.cached_property
-    def _quantized(self) -> dict[str, list[Linear]]:
+    def quantized(self) -> Mapping[str, Sequence[Linear]]:
         """Tensor of the checkpoint -> the linears whose weights it holds."""
         linears = {linear.weight_name: linear for linear in self.linears()}
         if self.head:
@@ -134,13 +134,12 @@ class Plan:
 
     def written(self, names: Iterable[str]) -> list[TensorInfo]:
         """What is written for tensors of the checkpoint, or of a head that has none there."""
-        quantized = self._quantized
         return [
             info
             for name in names
             for info in (
-                chain.from_iterable(map(self.output_tensors, quantized[name]))
-                if name in quantized
+                chain.from_iterable(map(self.output_tensors, self.quantized[name]))
+                if name in self.quantized
                 else [self.checkpoint.tensors[name]]
             )
         ]
@@ -201,11 +200,6 @@ class Plan:
         return (self.index_bit_budget - spent) / 8
 
     @property
-    def source_bytes(self) -> int:
-        """Of the tensors that are read."""
-        return total_bytes(self.checkpoint.tensors.values())
-
-    @property
     def output_bytes(self) -> int:
         """Of the tensors that are written."""
         return sum(shard.num_bytes for shard in self.shards)
@@ -221,7 +215,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
         QuantizeError: the checkpoint cannot be quantized as asked; names the tensor and what to do.
     """
     checkpoint = Checkpoint(directory)
-    _check_unquantized(checkpoint)
+    _check_decodable(checkpoint)
     structure = find_structure(checkpoint)
     check_complete(checkpoint, structure)
     check_share(structure, request.allow_partial)
@@ -258,14 +252,13 @@ def _head_rate(head: Linear | None) -> dict[str, int]:
     return {head.name: HEAD_INDEX_BITS} if head else {}
 
 
-def _check_unquantized(checkpoint: Checkpoint) -> None:
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        known = quantization if isinstance(quantization, dict) else {}
-        method = known.get("quant_method", "an unknown method")
+def _check_decodable(checkpoint: Checkpoint) -> None:
+    """Refuse what another method quantized, unless it is decoded while it is read."""
+    if checkpoint.quantization and not checkpoint.encoding:
+        method = checkpoint.quantization.get("quant_method", "an unknown method")
         raise QuantizeError(
-            f"{checkpoint.directory}: already quantized with {method}; "
-            "start from the unquantized model"
+            f"{checkpoint.directory}: already quantized with {method}, which is not decoded here; "
+            f"start from the unquantized model{checkpoint.base_model()}"
         )
 
 

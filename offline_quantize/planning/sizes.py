@@ -88,7 +88,8 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0, processes: int = 1)
         libraries,
         layer,
         shards,
-        outside_layers=plan.source_bytes - sum(map(total_bytes, layers)),
+        outside_layers=total_bytes(plan.checkpoint.tensors.values())
+        - sum(map(total_bytes, layers)),
         states=STATES_OF_A_LAYER * state_bytes(plan, own_tokens),
         activations=activations * max(max(own, default=0) for own in widths),
         layer_float32=FLOAT32_BYTES * max(map(_num_elements, layers)),

@@ -45,13 +45,14 @@ def plan_table(plan: Plan) -> list[TableRow]:
 
 
 def _single_rows(plan: Plan) -> Iterator[TableRow]:
-    quantized = {linear.weight_name: linear for linear in plan.linears()}
+    head_name = plan.head.weight_name if plan.head else ""
     for info in plan.checkpoint.tensors.values():
-        if info.name in quantized:
-            linear = quantized[info.name]
+        if info.name == head_name:
+            continue
+        for linear in plan.quantized.get(info.name, ()):
             rate = "mixed rates" if plan.request.mixed else _rate(plan.shape_of(linear).index_bits)
             yield _quantized_row(plan, linear, rate)
-        elif not (plan.head and info.name == plan.head.weight_name):
+        if info.name not in plan.quantized:
             dtype = str(info.dtype).removeprefix("torch.")
             yield TableRow(
                 pattern_of(info.name), _shape(*info.shape), f"kept {dtype}", info.num_bytes

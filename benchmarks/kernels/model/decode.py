@@ -14,7 +14,7 @@ from benchmarks.kernels.model.paths import Turns, walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
 from benchmarks.kernels.model.trace import NOTHING, Request, Source
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for
-from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import decode_launch as kernel
 
 PAIRS = 128  # that one thread decodes in a turn of the main loop: as many look-ups
 WORDS_STRIDE = 0x200  # bytes between the words of a lane
@@ -24,10 +24,8 @@ ADDRESS = re.compile(r"\[(R\d+)\.64(?:\+(-?0x[0-9a-f]+))?")
 @functools.cache
 def decode_listing(index_bits: int, parts: int) -> Listing:
     """Machine code of the decode kernel in bfloat16."""
-    assert gluon_launch.kernels is not None
-    constants = gluon_launch.constants(index_bits, torch.bfloat16, parts, SHARED_BYTES[TARGET])
-    kernel = gluon_launch.kernels.decode_gemm_kernel
-    return read_listing(compile_for(TARGET, kernel, constants))
+    constants = kernel.constants(index_bits, torch.bfloat16, parts, SHARED_BYTES[TARGET])
+    return read_listing(compile_for(TARGET, kernel.kernel, constants))
 
 
 def _look_ups(listing: Listing) -> list[Loop]:
@@ -97,13 +95,13 @@ def decode_launch(
     num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
 ) -> Launch:
     """The decode kernel, with the grid that its launcher chooses."""
-    parts = gluon_launch.parts_of(num_tokens)
-    each = gluon_launch.programs_per_processor(index_bits, parts, SHARED_BYTES[TARGET])
+    parts = kernel.parts_of(num_tokens)
+    each = kernel.programs_per_processor(index_bits, parts, SHARED_BYTES[TARGET])
     row_tiles, input_tiles = -(-num_rows // 16), -(-num_inputs // 512)
-    log = gluon_launch.log_row_tiles(row_tiles, input_tiles, each * MULTIPROCESSORS)
+    log = kernel.log_row_tiles(row_tiles, input_tiles, each * MULTIPROCESSORS)
     runs = -(-row_tiles >> log) if log else row_tiles
     columns = min(runs, each * MULTIPROCESSORS)
-    share = gluon_launch.WARPS >> log
+    share = kernel.WARPS >> log
     whole = num_inputs // 512 // share * share
     listing = decode_listing(index_bits, parts)
     tiles, rest = _look_ups(listing)
@@ -138,7 +136,7 @@ def decode_launch(
     for y in range(-(-num_tokens // (8 * parts))):
         for x in range(columns):
             num_runs = len(range(x, runs, columns))
-            warps = [steps(w & (share - 1), num_runs) for w in range(gluon_launch.WARPS)]
+            warps = [steps(w & (share - 1), num_runs) for w in range(kernel.WARPS)]
             programs.append((y * 8 * parts, warps))
     weight_bytes = row_tiles * input_tiles * index_bits * 512
     return Launch(

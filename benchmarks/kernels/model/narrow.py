@@ -21,7 +21,7 @@ CHUNKS = 8  # of half a tile
 def narrow_listing(index_bits: int) -> Listing:
     """Machine code of the kernel in bfloat16."""
     constants = kernel.constants(index_bits, torch.bfloat16, PROCESSOR)
-    return read_listing(compile_for(TARGET, kernel.narrow_gemm_kernel, constants))
+    return read_listing(compile_for(TARGET, kernel.kernel, constants))
 
 
 def _nest(listing: Listing) -> tuple[Loop, Loop, Loop]:

@@ -110,8 +110,8 @@ class QamwFormat:
                 )
         self._check_ignore()
         for name, shape in self.stacks.items():
-            if len(shape) != 3 or any(type(size) is not int or size <= 0 for size in shape):
-                raise FormatError(f"stacks: {name}: expected three sizes, got {list(shape)}")
+            if len(shape) not in (2, 3) or any(type(x) is not int or x <= 0 for x in shape):
+                raise FormatError(f"stacks: {name}: expected two or three sizes, got {list(shape)}")
         expected = self.expected_codebooks()
         if not self.codebooks:
             object.__setattr__(self, "codebooks", expected)

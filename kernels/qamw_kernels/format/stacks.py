@@ -1,7 +1,8 @@
-"""Tensors that hold one matrix of every expert of a layer, and these matrices as if stored alone.
+"""Tensors that hold matrices otherwise than as [N, K], and these matrices as if stored alone.
 
-Quantized, every expert has tensors of its own: experts differ in what is left out, and vLLM reads
-them one by one. Decoded, they are one tensor again.
+One may hold a matrix of every expert of a layer. Quantized, every expert has tensors of its own:
+experts differ in what is left out, and vLLM reads them one by one. Or one holds a single matrix,
+transposed. Decoded, they are as they were.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,24 +16,24 @@ class Slice:
     """Where a matrix or a bias is in a stack.
 
     Attributes:
-        expert: index along the first dimension.
+        expert: index along the first dimension; None for a tensor that is one matrix.
         rows: of the matrix, once it is not transposed any more; of a bias, its elements.
         transposed: whether the stack has [inputs, rows] for every expert.
     """
 
-    expert: int
+    expert: int | None
     rows: slice
     transposed: bool = False
 
     def of(self, stack: torch.Tensor) -> torch.Tensor:
-        """The view of a stack [experts, ...] that is this matrix [N, K], or this bias [N]."""
-        expert = stack[self.expert]
-        return (expert.T if self.transposed else expert)[self.rows]
+        """The view of a stack that is this matrix [N, K], or this bias [N]."""
+        part = stack if self.expert is None else stack[self.expert]
+        return (part.T if self.transposed else part)[self.rows]
 
 
 @dataclass(frozen=True)
 class Stack:
-    """One tensor [experts, ...] of the checkpoint.
+    """One tensor of the checkpoint: [experts, ...], or [K, N].
 
     Attributes:
         name: of the tensor.
@@ -60,6 +61,11 @@ class Stack:
         for name, part in self.split(stack):
             part.copy_(values[name])
         return stack
+
+
+def transposed_matrix(name: str, shape: tuple[int, ...]) -> Stack:
+    """A tensor [K, N] that holds one matrix of ``shape`` [N, K], which has the same name."""
+    return Stack(name, shape[::-1], {name: Slice(None, slice(None), transposed=True)})
 
 
 def block_of(stack: str) -> str:

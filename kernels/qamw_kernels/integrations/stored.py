@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -23,6 +22,7 @@ from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors, role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.integrations.conversion import DecodingConverter
+from qamw_kernels.integrations.linears import LINEARS
 
 # As safetensors spells those of the format.
 _DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16"}
@@ -139,7 +139,7 @@ def destinations(model: Any, stored: Stored, transforms: Iterable[WeightTransfor
 
 def _known_names(model: Any) -> dict[str, bool]:
     """Parameters and buffers of a model, and those that its linear layers have when packed."""
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, LINEARS)]
     packed = {f"{name}.{tensor}" for name in linears for tensor in LAYER_TENSORS}
     return dict.fromkeys([*model.state_dict(), *packed], True)
 

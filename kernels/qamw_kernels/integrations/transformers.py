@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightTransform
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -30,6 +31,7 @@ from qamw_kernels.integrations.conversion import (
     expert_converters,
     takes_matrices,
 )
+from qamw_kernels.integrations.linears import LINEARS, sizes
 from qamw_kernels.integrations.stored import (
     check_filled,
     check_merged,
@@ -71,11 +73,13 @@ class QamwLinear(nn.Module):
     tiles: torch.Tensor
     quadrant_words: torch.Tensor
 
-    def __init__(self, linear: nn.Linear, index_bits: int, rotation_block_size: int) -> None:
+    def __init__(
+        self, linear: nn.Linear | Conv1D, index_bits: int, rotation_block_size: int
+    ) -> None:
         super().__init__()
         self.rotation_block_size = rotation_block_size
-        tensors = layer_tensors(linear.out_features, linear.in_features, index_bits)
-        for name, (shape, dtype) in tensors.items():
+        self._transposed = isinstance(linear, Conv1D)
+        for name, (shape, dtype) in layer_tensors(*sizes(linear), index_bits).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = linear.bias
         # No parameter, and without memory: code of models that initializes weights wants to see
@@ -98,8 +102,8 @@ class QamwLinear(nn.Module):
         self.register_buffer("quadrant_words", weight.quadrant_words)
         del self.qweight
 
-    def plain(self, name: str, dtype: torch.dtype) -> nn.Linear:
-        """The same layer with its weight decoded.
+    def plain(self, name: str, dtype: torch.dtype) -> nn.Linear | Conv1D:
+        """The layer that this one took the place of, with its weight decoded.
 
         Args:
             name: of the module, for errors.
@@ -108,8 +112,13 @@ class QamwLinear(nn.Module):
         """
         quantized = self._quantized()
         num_rows, num_inputs = quantized.shape
-        linear = nn.Linear(num_inputs, num_rows, self.bias is not None, device="meta")
         weight = decode_checked(quantized, name, dtype)
+        linear: nn.Linear | Conv1D
+        with torch.device("meta"):
+            if self._transposed:
+                linear, weight = Conv1D(num_rows, num_inputs), weight.T.contiguous()
+            else:
+                linear = nn.Linear(num_inputs, num_rows, self.bias is not None)
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = self.bias
         return linear
@@ -158,12 +167,12 @@ class QamwHfQuantizer(HfQuantizer):
         check_merged(model, stored, found, fmt)
         for name, full in found.modules.items():
             module = model.get_submodule(name)
-            if not isinstance(module, nn.Linear):
+            if not isinstance(module, LINEARS):
                 continue
             if full in fmt.ignore:
                 check_plain(stored, full)
                 continue
-            num_rows, num_inputs = module.out_features, module.in_features
+            num_rows, num_inputs = sizes(module)
             index_bits = fmt.index_bits_of(full)
             check_packed(stored, full, num_rows, num_inputs, index_bits)
             block_size = fmt.rotation_block_size_of(full, num_inputs)

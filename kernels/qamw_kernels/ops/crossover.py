@@ -2,7 +2,8 @@
 
 With more tokens it is faster to decode the weight into a workspace and leave the rest to the
 vendor's GEMM. Where the two ways take the same time depends on the GPU and on the kernel that the
-installed Triton has; ``crossover.json`` holds what was measured, by benchmarks/kernels/linear.py.
+installed Triton has; ``crossover.json`` holds what was measured in 16 bits, by
+benchmarks/kernels/linear.py.
 """
 
 import functools
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from qamw_kernels.ops.gluon import launch as gluon_launch
-from qamw_kernels.ops.gluon import wide_launch
+from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.ops.gluon import decode_launch, narrow_launch, wide_launch
+from qamw_kernels.ops.gluon.products import product_for
 from qamw_kernels.ops.launcher import Processor
 
 CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
@@ -23,9 +25,17 @@ GEMM_MAX_TOKENS = 16
 often than is cheaper than decoding the weight. The wide kernel has a limit of its own."""
 
 
-def crossover_key(device: torch.device, wide: bool) -> str:
-    """What a measurement is valid for: the GPU's name, and the kernel that Triton has for it."""
-    kernel = "wide" if wide else "gluon" if gluon_launch.kernels else "plain"
+_NAMES = {wide_launch: "wide", decode_launch: "decode", None: "plain"}
+
+
+def kernel_for_many(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> str:
+    """Name of the kernel that multiplies packed weights with more tokens than the narrow one."""
+    num_tokens = narrow_launch.MAX_TOKENS + 1
+    return _NAMES[product_for(num_tokens, UNIT_INPUTS, dtype, index_bits, processor)]
+
+
+def crossover_key(device: torch.device, kernel: str) -> str:
+    """What a measurement is valid for: the GPU, and :func:`kernel_for_many` on it."""
     return f"{torch.cuda.get_device_name(device)}, {kernel}"
 
 
@@ -43,8 +53,8 @@ def gemm_max_tokens(
     processor: Processor | None,
 ) -> int:
     """Tokens up to which multiplying with the packed weight is the faster way on that device."""
-    wide = wide_launch.runs_on(dtype, index_bits, processor)
-    limit = wide_launch.MAX_TOKENS if wide else GEMM_MAX_TOKENS
-    if device.type != "cuda" or not _measured():
+    kernel = kernel_for_many(dtype, index_bits, processor)
+    limit = wide_launch.MAX_TOKENS if kernel == "wide" else GEMM_MAX_TOKENS
+    if device.type != "cuda" or dtype.itemsize != 2 or not _measured():
         return limit
-    return _measured().get(crossover_key(device, wide), limit)
+    return _measured().get(crossover_key(device, kernel), limit)

@@ -12,6 +12,13 @@ from typing import Any, Protocol
 
 import torch
 import triton
+import triton.language as tl
+
+TL_DTYPES = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+}
 
 
 @dataclass(frozen=True)

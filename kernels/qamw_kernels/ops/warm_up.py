@@ -8,8 +8,7 @@ import torch
 
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
-from qamw_kernels.ops.gluon import launch as gluon_launch
-from qamw_kernels.ops.gluon import narrow_launch, wide_launch
+from qamw_kernels.ops.gluon import decode_launch, narrow_launch, wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
@@ -36,17 +35,6 @@ class _Warmer:
         shape = (1, 1, 2, 8, wide_launch.ROWS)
         sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         wide_launch.add_sums(sums, weight, None, y, self.launcher)
-
-    def long(self, index_bits: int, rotation_block_size: int) -> None:
-        """Of few tokens with more inputs than the narrow kernel takes."""
-        weight, processor = (
-            self._weight(index_bits, rotation_block_size),
-            self.launcher.processor(self.device),
-        )
-        x = self._tokens(weight, narrow_launch.MAX_TOKENS)
-        y = torch.empty(len(x), weight.num_rows, dtype=self.dtype, device=self.device)
-        if processor is not None:
-            gluon_launch.gemm(x, weight, None, y, processor, self.launcher)
 
     def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
@@ -78,8 +66,12 @@ class _Warmer:
 
 
 def packed_tokens(most: int) -> list[int]:
-    """Numbers of tokens, up to ``most``, that need all variants of the packed products."""
-    steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in gluon_launch.PARTS)}
+    """Numbers of tokens, up to ``most``, that need all variants of the packed products.
+
+    One more than the narrow kernel takes is among them: it does not take very many inputs.
+    """
+    most = max(most, narrow_launch.MAX_TOKENS + 1)
+    steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in decode_launch.PARTS)}
     steps |= {narrow_launch.MAX_TOKENS, *wide_launch.TILES}
     return sorted({min(tokens, most) for tokens in steps})
 
@@ -117,8 +109,6 @@ def warm_up(
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
         for bits in rates:
-            if wide_launch.runs_on(dtype, bits, processor):
-                jobs.append(pool.submit(warmer.long, bits, least))
             for size in rotation_block_sizes:
                 jobs.append(pool.submit(warmer.dequantized, bits, size))
         if experts:

@@ -10,16 +10,16 @@ import torch
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
 from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.format.packing import pack_planes
-from qamw_kernels.ops.gluon import launch, narrow_launch
+from qamw_kernels.ops.gluon import narrow_launch, table
 from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import quadrant_words
 from tests.helpers.ptx.machine import Machine
-from tests.kernels_.ops.test_gluon import as_bytes
+from tests.kernels_.ops.test_decode import as_bytes
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(launch.kernels is None, reason="this Triton has no shared-memory gather"),
+    pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather"),
 ]
 PAIRS_PER_THREAD = 64  # of half a tile
 
@@ -30,7 +30,7 @@ def processor(target: int) -> Processor:
 
 def compile_gemm(target: int, index_bits: int, dtype: torch.dtype) -> Any:
     constants = narrow_launch.constants(index_bits, dtype, processor(target))
-    return compile_for(target, narrow_launch.narrow_gemm_kernel, constants)
+    return compile_for(target, narrow_launch.kernel, constants)
 
 
 def run_on_cpu(
@@ -111,7 +111,7 @@ def test_ptx_is_right(
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
 def test_machine_code(target: int, index_bits: int) -> None:
     """No spills, tensor cores, 16-byte loads past L1; prefetches and dependence from sm_90 on."""
-    if not launch.fits(torch.bfloat16, index_bits, processor(target)):
+    if not table.fits(torch.bfloat16, index_bits, processor(target)):
         pytest.skip("the table does not fit: the plain kernel runs")
     compiled = compile_gemm(target, index_bits, torch.bfloat16)
     opcodes = collections.Counter(opcode for opcode, _ in disassemble(compiled))

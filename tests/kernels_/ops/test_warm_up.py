@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from qamw_kernels.ops.gluon import launch as gluon_launch
+from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.routing import sort_slots
@@ -55,7 +55,7 @@ class Recorder:
 def recorder(request: pytest.FixtureRequest) -> Recorder:
     if request.param is None:
         return Recorder(None)
-    if gluon_launch.kernels is None:
+    if not table.HAS_GATHER:
         pytest.skip("this Triton has no shared-memory gather")
     return Recorder(Processor(132, 227 << 10, compute_capability=request.param))
 
@@ -63,10 +63,11 @@ def recorder(request: pytest.FixtureRequest) -> Recorder:
 def packed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     """Names of the kernels that multiply with packed weights."""
     processor = recorder.processor(torch.device("cpu"))
-    if processor is None or dtype not in gluon_launch.GLUON_DTYPES:
+    if processor is None or dtype not in table.DTYPES:
         return {"gemm_kernel"}
-    wide = {"wide_gemm_kernel", "add_sums_kernel"} if processor.compute_capability == 90 else set()
-    return {"narrow_gemm_kernel", "decode_gemm_kernel"} | wide
+    if processor.compute_capability == 90:
+        return {"narrow_gemm_kernel", "wide_gemm_kernel", "add_sums_kernel"}
+    return {"narrow_gemm_kernel", "decode_gemm_kernel"}
 
 
 def zero_weight(
@@ -142,25 +143,29 @@ def test_warm_up_compiles_everything(
 
 
 @pytest.mark.parametrize(
-    "num_tokens, on_sm_90, elsewhere",
+    "num_tokens, num_inputs, on_sm_90, elsewhere",
     [
-        (8, "narrow_gemm_kernel", "narrow_gemm_kernel"),
-        (9, "wide_gemm_kernel", "decode_gemm_kernel"),
-        (16, "wide_gemm_kernel", "decode_gemm_kernel"),
-        (17, "wide_gemm_kernel", "dequantize_kernel"),
-        (512, "wide_gemm_kernel", "dequantize_kernel"),
-        (513, "dequantize_kernel", "dequantize_kernel"),
+        (8, 128, "narrow_gemm_kernel", "narrow_gemm_kernel"),
+        (8, 32832, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (9, 128, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (16, 128, "wide_gemm_kernel", "decode_gemm_kernel"),
+        (17, 128, "wide_gemm_kernel", "dequantize_kernel"),
+        (512, 128, "wide_gemm_kernel", "dequantize_kernel"),
+        (513, 128, "dequantize_kernel", "dequantize_kernel"),
     ],
 )
-def test_which_kernel_multiplies(num_tokens: int, on_sm_90: str, elsewhere: str) -> None:
+def test_which_kernel_multiplies(
+    num_tokens: int, num_inputs: int, on_sm_90: str, elsewhere: str
+) -> None:
     """On GPUs that were not measured; float32 has tensor cores nowhere, and the plain kernel."""
-    if gluon_launch.kernels is None:
+    if not table.HAS_GATHER:
         pytest.skip("this Triton has no shared-memory gather")
     for capability, expected in ((90, on_sm_90), (100, elsewhere)):
         recorder = Recorder(Processor(132, 227 << 10, capability))
-        linear(recorder, zero_weight(11, 64, 128, 64), torch.bfloat16, num_tokens)
-        assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {expected}
+        linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.bfloat16, num_tokens)
+        others = {"rotate_kernel", "add_sums_kernel"}
+        assert {line.split(":")[0] for line in recorder.seen} - others == {expected}
     recorder = Recorder(Processor(132, 227 << 10, 90))
-    linear(recorder, zero_weight(11, 64, 128, 64), torch.float32, num_tokens)
+    linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.float32, num_tokens)
     plain = "gemm_kernel" if num_tokens <= 16 else "dequantize_kernel"
     assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {plain}

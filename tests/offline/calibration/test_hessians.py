@@ -40,7 +40,7 @@ def test_calibration_of_other_architectures(architecture: str, tmp_path: Path) -
     calibrator = Calibrator(plan.checkpoint, tokens, CPU, torch.float32)
     no_groups = dataclasses.replace(first, groups=())
     assert calibrator.hessians(first.load(plan.checkpoint), no_groups, ()) == {}
-    calibrator.finish(decoded)
+    calibrator.finish(first, decoded)
     importance = torch.rand(tokens.numel())
     last_group = dataclasses.replace(second, groups=second.groups[-1:])
     hessians = calibrator.hessians(second.load(plan.checkpoint), last_group, [importance])
@@ -90,7 +90,7 @@ def test_processes_share_the_windows(tmp_path: Path) -> None:
         weights = layer.load(plan.checkpoint)
         found = calibrator.hessians(weights, layer, importance)
         for following in plan.layers:
-            calibrator.finish(following.load(plan.checkpoint))
+            calibrator.finish(following, following.load(plan.checkpoint))
         return {**found, "head": calibrator.head_hessian()}
 
     alone = hessians(ALONE)

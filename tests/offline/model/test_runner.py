@@ -25,7 +25,7 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
     layers = find_structure(checkpoint).layers
     assert len(layers) == 2
     for layer in layers:
-        runner.load(layer.index, dict(checkpoint.load(layer.tensors)))
+        runner.load(layer, layer.load(checkpoint))
         runner.advance(layer.index)
         runner.unload(layer.index)
     whole = load_model(model)

@@ -64,7 +64,7 @@ def test_layers_one_by_one_are_the_whole_model(name: str, tmp_path: Path) -> Non
     last.register_forward_hook(record)
     model(input_ids=IDS, use_cache=False)
     for layer in structure.layers:
-        runner.load(layer.index, layer.load(checkpoint))
+        runner.load(layer, layer.load(checkpoint))
         runner.advance(layer.index)
     torch.testing.assert_close(runner.hidden[0], seen[0], rtol=1e-4, atol=1e-4)
 

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
-"""The decode GEMM for up to 8 tokens: see :mod:`qamw_kernels.ops.gluon.kernels` for the look-ups.
+"""The decode GEMM for up to 8 tokens: see :mod:`qamw_kernels.ops.gluon.look_up` for the look-ups.
 
 What few tokens cost is waiting, so everything here is about beginning early and ending soon. One
 program has a multiprocessor, and so one table and one copy of the activations. A warp has half a
@@ -8,62 +8,87 @@ tile: the same 256 inputs of all row tiles of its program, whose activations it 
 registers. Nothing but index words is read in the loop, and those are fetched into L2 turns before.
 What the warps have summed is added up once for many row tiles, so that they seldom wait for each
 other.
+
+These go together through the functions below:
+
+- ``turn``: of the loop: (row tile, slice of the inputs, first row tile of the batch).
+- ``weight``: (at its tiles, input tiles, slices, row tiles of a batch, end of the row tiles).
+- ``place``: of a thread: (in a tile, at its token, warp, half of a tile, 4 * lane).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-from qamw_kernels.ops.gluon.kernels import load_quadrant, multiply_chunk
+from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
 
 CHUNKS = gl.constexpr(8)  # of half a tile
 
 
-@gluon.constexpr_function
-def bulk_prefetch(BYTES):
-    """PTX: BYTES at the address $1 on their way to L2, if $2."""
-    prefetch = f"@p cp.async.bulk.prefetch.L2.global [$1], {BYTES};"
-    return "{ .reg .pred p; setp.ne.s32 p, $2, 0; " + prefetch + " mov.b32 $0, 0; }"
+@gluon.jit
+def next_turn(turn, weight):
+    """The turn after this one."""
+    row_tile, s, first = turn
+    _, _, slices, batch, end = weight
+    stop = gl.minimum(first + batch, end)
+    row_tile += 1
+    s = gl.where(row_tile == stop, s + 1, s)
+    row_tile = gl.where((row_tile == stop) & (s < slices), first, row_tile)
+    first = gl.where(s == slices, stop, first)
+    s = gl.where(s == slices, 0, s)
+    return row_tile, s, first
 
 
 @gluon.jit
-def prefetch_turn(
-    p_tiles, row_tile, s, end, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr
-):
-    """The tiles of a turn on their way to L2, if there is one; every other warp asks for one."""
-    thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    tile = s * (WARPS // 2) + thread // 64
-    m_thread = (thread % 64 == 0) & (row_tile < end) & (tile < input_tiles)
-    p_tile = p_tiles + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+def prefetch(p, m, ASM: gl.constexpr):
+    """Bring to L2 what is at the pointers ``p`` where ``m``, by one instruction with address $1."""
     gl.inline_asm_elementwise(
-        bulk_prefetch(INDEX_BITS * 512),
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p " + ASM + " mov.b32 $0, 0; }",
         "=r,l,r",
-        [p_tile, m_thread.to(gl.int32)],
+        [p, m.to(gl.int32)],
         dtype=gl.int32,
         is_pure=False,
         pack=1,
     )
 
 
-@gluon.jit
-def words_of(p_lane, row_tile, s, warp, input_tiles, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
-    """Word 0 of the tile of which each warp has a half; p_lane: of the first tile.
-
-    Tiles past the end are read as the last one: their activations are zeros.
-    """
-    tile = gl.minimum(s * (WARPS // 2) + warp // 2, input_tiles - 1)
-    return p_lane + (row_tile.to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+@gluon.constexpr_function
+def prefetch_bytes(BYTES):
+    """PTX of a prefetch of so many bytes."""
+    return f"cp.async.bulk.prefetch.L2.global [$1], {BYTES};"
 
 
 @gluon.jit
-def load_half(p_words, half, INDEX_BITS: gl.constexpr):
+def prefetch_turn(turn, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+    """The tiles of a turn, if there is one; every other warp asks for one."""
+    p_tiles, input_tiles, _, _, end = weight
+    thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    tile = turn[1] * (WARPS // 2) + thread // 64
+    m_thread = (thread % 64 == 0) & (turn[0] < end) & (tile < input_tiles)
+    p_tile = p_tiles + (turn[0].to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
+    prefetch(p_tile, m_thread, prefetch_bytes(INDEX_BITS * 512))
+
+
+@gluon.jit
+def prefetch_rows(p_rows, begin, end, WARPS: gl.constexpr):
+    """Values of rows that are needed last: row norms or biases."""
+    row = begin + 8 * gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    prefetch(p_rows + row, row < end, "prefetch.global.L2 [$1];")
+
+
+@gluon.jit
+def load_words(turn, weight, place, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
     """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
 
-    They are read once, and take no room in L1 (.cg).
-
-    p_words: at word 0 of the tile.
+    They are read once, and take no room in L1 (.cg). Tiles past the end are read as the last ones:
+    the activations of those inputs are zeros, and such rows are not written.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    p_tiles, input_tiles, _, _, end = weight
+    word, _, warp, half, _ = place
+    row_tile = gl.minimum(turn[0], end - 1).to(gl.int64)
+    tile = gl.minimum(turn[1] * (WARPS // 2) + warp // 2, input_tiles - 1)
+    p_words = p_tiles + word + (row_tile * input_tiles + tile) * (INDEX_BITS * 128)
     p_half = p_words + half * (ENTRY_BITS // 2 * 128)
     words = ()
     for j in gl.static_range((ENTRY_BITS + 1) // 2):
@@ -72,15 +97,27 @@ def load_half(p_words, half, INDEX_BITS: gl.constexpr):
 
 
 @gluon.jit
-def half_tile(p_token, s, warp, K, WARPS: gl.constexpr):
+def half_tile(place, s, K, WARPS: gl.constexpr):
     """Where the activations of half a tile of a slice are, and how many chunks of them exist."""
+    _, p_token, warp, _, _ = place
     first = (s * WARPS + warp) * CHUNKS
     return p_token + first * 16, K // 32 - first
 
 
 @gluon.jit
-def zero_rest(x, chunks):
-    """The activations x of half a tile, of which only the first ``chunks`` exist."""
+def load_tokens(place, K, WARPS: gl.constexpr):
+    """The activations of half a tile of the first slice; zeros where there are no more inputs."""
+    p_half, chunks = half_tile(place, 0, K, WARPS)
+    x = ()
+    for chunk in gl.static_range(CHUNKS):
+        x = x + (gl.load(p_half + chunk * 16, mask=chunk < chunks, other=0),)
+    return x
+
+
+@gluon.jit
+def zero_rest(x, place, s, K, WARPS: gl.constexpr):
+    """The activations x of half a tile of a slice, of which not all may exist."""
+    _, chunks = half_tile(place, s, K, WARPS)
     kept = ()
     for chunk in gl.static_range(CHUNKS):
         kept = kept + (gl.where(chunk < chunks, x[chunk], 0),)
@@ -114,11 +151,11 @@ def multiply_half(
     table,
     raw,
     x,
-    p_words,
-    p_half,
-    new_chunks,
-    lane4,
-    half,
+    turn,
+    s,
+    weight,
+    place,
+    K,
     INDEX_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
@@ -126,19 +163,22 @@ def multiply_half(
     """acc + half a tile per warp times its activations.
 
     raw, x: words and activations of this turn.
-    p_words: at word 0 of the next turn's tile.
-    p_half: at the next turn's activations, of which ``new_chunks`` are to be loaded.
+    turn: the one after.
+    s: the slice of this one.
 
-    Returns acc, and words and activations of the next turn, which are loaded as soon as these are
+    Returns acc, and words and activations of the turn after, which are loaded as soon as these are
     not needed any more.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    _, _, _, half, lane4 = place
     words = align(raw, half, ENTRY_BITS)
     signs = raw[(ENTRY_BITS + 1) // 2]
+    p_half, chunks = half_tile(place, turn[1], K, WARPS)
+    new_chunks = gl.where(turn[1] != s, chunks, 0)
     sums, renewed = (acc,), ()
     for chunk in gl.static_range(CHUNKS):
         if chunk == CHUNKS // 2:
-            raw = load_half(p_words, half, INDEX_BITS)
+            raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
         sums = multiply_chunk(
             sums, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
         )
@@ -148,36 +188,21 @@ def multiply_half(
 
 
 @gluon.jit
-def next_turn(row_tile, s, first, batch, slices, end):
-    """Row tile, slice and first row tile of the batch of the turn after this one."""
-    stop = gl.minimum(first + batch, end)
-    row_tile += 1
-    s = gl.where(row_tile == stop, s + 1, s)
-    row_tile = gl.where((row_tile == stop) & (s < slices), first, row_tile)
-    first = gl.where(s == slices, stop, first)
-    s = gl.where(s == slices, 0, s)
-    return row_tile, s, first
-
-
-@gluon.jit
 def write_sums(
     slots,
     row_tiles,
     slices,
     first_row_tile,
-    p_row_norms,
-    p_bias,
-    p_y,
-    M,
-    N,
-    has_bias,
+    output,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """y of ``row_tiles`` row tiles: what all warps have in ``slices`` slots each.
 
     slots: [slot, warp, row, token], one after the other.
+    output: the kernel's arguments of these names.
     """
+    p_row_norms, p_bias, p_y, M, N, has_bias = output
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     for first in range(0, row_tiles * 128, 32 * WARPS):
         e = first + gl.arange(0, 32 * WARPS, OUT)
@@ -231,7 +256,6 @@ def narrow_gemm_kernel(
     AHEAD: turns that tiles are prefetched before they are decoded; 0: they are not.
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
@@ -240,82 +264,49 @@ def narrow_gemm_kernel(
     )
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], FLAT)
+    table = gl.allocate_shared_memory(gl.int32, [32 << (INDEX_BITS - 2)], FLAT)
     slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
     flat = slots.reinterpret(gl.float32, [SLOTS * WARPS * 128], FLAT)
 
-    index = gl.arange(0, WARPS * 128, WORDS)
-    slot, lane, warp = index % 4, index // 4 % 32, index // 128
-    half = warp % 2
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
     end = gl.minimum(begin + run, (N + 15) // 16)
-
-    ahead, ahead_s, ahead_first = begin, 0, begin
-    for turn in gl.static_range(AHEAD):  # noqa: B007
-        prefetch_turn(p_tiles, ahead, ahead_s, end, input_tiles, INDEX_BITS, WARPS)
-        ahead, ahead_s, ahead_first = next_turn(ahead, ahead_s, ahead_first, batch, slices, end)
-    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
-    lane4 = lane * 4
-    p_lane = p_tiles + lane4 + slot
+    weight = (p_tiles, input_tiles, slices, batch, end)
+    turn = (begin, gl.to_tensor(0), begin)
+    ahead = turn
+    for _ in gl.static_range(AHEAD):
+        prefetch_turn(ahead, weight, INDEX_BITS, WARPS)
+        ahead = next_turn(ahead, weight)
+    prefetch_rows(p_row_norms, begin * 16, gl.minimum(end * 16, N), WARPS)
+    prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
+    table.store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
     gl.barrier()
     if DEPENDENT:
         gdc_wait()
-    token = gl.minimum(lane // 4, M - 1)
-    p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
-    row, row_s, row_first = begin, 0, begin
-    p_half, chunks = half_tile(p_token, 0, warp, K, WARPS)
-    x = ()
-    for chunk in gl.static_range(CHUNKS):
-        x = x + (gl.load(p_half + chunk * 16, mask=chunk < chunks, other=0),)
-    p_words = words_of(p_lane, begin, 0, warp, input_tiles, INDEX_BITS, WARPS)
-    raw = load_half(p_words, half, INDEX_BITS)
+
+    index = gl.arange(0, WARPS * 128, WORDS)
+    slot, lane, warp = index % 4, index // 4 % 32, index // 128
+    p_token = p_x + gl.minimum(lane // 4, M - 1) * (K // 2) + lane % 4 * 4 + slot
+    place = (lane * 4 + slot, p_token, warp, warp % 2, lane * 4)
+    x = load_tokens(place, K, WARPS)
+    raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
     for first in range(begin, end, batch):
         stop = gl.minimum(first + batch, end)
         for s in range(slices):
             if slices > 1:
-                p_half, chunks = half_tile(p_token, s, warp, K, WARPS)
-                x = zero_rest(x, chunks)
+                x = zero_rest(x, place, s, K, WARPS)
             for row_tile in range(first, stop):
                 if AHEAD:
-                    prefetch_turn(p_tiles, ahead, ahead_s, end, input_tiles, INDEX_BITS, WARPS)
-                    ahead, ahead_s, ahead_first = next_turn(
-                        ahead, ahead_s, ahead_first, batch, slices, end
-                    )
-                row, row_s, row_first = next_turn(row, row_s, row_first, batch, slices, end)
-                p_half, chunks = half_tile(p_token, row_s, warp, K, WARPS)
-                p_words = words_of(
-                    p_lane, gl.minimum(row, end - 1), row_s, warp, input_tiles, INDEX_BITS, WARPS
-                )
+                    prefetch_turn(ahead, weight, INDEX_BITS, WARPS)
+                    ahead = next_turn(ahead, weight)
+                turn = next_turn(turn, weight)
+                acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
                 acc, raw, x = multiply_half(
-                    gl.zeros([WARPS, 16, 8], gl.float32, MMA),
-                    table,
-                    raw,
-                    x,
-                    p_words,
-                    p_half,
-                    gl.where(row_s != s, chunks, 0),
-                    lane4,
-                    half,
-                    INDEX_BITS,
-                    DTYPE,
-                    WARPS,
+                    acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
                 )
                 slots.index((row_tile - first) * slices + s).store(acc)
         gl.barrier()
-        write_sums(
-            flat,
-            stop - first,
-            slices,
-            first,
-            p_row_norms,
-            p_bias,
-            p_y,
-            M,
-            N,
-            has_bias,
-            DTYPE,
-            WARPS,
-        )
+        output = (p_row_norms, p_bias, p_y, M, N, has_bias)
+        write_sums(flat, stop - first, slices, first, output, DTYPE, WARPS)
         gl.barrier()

@@ -5,17 +5,16 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from qamw_kernels.ops.gluon import launch
-from qamw_kernels.ops.launcher import Launcher, Processor
+from qamw_kernels.ops.gluon import table
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.tiling import TILE_INPUTS
 from qamw_kernels.ops.weight import TiledWeight
 
-narrow_gemm_kernel: Any = None
+kernel: Any = None
 """The kernel, where the installed Triton can compile it."""
-if launch.kernels is not None:
-    from qamw_kernels.ops.gluon.narrow_kernels import narrow_gemm_kernel
+if table.HAS_GATHER:
+    from qamw_kernels.ops.gluon.narrow_kernels import narrow_gemm_kernel as kernel
 
 MAX_TOKENS = 8
 WARP_BASES = ((128,), (256,), (512,), (1024,))
@@ -31,7 +30,7 @@ more makes the first tiles wait for the others."""
 
 def slots(index_bits: int, shared_memory: int) -> int:
     """Sums of row tiles and slices that fit beside the table, a power of two; 0: none."""
-    left = (shared_memory - (128 << (index_bits - 2))) // SLOT_BYTES
+    left = (shared_memory - table.table_bytes(index_bits)) // SLOT_BYTES
     return min(MAX_SLOTS, 1 << (left.bit_length() - 1)) if left > 0 else 0
 
 
@@ -40,26 +39,29 @@ def slices(num_input_tiles: int) -> int:
     return int(triton.cdiv(num_input_tiles, SLICE_TILES))
 
 
-def dependent(processor: Processor) -> bool:
-    """Whether the kernel begins before the rotation is complete (a dependent launch)."""
+def begins_early(processor: Processor) -> bool:
+    """Whether the kernel begins before the rotation is complete (a dependent launch).
+
+    Such processors can also prefetch whole tiles.
+    """
     return processor.compute_capability >= 90
 
 
 @functools.cache
 def constants(index_bits: int, dtype: torch.dtype, processor: Processor) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
-    hopper = dependent(processor)  # which can also prefetch whole tiles
+    early = begins_early(processor)
     return {
         "INDEX_BITS": index_bits,
-        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "DTYPE": TL_DTYPES[dtype],
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
         "SLOTS": slots(index_bits, processor.shared_memory),
-        "AHEAD": AHEAD if hopper else 0,
-        "DEPENDENT": hopper,
+        "AHEAD": AHEAD if early else 0,
+        "DEPENDENT": early,
         "num_warps": WARPS,
         "maxnreg": REGISTERS,
-        "launch_pdl": hopper,
+        "launch_pdl": early,
     }
 
 
@@ -71,11 +73,7 @@ def fits(
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply so many tokens with so many inputs on a processor."""
-    if (
-        num_tokens > MAX_TOKENS
-        or processor is None
-        or not launch.fits(dtype, index_bits, processor)
-    ):
+    if num_tokens > MAX_TOKENS or processor is None or not table.fits(dtype, index_bits, processor):
         return False
     needed = slices(triton.cdiv(num_inputs, TILE_INPUTS))
     return needed <= slots(index_bits, processor.shared_memory)
@@ -94,7 +92,7 @@ def gemm(
     run: int = triton.cdiv(num_row_tiles, processor.multiprocessors)
     fixed = constants(weight.index_bits, rotated.dtype, processor)
     launcher.launch(
-        narrow_gemm_kernel,
+        kernel,
         (triton.cdiv(num_row_tiles, run),),
         rotated.view(torch.int32),
         weight.tiles,

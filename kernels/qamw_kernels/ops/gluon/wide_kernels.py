@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
-"""The decode GEMM for 9 to 512 tokens on sm_90: decode once, multiply with many.
+"""The decode GEMM for up to 512 tokens on sm_90: decode once, multiply with many.
 
 It needs a Triton with shared-memory gather, warpgroup products and tensor descriptors.
 
-Words are decoded as in :mod:`qamw_kernels.ops.gluon.kernels`. Decoded words are registers of
+Words are decoded as in :mod:`qamw_kernels.ops.gluon.look_up`. Decoded words are registers of
 wgmma's first operand, and the activations its second one, in shared memory: one copy for all warps,
 brought there by the copy engine while the block before is multiplied. The operand's k is 16 h + 8
 k8 + 2 t + half where lane t holds inputs 8 t + 4 h + 2 k8 + half, so the activations come swapped:
@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qamw_kernels.ops.gluon.kernels import entry_address, halves, load_quadrant, load_words, write
+from qamw_kernels.ops.gluon.look_up import entry_address, halves, load_quadrant, load_words, write
 
 # Triton 3.9 has the first name, older ones the second.
 copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared

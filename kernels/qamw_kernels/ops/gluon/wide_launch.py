@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for 9 to 512 tokens.
+"""Launcher of the Gluon kernel for up to 512 tokens.
 
 It needs compute capability 9.0, and a Triton that can compile the kernel: 3.7.1 or newer.
 """
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
-from qamw_kernels.ops.gluon import launch as few_launch
-from qamw_kernels.ops.launcher import Launcher, Processor
+from qamw_kernels.ops.gluon import table
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
-MIN_TOKENS, MAX_TOKENS = 9, 512
+MAX_TOKENS = 512  # of a GPU that was not measured
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
 ROWS = TILE_ROWS * WARPS  # of a row block
@@ -45,7 +44,7 @@ ADDING_UNITS = 1
 
 def _load_kernels() -> ModuleType | None:
     """:mod:`qamw_kernels.ops.gluon.wide_kernels`, where it can be compiled."""
-    if few_launch.kernels is None:
+    if not table.HAS_GATHER:
         return None
     try:
         from qamw_kernels.ops.gluon import wide_kernels
@@ -97,7 +96,7 @@ def block_inputs(index_bits: int, tokens: int, programs: int, shared_memory: int
         shared_memory: bytes that one program may have, if it is alone.
     """
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= (128 << (index_bits - 2)) + 8 * RING
+    free -= table.table_bytes(index_bits) + 8 * RING
     fitting = free // (2 * tokens * RING)
     return min(1 << fitting.bit_length() - 1, TILE_INPUTS) if fitting >= 64 else 0
 
@@ -118,7 +117,7 @@ def constants(
     programs = programs_per_processor(index_bits, tokens, shared_memory)
     return {
         "INDEX_BITS": index_bits,
-        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
         "BLOCK_INPUTS": block_inputs(index_bits, tokens, programs, shared_memory),
         "RING": RING,
@@ -126,7 +125,7 @@ def constants(
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
         "num_warps": WARPS,
-        "maxnreg": few_launch.REGISTERS[programs],
+        "maxnreg": table.REGISTERS[programs],
     }
 
 
@@ -143,17 +142,18 @@ def runs_on(dtype: torch.dtype, index_bits: int, processor: Processor | None) ->
     """Whether a processor has the kernel, for activations of ``dtype``."""
     if kernels is None or processor is None or processor.compute_capability != 90:
         return False
-    return few_launch.fits(dtype, index_bits, processor)
+    return table.fits(dtype, index_bits, processor)
 
 
 def fits(
     num_tokens: int,
+    num_inputs: int,
     dtype: torch.dtype,
     index_bits: int,
     processor: Processor | None,
 ) -> bool:
-    """Whether the kernel is the one for this many tokens."""
-    return num_tokens >= MIN_TOKENS and runs_on(dtype, index_bits, processor)
+    """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
+    return runs_on(dtype, index_bits, processor)
 
 
 def gemm(
@@ -234,7 +234,7 @@ def add_sums(
         int(bias is not None),
         sums.shape[1],
         sums.shape[3],
-        DTYPE=tl.bfloat16 if y.dtype == torch.bfloat16 else tl.float16,
+        DTYPE=TL_DTYPES[y.dtype],
         ROWS=ROWS,
         num_warps=4,
     )

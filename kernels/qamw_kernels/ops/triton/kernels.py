@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
 """The Triton kernels; :mod:`qamw_kernels.ops.triton.launch` holds their tiles and launchers.
 
-All readers of packed weights decode through :func:`decode_chunk`, except that of
-:mod:`qamw_kernels.ops.gluon.kernels`. Shapes: M tokens, N rows, K inputs (a multiple of 64),
+All readers of packed weights decode through :func:`decode_chunk`, except those in
+:mod:`qamw_kernels.ops.gluon`. Shapes: M tokens, N rows, K inputs (a multiple of 64),
 B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`, with E
 bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not specialized on, so that
 :mod:`qamw_kernels.ops.warm_up` can compile everything that a model will ever launch.

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 
 from qamw_kernels.ops.crossover import gemm_max_tokens
-from qamw_kernels.ops.gluon import launch as gluon_launch
 from qamw_kernels.ops.gluon import narrow_launch, wide_launch
-from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
+from qamw_kernels.ops.gluon.products import product_for
+from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.triton.kernels import (
@@ -24,12 +23,6 @@ from qamw_kernels.ops.triton.kernels import (
     routed_gemm_kernel,
 )
 from qamw_kernels.ops.weight import TiledWeight
-
-TL_DTYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-}
 
 
 class Tile(NamedTuple):
@@ -150,13 +143,17 @@ def multiply_packed(
     launcher: Launcher = ON_DEVICE,
 ) -> torch.Tensor:
     """:func:`linear` for few tokens: rotate them, multiply with the weight as it is decoded."""
-    processor = launcher.processor(x.device)
-    wide = wide_launch.fits(len(x), x.dtype, weight.index_bits, processor)
-    rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher, swapped=wide)
-    if processor is None or not wide:
-        return gemm(rotated, weight, bias, launcher)
     y = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
-    wide_launch.gemm(rotated, weight, bias, y, processor, launcher)
+    if len(x) == 0:
+        return y
+    processor = launcher.processor(x.device)
+    product = product_for(*x.shape, x.dtype, weight.index_bits, processor)
+    swapped = product is wide_launch
+    rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher, swapped)
+    if product is None or processor is None:
+        gemm(rotated, weight, bias, y, launcher)
+    else:
+        product.gemm(rotated, weight, bias, y, processor, launcher)
     return y
 
 
@@ -248,7 +245,7 @@ def rotate(
     if x.numel() == 0:
         return out
     processor = launcher.processor(x.device)
-    early = processor is not None and not swapped and narrow_launch.dependent(processor)
+    early = processor is not None and not swapped and narrow_launch.begins_early(processor)
     constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     num_blocks = x.numel() // rotation_block_size
     grid = (
@@ -273,22 +270,12 @@ def gemm(
     rotated: torch.Tensor,
     weight: TiledWeight,
     bias: torch.Tensor | None,
+    y: torch.Tensor,
     launcher: Launcher = ON_DEVICE,
-) -> torch.Tensor:
-    """``rotated`` [M, K] times the packed weight: [M, N] in its dtype."""
+) -> None:
+    """Launch the plain kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias``."""
     num_tokens, num_inputs = rotated.shape
     num_rows = weight.num_rows
-    y = torch.empty(num_tokens, num_rows, dtype=rotated.dtype, device=rotated.device)
-    if num_tokens == 0:
-        return y
-    processor = launcher.processor(rotated.device)
-    narrow = narrow_launch.fits(num_tokens, num_inputs, rotated.dtype, weight.index_bits, processor)
-    if processor is not None and narrow:
-        narrow_launch.gemm(rotated, weight, bias, y, processor, launcher)
-        return y
-    if processor is not None and gluon_launch.fits(rotated.dtype, weight.index_bits, processor):
-        gluon_launch.gemm(rotated, weight, bias, y, processor, launcher)
-        return y
     kind = "skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide"
     constants = gemm_constants(weight.index_bits, rotated.dtype, kind)
     grid = (
@@ -310,7 +297,6 @@ def gemm(
         int(bias is not None),
         **constants,
     )
-    return y
 
 
 def dequantize(

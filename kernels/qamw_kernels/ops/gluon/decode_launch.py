@@ -1,53 +1,28 @@
-"""Launcher of the Gluon kernel.
-
-It needs shared-memory gather in the installed Triton, from 3.7.1 on.
-"""
+"""Launcher of the Gluon kernel for what neither the narrow nor the wide one takes."""
 
 import functools
-from types import ModuleType
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 
-from qamw_kernels.ops.launcher import Launcher, Processor
+from qamw_kernels.ops.gluon import table
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.weight import TiledWeight
 
-GLUON_DTYPES = (torch.bfloat16, torch.float16)
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
-PARTS = (2, 4, 8)  # of 8 tokens, by one program; narrow_launch has the kernel for one part
+PARTS = (2, 4, 8)  # of 8 tokens, by one program
 
-REGISTERS = {1: 255, 2: 128}
-"""That a thread may have, by programs on a multiprocessor; left to itself, the compiler would use
-fewer and spill others."""
-
-
-def _load_kernels() -> ModuleType | None:
-    """:mod:`qamw_kernels.ops.gluon.kernels`, where it can be compiled.
-
-    None with an older Triton, or in the interpreter, which does not know Gluon.
-    """
-    if triton.knobs.runtime.interpret:
-        return None
-    try:
-        from triton.experimental.gluon.language import shared_memory_descriptor
-    except ImportError:
-        return None
-    if not hasattr(shared_memory_descriptor, "gather"):
-        return None
-    from qamw_kernels.ops.gluon import kernels as gluon_kernels
-
-    return gluon_kernels
-
-
-kernels = _load_kernels()
+kernel: Any = None
+"""The kernel, where the installed Triton can compile it."""
+if table.HAS_GATHER:
+    from qamw_kernels.ops.gluon.decode_kernels import decode_gemm_kernel as kernel
 
 
 def shared_bytes(index_bits: int) -> int:
     """Shared memory of a program: the table, and room to add the sums of the warps."""
-    return (128 << (index_bits - 2)) + 512 * WARPS
+    return table.table_bytes(index_bits) + 512 * WARPS
 
 
 def parts_of(num_tokens: int) -> int:
@@ -96,18 +71,24 @@ def constants(
     programs = programs_per_processor(index_bits, parts, shared_memory)
     return {
         "INDEX_BITS": index_bits,
-        "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+        "DTYPE": TL_DTYPES[dtype],
         "PARTS": parts,
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
         "num_warps": WARPS,
-        "maxnreg": REGISTERS[programs],
+        "maxnreg": table.REGISTERS[programs],
     }
 
 
-def fits(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> bool:
-    """Whether the kernel can run on a processor, for activations of ``dtype``."""
-    if kernels is None or processor is None or dtype not in GLUON_DTYPES:
+def fits(
+    num_tokens: int,
+    num_inputs: int,
+    dtype: torch.dtype,
+    index_bits: int,
+    processor: Processor | None,
+) -> bool:
+    """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
+    if processor is None or not table.fits(dtype, index_bits, processor):
         return False
     return shared_bytes(index_bits) <= processor.shared_memory
 
@@ -121,7 +102,6 @@ def gemm(
     launcher: Launcher,
 ) -> None:
     """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
-    assert kernels is not None
     num_tokens, num_inputs = rotated.shape
     parts, shared_memory = parts_of(num_tokens), processor.shared_memory
     programs = programs_per_processor(weight.index_bits, parts, shared_memory)
@@ -133,7 +113,7 @@ def gemm(
         triton.cdiv(num_tokens, 8 * parts),
     )
     launcher.launch(
-        kernels.decode_gemm_kernel,
+        kernel,
         grid,
         rotated.view(torch.int32),
         weight.tiles,
