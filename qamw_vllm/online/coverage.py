@@ -6,7 +6,7 @@ They are found by what they are, as ``qamw quantize`` finds them, and not by the
   images or sounds too, in its language model;
 - but no routers, and no gates beside experts: linears that vLLM replicates on every rank, in a
   block that holds experts;
-- and none with a number of inputs that the format does not know.
+- and none with a number of inputs that is no multiple of 64, which the format cannot pack.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 
 from qamw_kernels.errors import FormatError
+from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.online.experts import QamwOnlineMoEMethod
 from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
@@ -92,6 +93,12 @@ def is_router(layer: nn.Module) -> bool:
     return type(layer).__name__ == "GateLinear"  # which older releases do not have
 
 
+def can_be_packed(layer: Any) -> bool:
+    """Whether the format has a place for the matrices of a linear, or of experts, of vLLM."""
+    widths = _widths_of_experts(layer) if isinstance(layer, RoutedExperts) else (layer.input_size,)
+    return all(width % UNIT_INPUTS == 0 for width in widths)
+
+
 def _layers_of(model: nn.Module) -> Iterator[_Layer]:
     """The linears and experts of the repeated layers, quantized or not."""
     repeated = _repeated_layers(_language_model(model))
@@ -139,10 +146,16 @@ def _num_linear_weights(module: nn.Module) -> int:
 
 
 def _num_weights_of_experts(experts: Any) -> int:
+    hidden, inner = _widths_of_experts(experts)
+    matrices = 3 if experts.moe_config.is_act_and_mul else 2
+    return matrices * hidden * inner * int(experts.global_num_experts)
+
+
+def _widths_of_experts(experts: Any) -> tuple[int, int]:
+    """Inputs of gate and up, and of down, of an expert on all ranks together."""
     config = experts.moe_config
-    inner: int = config.intermediate_size_per_partition * config.moe_parallel_config.tp_size
-    matrices = 3 if config.is_act_and_mul else 2
-    return matrices * int(config.hidden_dim) * inner * int(experts.global_num_experts)
+    inner = config.intermediate_size_per_partition * config.moe_parallel_config.tp_size
+    return int(config.hidden_dim), int(inner)
 
 
 def _gates(repeated: nn.ModuleList) -> set[int]:
