@@ -13,7 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
-from qamw_vllm.loading.formats import check_load_format, current_load_format
+from qamw_vllm.loading.load_formats import check_load_format, current_load_format
 from qamw_vllm.loading.manifest import (
     check_checkpoint,
     check_config,

@@ -31,7 +31,7 @@ from qamw_kernels.errors import FileError, QamwError, TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_kernels.format.weight import check_plain
-from qamw_vllm.loading.formats import CHECKED_FORMATS, DUMMY_FORMAT
+from qamw_vllm.loading.load_formats import CHECKED_FORMATS, DUMMY_FORMAT
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
 from qamw_vllm.loading.reading import READING

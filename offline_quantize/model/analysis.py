@@ -32,7 +32,7 @@ from offline_quantize.model.tracing import (
     record_layer_calls,
     trace_layer,
 )
-from offline_quantize.model.wanted import unwanted
+from offline_quantize.model.unwanted import unwanted
 from qamw_kernels.format.config import role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.sharding import differs, shared_setting

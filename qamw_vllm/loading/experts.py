@@ -14,8 +14,8 @@ from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
 from qamw_vllm.loading.experts_form import ExpertsForm
-from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.loading.linear import check_stored_tensor
+from qamw_vllm.loading.load_formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.parallel import slice_of_rank
 
 # vLLM's shard ids of experts -> the parameter's prefix, and the matrix's position in it

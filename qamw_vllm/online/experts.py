@@ -16,7 +16,7 @@ from qamw_vllm.backend import Backend, BackendError
 from qamw_vllm.experts import QamwMoEMethod
 from qamw_vllm.loading.experts import join_first
 from qamw_vllm.loading.experts_form import MATRICES
-from qamw_vllm.loading.formats import loads_dummy_weights
+from qamw_vllm.loading.load_formats import loads_dummy_weights
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.parallel import num_ranks, tensor_parallel_sizes_of_model
