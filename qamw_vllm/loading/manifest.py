@@ -22,7 +22,7 @@ from vllm.logger import init_logger
 
 from qamw_kernels.errors import FileError
 from qamw_kernels.files import read_json
-from qamw_kernels.format.index import INDEX, read_index
+from qamw_kernels.format.index import CONFIG, INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_vllm.loading.digests import Digests, remembered_digests
 
@@ -30,7 +30,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 VERIFY_VARIABLE = "QAMW_VERIFY"
 
-CONFIG = "config.json"
 _WEIGHTS = ".safetensors"
 # What vLLM and transformers look for by themselves: configs, chat templates, tokenizers, weights.
 _FOUND_BY_READERS = (".json", ".jinja", ".model", _WEIGHTS)
