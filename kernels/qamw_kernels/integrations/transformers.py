@@ -34,7 +34,7 @@ from qamw_kernels.integrations.stored import (
     check_filled,
     check_merged,
     check_packed,
-    check_plain,
+    check_unpacked,
     destinations,
     stored_tensors,
 )
@@ -161,7 +161,7 @@ class QamwHfQuantizer(HfQuantizer):
             if not isinstance(module, nn.Linear):
                 continue
             if full in fmt.ignore:
-                check_plain(stored, full)
+                check_unpacked(stored, full)
                 continue
             num_rows, num_inputs = module.out_features, module.in_features
             index_bits = fmt.index_bits_of(full)
