@@ -18,7 +18,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 
-from qamw_kernels.errors import FormatError
+from qamw_kernels.errors import FormatError, first_few
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.online.experts import QamwOnlineMoEMethod
 from qamw_vllm.online.linear import QamwOnlineLinearMethod
@@ -66,9 +66,7 @@ def _check_share(model: nn.Module, layers: list[_Layer], is_draft: bool) -> None
     left = sorted(
         (layer for layer in layers if not layer.covered), key=lambda layer: -layer.num_weights
     )
-    names = ", ".join(layer.name for layer in left[:_NAMES_SHOWN])
-    if len(left) > _NAMES_SHOWN:
-        names += f" and {len(left) - _NAMES_SHOWN} more"
+    names = first_few([layer.name for layer in left], _NAMES_SHOWN)
     if share < MIN_SHARE and not is_draft and (total or not _has_missing_layers(model)):
         reason = (
             f"vLLM builds these without a quantization config, or they cannot pay: {names}"
