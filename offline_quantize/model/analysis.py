@@ -262,10 +262,8 @@ def _multiplies(module: nn.Module) -> bool:
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
     num_heads, num_kv_heads = attention_heads(config)
-    head_dim, hidden_size = (
-        shared_setting(config, "head_dim"),
-        shared_setting(config, "hidden_size"),
-    )
+    head_dim = shared_setting(config, "head_dim")
+    hidden_size = shared_setting(config, "hidden_size")
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
     if any(differs(config, name) for name in names):
         return num_heads, num_kv_heads, None
