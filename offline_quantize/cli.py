@@ -22,6 +22,7 @@ from offline_quantize.errors import (
 )
 from offline_quantize.evaluation.conventions import BOS_RULE, CONVENTIONS
 from qamw_kernels.errors import QamwError
+from qamw_kernels.format.defaults import BITS_PER_WEIGHT, TP_MAX
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,16 +167,17 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     add(
         "--bpw",
         type=float,
-        default=5.5,
-        help="bits per weight, 3 to 6 (default 5.5): what the indices take on average for 3, "
-        "3.5 ... 6, what the quantized layers take with all that is stored for any other value",
+        default=BITS_PER_WEIGHT,
+        help=f"bits per weight, 3 to 6 (default {BITS_PER_WEIGHT:g}): what the indices take on "
+        "average for 3, 3.5 ... 6, what the quantized layers take with all that is stored for any "
+        "other value",
     )
     _add_calibration_options(command)
     add(
         "--tp-max",
         type=int,
-        default=8,
-        help="widest tensor parallelism to prepare for (default 8)",
+        default=TP_MAX,
+        help=f"widest tensor parallelism to prepare for (default {TP_MAX})",
     )
     add(
         "--ignore",

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offline_quantize.errors import Option, QuantizeError, printable
-from offline_quantize.files import PROGRESS, REPORT, write_atomically
+from offline_quantize.files import PROGRESS, REPORT
 from offline_quantize.progress import Progress
+from qamw_kernels.files import write_atomically
 
 if TYPE_CHECKING:
     from offline_quantize.output.report import Report

@@ -1,16 +1,13 @@
-"""Files: their names, and writing them whole or not at all."""
+"""Files of a checkpoint and of a run: their names, and what a directory must be for them."""
 
 import json
-import os
-import secrets
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import Option, QuantizeError
+from qamw_kernels.format.index import CONFIG as CONFIG  # a name like those below
 
-CONFIG = "config.json"
 SINGLE = "model.safetensors"
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"
@@ -19,7 +16,6 @@ BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own st
 PROGRESS = ".qamw-progress.json"
 STATE = ".qamw-state"  # what a run that is resumed would otherwise have to measure again
 LOCK = ".qamw-lock"  # held by the run that writes a directory
-TEMPORARY = ".partial"  # suffix of a file that is being written
 # Weights in other formats, and indices of any: what a quantized checkpoint must not carry along.
 WEIGHT_SUFFIXES = (
     ".safetensors",
@@ -48,37 +44,20 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file whole or not at all: under a temporary name, synced, renamed.
+def check_finished(directory: Path, known: str = "") -> None:
+    """Refuse what an interrupted run left.
 
     Args:
-        path: of the file; its folder must exist.
-        write: is called with the temporary path, which no other process has.
+        known: what a message says of the directory first.
+    Raises:
+        QuantizeError: it is that.
     """
-    # Not made of the file's own name, which may be as long as names can be.
-    temporary = path.with_name(f".qamw-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
-    try:
-        write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    except (Exception, KeyboardInterrupt):
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def leftovers(directory: Path) -> list[Path]:
-    """Temporary files below a directory, of processes that were killed while they wrote."""
-    return list(directory.rglob(f".qamw-*{TEMPORARY}"))
-
-
-def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which files a directory has."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    if (directory / PROGRESS).is_file():
+        raise QuantizeError(
+            f"{directory}: {known}unfinished: qamw quantize continues with ",
+            Option("resume", True),
+            ", qamw dequantize only in a new directory",
+        )
 
 
 def existing_parent(path: Path) -> Path:
@@ -92,7 +71,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(existing_parent(path)).free
 
 
-def check_disk(path: Path, needed: int, free: int | None = None) -> None:
+def check_space(path: Path, needed: int, free: int | None = None) -> None:
     """Refuse to begin what the disk cannot hold.
 
     Args:

@@ -76,12 +76,16 @@ def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
         return "They stay packed; Triton kernels run in the interpreter (slow)"
     from qamw_kernels.ops.gluon import table
 
-    if table.HAS_GATHER:
-        return "They stay packed; the Gluon kernel decodes them"
-    return (
-        "They stay packed; a plain Triton kernel decodes them, because this Triton has no "
-        "shared-memory gather (3.7.1 has)"
-    )
+    if not table.HAS_GATHER:
+        reason = "this Triton has no shared-memory gather (3.7.1 has)"
+    elif dtype not in table.DTYPES:
+        reason = f"those in Gluon do not know {dtype}"
+    else:
+        return (
+            "They stay packed; Gluon kernels decode linear layers for few tokens, where shared "
+            "memory suffices, and plain Triton kernels all else, such as experts"
+        )
+    return f"They stay packed; plain Triton kernels decode them, because {reason}"
 
 
 def warm_up_once(

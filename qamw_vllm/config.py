@@ -13,8 +13,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
-from qamw_kernels.format.packing import UNIT_INPUTS
-from qamw_vllm.loading.formats import check_load_format, current_load_format
+from qamw_vllm.loading.load_formats import check_load_format, current_load_format
 from qamw_vllm.loading.manifest import (
     check_checkpoint,
     check_config,
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from qamw_vllm.backend import Backend
 
 logger = init_logger(f"vllm.{__name__}")
-
-_NAMES_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w3", "w2")
 
 
 class QamwConfig(QuantizationConfig):
@@ -237,12 +234,12 @@ class QamwConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         from qamw_vllm.linear import QamwLinearMethod
-        from qamw_vllm.online.coverage import is_router
+        from qamw_vllm.online.coverage import can_be_packed, is_router
         from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
         parts = self.parts_of(prefix)
         if self.online_plan:  # the others are left when all layers are made
-            if layer.input_size % UNIT_INPUTS or is_router(layer):
+            if not can_be_packed(layer) or is_router(layer):
                 return UnquantizedLinearMethod()
             return QamwOnlineLinearMethod(
                 prefix, parts, self.online_plan, self.summary, self.backend
@@ -254,11 +251,15 @@ class QamwConfig(QuantizationConfig):
 
     def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from qamw_vllm.experts import QamwMoEMethod
+        from qamw_vllm.online.coverage import can_be_packed
         from qamw_vllm.online.experts import QamwOnlineMoEMethod
 
         if self.online_plan:
+            if not can_be_packed(layer):
+                return None
             return QamwOnlineMoEMethod(layer, prefix, self.online_plan, self.summary, self.backend)
-        ignored = [name for name in _NAMES_OF_EXPERTS if f"{prefix}.0.{name}" in self._ignore]
+        first = f"{prefix}.0."  # the first expert's matrices, whatever they are called
+        ignored = [x.removeprefix(first) for x in self.format.ignore if x.startswith(first)]
         if len(ignored) == 3:
             return None
         if ignored:

@@ -42,7 +42,6 @@ from qamw_vllm.state import (
 )
 
 logger = init_logger(f"vllm.{__name__}")
-_FIRST = {"w13": "w1", "w2": "w2"}  # vLLM's shard id of the first matrix in each
 EXPERT_BIASES = ("w13_bias", "w2_bias")  # vLLM's names
 
 
@@ -88,8 +87,10 @@ class QamwMoEMethod(FusedMoEMethodBase):
 
     def _index_bits(self) -> dict[str, int]:
         """Index bits of w13 and of w2 that config.json leads to expect."""
-        modules = {stem: f"{self.prefix}.0.{self.names[shard]}" for stem, shard in _FIRST.items()}
-        return {stem: self.format.index_bits_of(module) for stem, module in modules.items()}
+        return {
+            stem: self.format.index_bits_of(f"{self.prefix}.0.{self.names[shards[0]]}")
+            for stem, shards in MATRICES.items()
+        }
 
     def create_weights(
         self,
@@ -159,7 +160,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self, layer: Any, num_experts: int, hidden: int, inner: int, **extra_weight_attrs: Any
     ) -> None:
         """Register biases, which are never quantized, as vLLM's own method does."""
-        for stem, num_rows in (("w13", MATRICES["w13"] * inner), ("w2", hidden)):
+        shape = ExpertsShape(num_experts, hidden, inner)
+        for stem in MATRICES:
+            num_rows, _ = shape.of(stem)
             bias = torch.zeros(num_experts, num_rows, dtype=self.params_dtype)
             parameter = Parameter(bias, requires_grad=False)
             set_weight_attrs(parameter, extra_weight_attrs)
@@ -219,7 +222,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
             for suffix in LAYER_TENSORS:
                 delattr(layer, f"{stem}_{suffix}")
             if stem == "w13" and _interleaves(layer):  # its biases are so already
-                order = torch.arange(row_norms.shape[1]).view(MATRICES[stem], -1).T.flatten()
+                order = torch.arange(row_norms.shape[1]).view(len(MATRICES[stem]), -1).T.flatten()
                 qweight, row_norms = qweight[:, :, order], row_norms[:, order]
             shared_scales = input_scales[0, 0].clone()
             experts[stem] = [
@@ -236,7 +239,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         """
         shapes: list[QuantizedShape] = []
         for stem, weights in experts.items():
-            matrices = MATRICES[stem]
+            matrices = len(MATRICES[stem])
             for weight in weights:
                 num_rows, num_inputs = weight.shape
                 shape = QuantizedShape(num_rows // matrices, num_inputs, weight.index_bits)

@@ -29,9 +29,10 @@ from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from qamw_kernels.errors import FileError, QamwError, TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
+from qamw_kernels.format.index import CONFIG
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_kernels.format.weight import check_plain
-from qamw_vllm.loading.formats import CHECKED_FORMATS, DUMMY_FORMAT
+from qamw_vllm.loading.load_formats import CHECKED_FORMATS, DUMMY_FORMAT
 from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verification_is_on
 from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
 from qamw_vllm.loading.reading import READING
@@ -189,7 +190,7 @@ class QamwModelLoader(DefaultModelLoader):
         self.download_model(model_config)
         cache = self.load_config.download_dir
         try:
-            hf_hub_download(repo, "config.json", revision=revision, cache_dir=cache)
+            hf_hub_download(repo, CONFIG, revision=revision, cache_dir=cache)
             return Path(hf_hub_download(repo, MANIFEST, revision=revision, cache_dir=cache)).parent
         except EntryNotFoundError as error:
             raise FileError(

@@ -4,7 +4,7 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import parallel_state
 
-from qamw_kernels.format.sharding import possible_tensor_parallel_sizes, shared_setting
+from qamw_kernels.format.sharding import attention_heads, possible_tensor_parallel_sizes
 
 
 def tensor_parallel_sizes_of_model() -> list[int]:
@@ -12,9 +12,7 @@ def tensor_parallel_sizes_of_model() -> list[int]:
     config = get_current_vllm_config_or_none()
     model_config = None if config is None else config.model_config
     text_config = None if model_config is None else model_config.hf_text_config
-    num_heads = shared_setting(text_config, "num_attention_heads")
-    num_kv_heads = shared_setting(text_config, "num_key_value_heads") or num_heads
-    return possible_tensor_parallel_sizes(num_heads, num_kv_heads)
+    return possible_tensor_parallel_sizes(*attention_heads(text_config))
 
 
 def num_ranks() -> int:

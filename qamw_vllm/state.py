@@ -12,7 +12,7 @@ from typing import Any
 
 from torch.nn import Parameter
 
-from qamw_kernels.format.rates import QuantizedShape
+from qamw_kernels.format.rates import QuantizedShape, stored_bits_per_weight
 from qamw_kernels.ops.weight import TiledWeight
 
 # vLLM's own mark on a layer. Its layer-by-layer reload removes the mark when it has put the
@@ -102,7 +102,7 @@ class LoadSummary:
         return self.num_layers == self._expected
 
     def __str__(self) -> str:
-        bits_per_weight = 8 * self.num_bytes / self.num_weights
+        bits_per_weight = stored_bits_per_weight(self.num_bytes, self.num_weights)
         return (
             f"{self.num_layers} layers, {self.num_weights / 1e6:.1f} M weights of "
             f"{bits_per_weight:.2f} bits: {self.num_bytes / 1e6:.1f} MB, instead of "

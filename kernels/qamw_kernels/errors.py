@@ -1,5 +1,7 @@
 """What a user can mend. Everything else that goes wrong is a bug, and keeps its traceback."""
 
+from collections.abc import Sequence
+
 
 class QamwError(Exception):
     """A file, a tensor or a request that cannot be used as it is.
@@ -18,3 +20,9 @@ class FormatError(QamwError, ValueError):
 
 class TensorError(QamwError, ValueError):
     """A tensor that is missing, or whose values or shape cannot be used."""
+
+
+def first_few(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """The first names for a message, and how many more there are."""
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return separator.join([*names[:most], *more])

@@ -1,15 +1,17 @@
-"""Reading files of a checkpoint: nobody knows who made them, so nothing is taken for granted.
+"""Files: read with care, and written whole or not at all.
 
-A checkpoint may have been put together by anyone. What is read is a regular file, of a size that
-its kind can have, and a message names it.
+A checkpoint may have been put together by anyone, so nothing is taken for granted. What is read is
+a regular file, of a size that its kind can have, and a message names it.
 """
 
 import hashlib
 import io
 import json
 import os
+import secrets
 import stat
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from qamw_kernels.errors import FileError
 MAX_JSON_BYTES = 256 * 2**20
 """The index of a model with a million tensors is smaller; config.json by far."""
 
+TEMPORARY = ".partial"
+"""Suffix of a file that is being written."""
+
+_CHUNK_BYTES = 2**20
 _KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -125,5 +131,59 @@ def sha256_of(path: Path) -> str:
     Raises:
         FileError: see :func:`open_regular`.
     """
+    return hash_file(path)[0]
+
+
+def hash_file(
+    path: Path, tell: Callable[[int], object] = lambda _: None
+) -> tuple[str, Stamp | None]:
+    """SHA-256 of a regular file's bytes, in hexadecimal, and the stamp that it is valid for.
+
+    Args:
+        tell: is called with the number of bytes of every part that was read.
+    Returns:
+        None as the stamp of a file that changed meanwhile: what was read may be of two versions.
+    Raises:
+        FileError: see :func:`open_regular`.
+    """
+    digest, buffer = hashlib.sha256(), bytearray(_CHUNK_BYTES)
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        before = Stamp.of(os.fstat(file.fileno()))
+        while num_bytes := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:num_bytes])
+            tell(num_bytes)
+        after = Stamp.of(os.fstat(file.fileno()))
+    return digest.hexdigest(), before if before == after else None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: under a temporary name, synced, renamed.
+
+    Args:
+        path: of the file; its folder must exist.
+        write: is called with the temporary path, which no other process has.
+    """
+    # Not made of the file's own name, which may be as long as names can be.
+    temporary = path.with_name(f".qamw-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
+    try:
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    except (Exception, KeyboardInterrupt):
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporary files below a directory, of processes that were killed while they wrote."""
+    return list(directory.rglob(f".qamw-*{TEMPORARY}"))
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file, or which files a directory has."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

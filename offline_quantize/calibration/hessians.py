@@ -13,12 +13,8 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, Linear
-from offline_quantize.model.tracing import head_input, on_linear_inputs
+from offline_quantize.model.tracing import Reached, head_input, on_linear_inputs
 from offline_quantize.ranks import ALONE, Ranks
-
-
-class _Reached(Exception):
-    """Ends a forward call: what follows is not wanted."""
 
 
 class _Sums:
@@ -60,7 +56,7 @@ class _Sums:
         """Add what a linear reads: its name inside the layer, and its input [..., K].
 
         Raises:
-            _Reached: nothing that comes later in the layer is counted.
+            Reached: nothing that comes later in the layer is counted.
         """
         if name not in self._counted:
             return
@@ -72,7 +68,7 @@ class _Sums:
         self.sums[linear.reads].addmm_(weighted.T, rows)
         self.num_tokens[linear.reads] += len(rows)
         if name == self._last and not linear.routed:
-            raise _Reached
+            raise Reached
 
 
 class Calibrator:
@@ -132,7 +128,7 @@ class Calibrator:
         runner.load(layer, weights)
         with on_linear_inputs(runner.layers[layer.index], inputs.add):
             for i, batch in enumerate(runner.hidden):
-                with suppress(_Reached):
+                with suppress(Reached):
                     runner.run(layer.index, i, batch.to(runner.device))
         inputs.add_up(self._ranks)
         for name, total in inputs.sums.items():

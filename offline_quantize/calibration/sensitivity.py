@@ -133,7 +133,7 @@ def measure_sensitivities(
 
     sensitivities: list[list[Sensitivity]] = []
     with tempfile.TemporaryFile(dir=scratch) as file:  # has no name, and vanishes with the process
-        inputs = Stack(file, scratch)
+        inputs = TensorStack(file, scratch)
         for layer in layers:
             load(layer, layer.index)
             inputs.push(runner.hidden)
@@ -150,7 +150,7 @@ def measure_sensitivities(
     return sensitivities
 
 
-class Stack:
+class TensorStack:
     """A stack of lists of tensors, of any shapes and dtypes, in a file.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 
 from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
 from offline_quantize.checkpoints.verify import verify
-from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_disk
+from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_space
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import TensorInfo
 from offline_quantize.output.directory import Output
@@ -58,7 +58,7 @@ def _write(
     infos, stored_names = _decoded_infos(source, stacks, dtype), source.decoded_names()
     source.checkpoint.other_files()  # refuses what could not be copied in the end
     total = sum(info.num_bytes for info in infos)
-    check_disk(out, total)
+    check_space(out, total)
     output = Output(out, Journal("dequantize"), resumable=False)
     weight_map, done = {}, 0
     for shard in make_shards([], infos, max_shard_bytes):

@@ -6,7 +6,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors, role_of
-from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.packing import UNIT_INPUTS, unpacked_shape
 from qamw_kernels.format.rates import QuantizedShape
 
 Modules = Mapping[str, QuantizedShape]
@@ -28,8 +28,7 @@ def find_modules(checkpoint: Checkpoint, fmt: QamwFormat) -> dict[str, Quantized
                 f"expected [index_bits, N, K / {UNIT_INPUTS}]"
             )
         module = name.removesuffix(".qweight")
-        num_rows, num_inputs = info.shape[1], info.shape[2] * UNIT_INPUTS
-        modules[module] = QuantizedShape(num_rows, num_inputs, fmt.index_bits_of(module))
+        modules[module] = QuantizedShape(*unpacked_shape(info.shape), fmt.index_bits_of(module))
     if not modules:
         raise QuantizeError(f"{checkpoint.directory}: no quantized layer found")
     return modules

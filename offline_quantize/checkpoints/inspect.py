@@ -84,11 +84,11 @@ def _in_order_of_numbers(module: str) -> list[tuple[bool, int | str]]:
 
 def _layer_line(quantized: QuantizedCheckpoint, module: str, entry: dict[str, Any]) -> str:
     shape = quantized.modules[module]
-    effective = 8 * shape.num_bytes / shape.num_weights
     block_size = quantized.format.rotation_block_size_of(module, shape.num_inputs)
     sqnr, error = entry.get("sqnr_db"), entry.get("output_nmse")
     return (
         f"{_shown(module):48} {shape.num_rows:6}x{shape.num_inputs:6} "
-        f"{nominal_bits_per_weight(shape.index_bits):5g} {effective:6.3f} {block_size:5} "
+        f"{nominal_bits_per_weight(shape.index_bits):5g} "
+        f"{shape.stored_bits_per_weight:6.3f} {block_size:5} "
         f"{'' if sqnr is None else f'{sqnr:.2f}':>8} {'' if error is None else f'{error:.2e}':>12}"
     )

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import open_regular
-from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
+from qamw_kernels.files import open_regular, sha256_of
+from qamw_kernels.format.manifest import MANIFEST, Manifest
 
 # Of git and of the hub's client. No reader of models looks there, as long as no index names it.
 _NOT_LISTED = frozenset({MANIFEST, ".gitattributes", ".gitignore"})
@@ -58,9 +58,7 @@ def differences(directory: Path, manifest: Manifest, found: set[str]) -> list[st
         path = directory / name
         if name not in found:
             faults.append(f"{path}: missing")
-        elif (size := path.stat().st_size) != entry.num_bytes:
-            faults.append(f"{path}: {size} bytes, the manifest says {entry.num_bytes}")
-        elif (digest := FileEntry.of(path).sha256) != entry.sha256:
-            faults.append(f"{path}: SHA-256 {digest}, the manifest says {entry.sha256}")
+        elif fault := entry.size_fault(path) or entry.digest_fault(sha256_of(path)):
+            faults.append(f"{path}: {fault}")
     unlisted = sorted(found - set(manifest.files))
-    return faults + [f"{directory / name}: not in the manifest" for name in unlisted]
+    return faults + [f"{directory / name}: not in {MANIFEST}" for name in unlisted]

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from offline_quantize.checkpoints.headers import find_modules, header_faults
-from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import CONFIG, PROGRESS
+from offline_quantize.errors import QuantizeError
+from offline_quantize.files import CONFIG, check_finished
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
@@ -118,16 +118,6 @@ class QuantizedCheckpoint:
             tensors["qweight"] = torch.empty(planes_shape, dtype=torch.int32, device="meta")
         block_size = self.format.rotation_block_size_of(module, shape.num_inputs)
         return QuantizedWeight(**tensors, rotation_block_size=block_size)
-
-
-def check_finished(directory: Path) -> None:
-    """Raise QuantizeError if ``directory`` is what an interrupted run left."""
-    if (directory / PROGRESS).is_file():
-        raise QuantizeError(
-            f"{directory}: unfinished: qamw quantize continues with ",
-            Option("resume", True),
-            ", qamw dequantize only in a new directory",
-        )
 
 
 def open_quantized(directory: Path) -> QuantizedCheckpoint:

@@ -10,16 +10,13 @@ from pathlib import Path
 import torch
 
 from offline_quantize.checkpoints.listing import differences, find_files
-from offline_quantize.checkpoints.quantized import (
-    QuantizedCheckpoint,
-    check_finished,
-    open_quantized,
-)
+from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_quantized
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import json_bytes, write_atomically
+from offline_quantize.files import check_finished, json_bytes
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.structure import InputGroup, Structure
 from qamw_kernels.errors import QamwError
+from qamw_kernels.files import write_atomically
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 

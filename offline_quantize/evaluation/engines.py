@@ -12,7 +12,7 @@ from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, set_parameters
 from offline_quantize.model.tied import share_tensors
-from offline_quantize.model.wanted import unwanted
+from offline_quantize.model.unwanted import unwanted
 
 # Of every window: [num_scored, hidden size], after the last norm.
 HiddenStates = Iterator[torch.Tensor]

@@ -32,10 +32,10 @@ from offline_quantize.model.tracing import (
     record_layer_calls,
     trace_layer,
 )
-from offline_quantize.model.wanted import unwanted
+from offline_quantize.model.unwanted import unwanted
 from qamw_kernels.format.config import role_of
 from qamw_kernels.format.packing import UNIT_INPUTS
-from qamw_kernels.format.sharding import differs, shared_setting
+from qamw_kernels.format.sharding import attention_heads, differs, shared_setting
 from qamw_kernels.format.stacks import Stack
 
 
@@ -261,9 +261,10 @@ def _multiplies(module: nn.Module) -> bool:
 
 def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     """``num_heads``, ``num_kv_heads`` and ``kv_rows`` of :class:`Structure`."""
+    num_heads, num_kv_heads = attention_heads(config)
+    head_dim = shared_setting(config, "head_dim")
+    hidden_size = shared_setting(config, "hidden_size")
     names = ("num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size")
-    num_heads, num_kv_heads, head_dim, hidden_size = (shared_setting(config, x) for x in names)
-    num_kv_heads = num_kv_heads or num_heads
     if any(differs(config, name) for name in names):
         return num_heads, num_kv_heads, None
     if not head_dim and num_heads and hidden_size:

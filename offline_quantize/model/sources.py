@@ -3,7 +3,6 @@
 A file is hashed once. After that, its stamp shows whether it may have changed.
 """
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +13,9 @@ from threading import Lock
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.progress import Progress, silent
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import Stamp, open_regular
+from qamw_kernels.files import Stamp, hash_file, open_regular
 from qamw_kernels.format.manifest import FileEntry
 
-CHUNK_BYTES = 2**20
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 MAX_THREADS = 8  # that hash: more read faster than most disks
 
@@ -154,15 +152,10 @@ def _hash_files(directory: Path, stamps: Mapping[str, Stamp], progress: Progress
 
 def _sha256(path: Path, stamp: Stamp, tell: Callable[[int], None] = lambda _: None) -> str:
     """SHA-256 of a file that has this stamp, before and after it is read."""
-    digest, buffer = hashlib.sha256(), bytearray(CHUNK_BYTES)
-    with open_regular(path) as file:
-        before = Stamp.of(os.fstat(file.fileno()))
-        while num_bytes := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:num_bytes])
-            tell(num_bytes)
-        if not stamp == before == Stamp.of(os.fstat(file.fileno())):
-            raise _changed_while_read(path)
-    return digest.hexdigest()
+    digest, found = hash_file(path, tell)
+    if found != stamp:
+        raise _changed_while_read(path)
+    return digest
 
 
 def _other_content(path: Path) -> QuantizeError:

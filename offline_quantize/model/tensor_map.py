@@ -17,7 +17,7 @@ import torch
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.tied import tied_groups
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat, role_of
-from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.packing import unpacked_shape
 from qamw_kernels.format.stacks import Stack, block_of
 
 Shape = tuple[int, ...]
@@ -224,7 +224,7 @@ def plain_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
     for name, info in checkpoint.tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix == "qweight" and len(info.shape) == 3:
-            shapes[f"{module}.weight"] = (info.shape[1], info.shape[2] * UNIT_INPUTS)
+            shapes[f"{module}.weight"] = unpacked_shape(info.shape)
         elif suffix not in LAYER_TENSORS or f"{module}.qweight" not in checkpoint.tensors:
             shapes[name] = info.shape
     quantization = checkpoint.config.get("quantization_config")

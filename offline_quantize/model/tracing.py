@@ -123,8 +123,8 @@ def _traced(
     return Traced(output, list(by_input.values()))
 
 
-class _Reached(Exception):
-    """Ends a call of the model: what follows is not wanted."""
+class Reached(Exception):
+    """Ends a call of a model or of a layer: what follows is not wanted."""
 
 
 def record_layer_calls(
@@ -151,7 +151,7 @@ def record_layer_calls(
                 num_outputs[kind] = len(output) if isinstance(output, tuple) else 0
             calls.append(call._replace(num_outputs=num_outputs[kind]))
             if len(calls) == len(layers):
-                raise _Reached
+                raise Reached
             return calls[-1].with_outputs(hidden)
 
         return record
@@ -161,7 +161,7 @@ def record_layer_calls(
         replaced_forward(layers, recorder),
         torch.no_grad(),
         explained(f"{unsupported}: calling it fails"),
-        suppress(_Reached),
+        suppress(Reached),
     ):
         text_decoder(model)(input_ids=input_ids, use_cache=False)
     if order != list(range(len(layers))):
@@ -187,7 +187,7 @@ def head_input(
 
     def read(_: nn.Module, args: tuple[Any, ...]) -> None:
         reads.append(args[0])
-        raise _Reached
+        raise Reached
 
     unsupported = f"unsupported architecture {type(model).__name__}"
     ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
@@ -196,7 +196,7 @@ def head_input(
         constant_layers(layers, calls, hidden),
         torch.no_grad(),
         explained(f"{unsupported}: what follows its decoder layers fails"),
-        suppress(_Reached),
+        suppress(Reached),
     ):
         model(input_ids=ids, use_cache=False)
     handle.remove()

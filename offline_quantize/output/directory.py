@@ -17,18 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.files import (
-    CONFIG,
-    LOCK,
-    PROGRESS,
-    STATE,
-    TEMPORARY,
-    json_bytes,
-    sync,
-    write_atomically,
-)
+from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE, check_finished, json_bytes
 from offline_quantize.output.journal import Journal
 from offline_quantize.output.lock import locked
+from qamw_kernels.files import TEMPORARY, sync, write_atomically
 from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
@@ -225,12 +217,7 @@ def _check_new(directory: Path) -> None:
         raise QuantizeError(f"{directory}: a link to {directory.readlink()}, which is not there")
     if not directory.exists() or _is_blank(directory):
         return
-    if (directory / PROGRESS).is_file():
-        raise QuantizeError(
-            f"{directory}: already exists; it is unfinished: qamw quantize continues with ",
-            Option("resume", True),
-            ", qamw dequantize only in a new directory",
-        )
+    check_finished(directory, "already exists; it is ")
     raise QuantizeError(f"{directory}: already exists, a new or empty directory was expected")
 
 

@@ -11,9 +11,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import LOCK, json_bytes, leftovers
+from offline_quantize.files import LOCK, json_bytes
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import read_json
+from qamw_kernels.files import leftovers, read_json
 
 
 @contextmanager

@@ -51,7 +51,7 @@ class LayerReport:
             shape=(linear.num_rows, linear.num_inputs),
             index_bits=quantized.index_bits,
             rotation_block_size=quantized.rotation_block_size,
-            effective_bits_per_weight=8 * shape.num_bytes / shape.num_weights,
+            effective_bits_per_weight=shape.stored_bits_per_weight,
             sqnr_db=-10 * math.log10(errors.nmse) if errors.nmse > 0 else None,
             nmse=errors.nmse,
             output_nmse=errors.output_nmse,

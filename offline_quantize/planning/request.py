@@ -11,8 +11,8 @@ from offline_quantize.encoding.group import ENCODERS
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.planning.shards import MAX_SHARD_BYTES
 from qamw_kernels.errors import FormatError
+from qamw_kernels.format.defaults import BITS_PER_WEIGHT, TP_MAX
 from qamw_kernels.format.rates import index_bits_within, is_nominal
-from qamw_kernels.format.sharding import TP_MAX
 
 RATES = ("mixed", "uniform")
 
@@ -55,7 +55,7 @@ class QuantizeRequest:
 
     def __init__(
         self,
-        bpw: float = 5.5,
+        bpw: float = BITS_PER_WEIGHT,
         calibration: Path | str | None = DEFAULT_TEXT,
         calibration_tokens: int | None = None,
         encoder: str | None = None,

@@ -10,6 +10,7 @@ from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, S
 from offline_quantize.model.tied import any_differ
 from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
 from qamw_kernels.codec.encode import check_source_dtype
+from qamw_kernels.errors import first_few
 from qamw_kernels.format.packing import UNIT_INPUTS
 
 
@@ -66,8 +67,7 @@ def check_share(structure: Structure, allow_partial: bool) -> None:
     if structure.kept_share <= MAX_KEPT_SHARE or allow_partial:
         return
     lines = kept_matrices(structure)
-    more = [f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []
-    listed = "\n  ".join([*lines[:_SHOWN], *more])
+    listed = first_few(lines, _SHOWN, "\n  ")
     raise QuantizeError(
         f"{structure.architecture}: {structure.kept_share:.0%} of the decoder's weights cannot be "
         f"quantized:\n  {listed}\nthey would stay as they are with ",

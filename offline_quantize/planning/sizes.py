@@ -160,7 +160,7 @@ def check_disk(plan: Plan, out: Path, scratch_tokens: int, free: int | None = No
     copies = sum((source.directory / file).stat().st_size for file in source.other_files())
     output = int(plan.output_bytes + plan.bytes_left) - present
     scratch = scratch_bytes(plan, scratch_tokens)
-    files.check_disk(out, output + copies + scratch + SPARE_DISK_BYTES, free)
+    files.check_space(out, output + copies + scratch + SPARE_DISK_BYTES, free)
 
 
 def _layer_tensors(plan: Plan) -> list[list[TensorInfo]]:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from vllm.logger import init_logger
 
 from qamw_kernels.errors import FileError
-from qamw_kernels.files import Stamp, read_json, sha256_of
+from qamw_kernels.files import Stamp, hash_file, read_json, write_atomically
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,9 +62,9 @@ class Digests:
         digest = str(known.get("sha256")) if isinstance(known, dict) else ""
         if known == {**stamp, "sha256": digest}:
             return digest, False
-        digest = sha256_of(directory / file)
-        if asdict(Stamp.of((directory / file).stat())) == stamp:  # else it is being written
-            self.known[file] = {**stamp, "sha256": digest}
+        digest, hashed = hash_file(directory / file)
+        if hashed is not None:  # else it is being written
+            self.known[file] = {**asdict(hashed), "sha256": digest}
         return digest, True
 
 
@@ -104,11 +104,9 @@ def _read(path: Path, directory: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, directory: Path, known: dict[str, Any]) -> None:
-    """Whole or not at all; nobody else writes it meanwhile."""
-    temporary = path.with_suffix(".tmp")
+    content = json.dumps({"directory": str(directory), "files": known})
     try:
-        temporary.write_text(json.dumps({"directory": str(directory), "files": known}))
-        temporary.replace(path)
+        write_atomically(path, lambda temporary: temporary.write_text(content))
     except OSError as error:
         _warn(path, error)
 

@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
-from qamw_kernels.errors import TensorError
+from qamw_kernels.errors import TensorError, first_few
 from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS
 from qamw_kernels.format.weight import check_input_scales, check_row_norms
-from qamw_vllm.loading.experts_form import ExpertsForm
-from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
+from qamw_vllm.loading.experts_form import MATRICES, PLACES, ExpertsForm
 from qamw_vllm.loading.linear import check_stored_tensor
+from qamw_vllm.loading.load_formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.parallel import slice_of_rank
 
-# vLLM's shard ids of experts -> the parameter's prefix, and the matrix's position in it
-_MATRICES = {"w1": ("w13", 0), "w3": ("w13", 1), "w2": ("w2", 0)}
 # The dimension of a tensor that ranks divide among them: w13 is cut by rows, w2 by inputs.
 _DIVIDED = {
     "w13": {"qweight": 1, "row_norms": 0},
@@ -30,11 +28,9 @@ _NAMES_SHOWN = 8
 LayerLoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[str]]
 
 
-def join_first(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    more = len(names) - _NAMES_SHOWN
-    return f"{shown} and {more} more" if more > 0 else shown
+def lacking(names: Sequence[str]) -> TensorError:
+    """Of a checkpoint that has no tensors with these names."""
+    return TensorError(f"the checkpoint lacks {first_few(names, _NAMES_SHOWN)}")
 
 
 class ExpertsLoader:
@@ -105,7 +101,7 @@ class ExpertsLoader:
         suffixes = (suffix for suffix in LAYER_TENSORS if weight_name.endswith(suffix))
         tensor = next(suffixes, "weight")
         name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}"
-        stem, position = _MATRICES[shard_id]
+        stem, position = PLACES[shard_id]
         if self.form is not None:
             self._settle(self.form, name, loaded, shard_id)
             param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may know an earlier one
@@ -154,14 +150,14 @@ class ExpertsLoader:
             self._settle_rate(form, name, loaded.shape[0], shard_id)
 
     def _settle_rate(self, form: ExpertsForm, name: str, found: int, shard_id: str) -> None:
-        stem, _ = _MATRICES[shard_id]
+        stem, _ = PLACES[shard_id]
         *_, expected = self.shapes[shard_id]
         known = stem in self._rated
         if found in INDEX_BITS:  # else the check of its shape refuses it
             self._rated.add(stem)
         if found == expected or found not in INDEX_BITS:
             return
-        shards = [shard for shard, (other, _) in _MATRICES.items() if other == stem]
+        shards = MATRICES[stem]
         if known:
             matrices = " and ".join(self.names[shard] for shard in shards)
             raise TensorError(
@@ -183,7 +179,7 @@ class ExpertsLoader:
         """
         plain = self.form is not None and self.form.index_bits is None
         if self.dummy:
-            for stem in () if plain else _DIVIDED:
+            for stem in () if plain else MATRICES:
                 parameters = (getattr(self.layer, f"{stem}_{suffix}") for suffix in LAYER_TENSORS)
                 fill_with_dummy_values(*(parameter.data for parameter in parameters))
             return
@@ -194,21 +190,21 @@ class ExpertsLoader:
         missing = [
             f"{self.prefix}.{numbers[local]}.{self.names[shard]}.{tensor}"
             for local in range(self.layer.local_num_experts)
-            for shard in _MATRICES
+            for shard in PLACES
             for tensor in (("weight",) if plain else LAYER_TENSORS)
             if (local, shard, tensor) not in self.arrived
         ]
         if missing:
-            raise TensorError(f"the checkpoint lacks {join_first(missing)}")
+            raise lacking(missing)
         self.arrived.clear()
         if plain:
             return
-        for shard in _MATRICES:
+        for shard in PLACES:
             self._check_values(shard, numbers)
 
     def _check_values(self, shard: str, numbers: dict[int, int]) -> None:
         """``numbers``: number of an expert on this rank -> its number in the checkpoint."""
-        stem, position = _MATRICES[shard]
+        stem, position = PLACES[shard]
         input_scales = getattr(self.layer, f"{stem}_input_scales").data  # [experts, matrices, K]
         row_norms = getattr(self.layer, f"{stem}_row_norms").data  # [experts, rows of all matrices]
         num_rows = row_norms.shape[1] // input_scales.shape[1]

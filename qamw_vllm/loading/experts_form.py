@@ -16,8 +16,15 @@ from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.state import LoadSummary
 
-MATRICES = {"w13": 2, "w2": 1}
-"""vLLM's names of gate and up, stacked, and of down -> how many matrices are stacked."""
+MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
+"""How vLLM's parameters begin -> its shard ids of the matrices stacked there: gate and up; down."""
+
+PLACES = {
+    shard: (stem, position)
+    for stem, shards in MATRICES.items()
+    for position, shard in enumerate(shards)
+}
+"""Shard id -> how its parameters begin, and which of the matrices there it is."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class ExpertsForm:
             return
         shape, dtype = layer_tensors(*self._shape.of(stem), self.index_bits[stem])[name]
         if name == "input_scales":  # every matrix brings its own copy
-            shape = (MATRICES[stem], *shape)
+            shape = (len(MATRICES[stem]), *shape)
         self._add(f"{stem}_{name}", (self._shape.num_experts, *shape), dtype)
 
     def _register_empty_plain(self) -> None:

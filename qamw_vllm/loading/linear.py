@@ -26,7 +26,7 @@ from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import check_input_scales
 from qamw_vllm.loading.form import FORM_TENSORS, LayerForm
-from qamw_vllm.loading.formats import fill_with_dummy_values, loads_dummy_weights
+from qamw_vllm.loading.load_formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.loading.reading import READING
 from qamw_vllm.parallel import slice_of_rank
 

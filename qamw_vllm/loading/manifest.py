@@ -20,9 +20,9 @@ from pathlib import Path
 from vllm import envs
 from vllm.logger import init_logger
 
-from qamw_kernels.errors import FileError
+from qamw_kernels.errors import FileError, first_few
 from qamw_kernels.files import read_json
-from qamw_kernels.format.index import INDEX, read_index
+from qamw_kernels.format.index import CONFIG, INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_vllm.loading.digests import Digests, remembered_digests
 
@@ -30,7 +30,6 @@ logger = init_logger(f"vllm.{__name__}")
 
 VERIFY_VARIABLE = "QAMW_VERIFY"
 
-CONFIG = "config.json"
 _WEIGHTS = ".safetensors"
 # What vLLM and transformers look for by themselves: configs, chat templates, tokenizers, weights.
 _FOUND_BY_READERS = (".json", ".jinja", ".model", _WEIGHTS)
@@ -118,9 +117,9 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
         }
     faults = [
         *(
-            fault
+            f"{file}: {fault}"
             for file, entry in served.items()
-            for fault in _size_faults(directory, file, entry)
+            if (fault := entry.size_fault(directory / file))
         ),
         *(f"{file}: not in {MANIFEST}" for file in _read_files(directory) if file not in listed),
     ]
@@ -134,21 +133,12 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     return Checked(len(served), num_bytes, digests.num_hashed, time.perf_counter() - start)
 
 
-def _size_faults(directory: Path, file: str, entry: FileEntry) -> list[str]:
-    path = directory / file
-    if not path.exists():
-        return [f"{file}: missing"]
-    if (size := path.stat().st_size) != entry.num_bytes:
-        return [f"{file}: {size} bytes, {MANIFEST} says {entry.num_bytes}"]
-    return []
-
-
 def _digest_faults(directory: Path, served: dict[str, FileEntry], digests: Digests) -> list[str]:
     found = zip(served.items(), digests.of(directory, list(served)), strict=True)
     return [
-        f"{file}: SHA-256 {digest}, {MANIFEST} says {entry.sha256}"
+        f"{file}: {fault}"
         for (file, entry), digest in found
-        if digest != entry.sha256
+        if (fault := entry.digest_fault(digest))
     ]
 
 
@@ -176,8 +166,7 @@ def _index_faults(directory: Path, listed: Collection[str]) -> list[str]:
 def _refuse(directory: Path, faults: list[str]) -> None:
     if not faults:
         return
-    more = len(faults) - _FAULTS_SHOWN
-    lines = "\n  ".join(faults[:_FAULTS_SHOWN] + ([f"and {more} more"] if more > 0 else []))
+    lines = first_few(faults, _FAULTS_SHOWN, "\n  ")
     raise FileError(
         f"{directory}: changed since it was quantized:\n  {lines}\n{_way_out(directory)}"
     )

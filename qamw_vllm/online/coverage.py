@@ -6,7 +6,7 @@ They are found by what they are, as ``qamw quantize`` finds them, and not by the
   images or sounds too, in its language model;
 - but no routers, and no gates beside experts: linears that vLLM replicates on every rank, in a
   block that holds experts;
-- and none with a number of inputs that the format does not know.
+- and none with a number of inputs that is no multiple of 64, which the format cannot pack.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
 
-from qamw_kernels.errors import FormatError
+from qamw_kernels.errors import FormatError, first_few
+from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_vllm.online.experts import QamwOnlineMoEMethod
 from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
@@ -65,9 +66,7 @@ def _check_share(model: nn.Module, layers: list[_Layer], is_draft: bool) -> None
     left = sorted(
         (layer for layer in layers if not layer.covered), key=lambda layer: -layer.num_weights
     )
-    names = ", ".join(layer.name for layer in left[:_NAMES_SHOWN])
-    if len(left) > _NAMES_SHOWN:
-        names += f" and {len(left) - _NAMES_SHOWN} more"
+    names = first_few([layer.name for layer in left], _NAMES_SHOWN)
     if share < MIN_SHARE and not is_draft and (total or not _has_missing_layers(model)):
         reason = (
             f"vLLM builds these without a quantization config, or they cannot pay: {names}"
@@ -90,6 +89,12 @@ def _check_share(model: nn.Module, layers: list[_Layer], is_draft: bool) -> None
 def is_router(layer: nn.Module) -> bool:
     """Whether vLLM's class of a layer says that it chooses experts."""
     return type(layer).__name__ == "GateLinear"  # which older releases do not have
+
+
+def can_be_packed(layer: Any) -> bool:
+    """Whether the format has a place for the matrices of a linear, or of experts, of vLLM."""
+    widths = _widths_of_experts(layer) if isinstance(layer, RoutedExperts) else (layer.input_size,)
+    return all(width % UNIT_INPUTS == 0 for width in widths)
 
 
 def _layers_of(model: nn.Module) -> Iterator[_Layer]:
@@ -139,10 +144,16 @@ def _num_linear_weights(module: nn.Module) -> int:
 
 
 def _num_weights_of_experts(experts: Any) -> int:
+    hidden, inner = _widths_of_experts(experts)
+    matrices = 3 if experts.moe_config.is_act_and_mul else 2
+    return matrices * hidden * inner * int(experts.global_num_experts)
+
+
+def _widths_of_experts(experts: Any) -> tuple[int, int]:
+    """Inputs of gate and up, and of down, of an expert on all ranks together."""
     config = experts.moe_config
-    inner: int = config.intermediate_size_per_partition * config.moe_parallel_config.tp_size
-    matrices = 3 if config.is_act_and_mul else 2
-    return matrices * int(config.hidden_dim) * inner * int(experts.global_num_experts)
+    inner = config.intermediate_size_per_partition * config.moe_parallel_config.tp_size
+    return int(config.hidden_dim), int(inner)
 
 
 def _gates(repeated: nn.ModuleList) -> set[int]:

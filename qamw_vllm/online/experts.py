@@ -9,14 +9,14 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from qamw_kernels.codec.encode import check_source_dtype
-from qamw_kernels.errors import FormatError, TensorError
+from qamw_kernels.errors import FormatError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend, BackendError
 from qamw_vllm.experts import QamwMoEMethod
-from qamw_vllm.loading.experts import join_first
-from qamw_vllm.loading.experts_form import MATRICES
-from qamw_vllm.loading.formats import loads_dummy_weights
+from qamw_vllm.loading.experts import lacking
+from qamw_vllm.loading.experts_form import MATRICES, ExpertsShape
+from qamw_vllm.loading.load_formats import loads_dummy_weights
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.parallel import num_ranks, tensor_parallel_sizes_of_model
@@ -83,8 +83,10 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         self.summary.expect_layer()
         load, num_experts_of_layer = extra_weight_attrs["weight_loader"], layer.global_num_experts
         loader = self._record_arrivals(load, num_experts_of_layer)
-        for stem, rows, inputs in (("w13", 2 * local, hidden_size), ("w2", hidden_size, local)):
-            empty = torch.empty(num_experts, rows, inputs, dtype=params_dtype, device="meta")
+        shape = ExpertsShape(num_experts, hidden_size, local)
+        for stem in MATRICES:
+            size = num_experts, *shape.of(stem)
+            empty = torch.empty(size, dtype=params_dtype, device="meta")
             parameter = Parameter(empty, requires_grad=False)
             set_weight_attrs(parameter, {**extra_weight_attrs, "weight_loader": loader})
             layer.register_parameter(f"{stem}_weight", parameter)
@@ -134,7 +136,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             if (expert, shard) not in self._arrived and not self._dummy
         ]
         if missing:
-            raise TensorError(f"the checkpoint lacks {join_first(missing)}")
+            raise lacking(missing)
         self._arrived.clear()
         self.format = self.plan.format(self._tp_sizes)
         self.rotation_block_sizes = {

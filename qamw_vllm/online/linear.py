@@ -13,8 +13,8 @@ from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.sharding import check_input_split
 from qamw_vllm.backend import Backend
 from qamw_vllm.linear import QamwLinearMethod
-from qamw_vllm.loading.formats import current_load_format
 from qamw_vllm.loading.linear import LayerLoader
+from qamw_vllm.loading.load_formats import current_load_format
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.parallel import tensor_parallel_sizes_of_model

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 import torch
 
 from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.defaults import BITS_PER_WEIGHT
 from qamw_kernels.format.rates import index_bits_of_rate
 from qamw_kernels.format.sharding import choose_rotation_block_sizes
 from qamw_vllm.parallel import sum_over_ranks
-
-BITS_PER_WEIGHT = 5.5
 
 
 class OnlinePlan:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from offline_quantize.files import TEMPORARY
+from qamw_kernels.files import TEMPORARY
 
 Observer = Callable[[str, tuple[Any, ...]], None]
 _observers: list[Observer] = []

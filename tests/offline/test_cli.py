@@ -61,7 +61,7 @@ def test_a_checkpoint_is_signed_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["verify", str(edited)]) == 2
     assert "what was changed on purpose, qamw verify with --sign lists" in capsys.readouterr().err
     assert main(["verify", "--sign", str(edited)]) == 0
-    assert "README.md: 6 bytes, the manifest says" in capsys.readouterr().out
+    assert "README.md: 6 bytes, qamw_manifest.json says" in capsys.readouterr().out
     assert main(["verify", str(edited)]) == 0
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import LOCK, PROGRESS, SINGLE, STATE, TEMPORARY
+from offline_quantize.files import LOCK, PROGRESS, SINGLE, STATE
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.files import TEMPORARY
 from qamw_kernels.format.manifest import FileEntry, Manifest
 from tests.helpers.checkpoints import SMALL_SHARDS, files_of
 from tests.helpers.models import copy_model, tiny_model

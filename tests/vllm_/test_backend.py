@@ -1,13 +1,17 @@
 """The choice of what runs."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("vllm")
 
-from qamw_vllm.backend import BackendError, choose_backend
+from qamw_kernels.ops.gluon import table
+from qamw_vllm import backend as backend_module
+from qamw_vllm.backend import BackendError, choose_backend, describe_backend
 
 
 def platform(name: str) -> Any:
@@ -41,3 +45,19 @@ def test_other_platforms() -> None:
     assert choose_backend(platform=platform("cuda")) == "triton"
     with pytest.raises(BackendError, match="qamw runs on CUDA and on the CPU, not on tpu"):
         choose_backend(platform=platform("tpu"))
+
+
+@pytest.mark.parametrize(
+    ("gluon", "dtype", "message"),
+    [
+        (True, torch.bfloat16, "Gluon kernels decode linear layers for few tokens.* experts"),
+        (True, torch.float32, "plain Triton kernels decode them, because .* torch.float32"),
+        (False, torch.bfloat16, "plain Triton kernels decode them, because this Triton"),
+    ],
+)
+def test_what_runs_on_a_gpu_is_described(
+    gluon: bool, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend_module, "current_platform", platform("cuda"))
+    monkeypatch.setattr(table, "HAS_GATHER", gluon)
+    assert re.search(message, describe_backend("triton", dtype))

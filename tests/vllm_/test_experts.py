@@ -1,6 +1,5 @@
 """Experts of vLLM with packed weights: routing of tokens, and what is between the matrices."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 
 pytest.importorskip("vllm")
 
-from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
 from qamw_kernels.codec.decode import decode_weight
@@ -44,21 +42,6 @@ def test_slots_are_sorted_as_vllm_sorts_them(parallel: bool) -> None:
 
 HIDDEN, INNER, EXPERTS, TOKENS = 64, 128, 4, 6
 PREFIX = "model.layers.0.mlp.experts"
-
-
-@pytest.fixture
-def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.distributed.parallel_state import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
-
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
-        initialize_model_parallel()
-        yield
-        cleanup_dist_env_and_memory()
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

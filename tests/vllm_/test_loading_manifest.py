@@ -16,6 +16,7 @@ from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.loading.manifest import check_checkpoint
 from tests.helpers.checkpoints import sign
+from tests.offline.interruptions import file_size_limit
 from tests.vllm_.layers import make_config
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -79,6 +80,13 @@ def test_damaged_cache_means_hashing_again(checkpoint: Path, cache: Path, damage
 def test_without_a_cache_files_are_hashed_every_time(checkpoint: Path, cache: Path) -> None:
     cache.write_text("a file where the folder would be")
     assert check_checkpoint(checkpoint, cache).num_hashed == SERVED
+    assert check_checkpoint(checkpoint, cache).num_hashed == SERVED
+
+
+def test_a_full_disk_means_hashing_again_and_is_left_clean(checkpoint: Path, cache: Path) -> None:
+    with file_size_limit(512):
+        assert check_checkpoint(checkpoint, cache).num_hashed == SERVED
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
     assert check_checkpoint(checkpoint, cache).num_hashed == SERVED
 
 

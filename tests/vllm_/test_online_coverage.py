@@ -10,7 +10,11 @@ from torch import nn
 
 pytest.importorskip("vllm")
 
+from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     ReplicatedLinear,
@@ -129,6 +133,28 @@ def test_what_cannot_pay_is_listed(log_lines: list[str]) -> None:
     choose_layers(model)
     (line,) = log_lines
     assert "1.2 % of the linear weights of the layers stay as they are: blocks.0.small" in line
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("hidden", "inner"), [(96, 128), (128, 96)])
+def test_experts_that_the_format_cannot_pack_are_plain(
+    hidden: int, inner: int, log_lines: list[str]
+) -> None:
+    config, model = QamwConfig(), nn.Module()
+    layer = block(config)
+    layer.mlp = nn.Module()
+    layer.mlp.experts = FusedMoEFactory(
+        4, 2, hidden, inner, quant_config=config, prefix="blocks.0.mlp.experts"
+    )
+    method = layer.mlp.experts.routed_experts.quant_method
+    assert type(method) is UnquantizedFusedMoEMethod
+    model.blocks = nn.ModuleList([layer])
+    choose_layers(model)
+    assert quantized(model) == {"blocks.0.a", "blocks.0.b"}
+    (line,) = log_lines
+    share = 1 / (1 + 2 * K * 512 / (4 * 3 * hidden * inner))
+    assert f"{100 * share:.1f} % of the linear weights" in line
+    assert "stay as they are: blocks.0.mlp.experts.routed_experts" in line
 
 
 @pytest.mark.parametrize(

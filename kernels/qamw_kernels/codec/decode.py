@@ -54,7 +54,10 @@ def linear_reference(
     quantized: QuantizedWeight,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Reference of the kernels: rotate the activation, multiply with codewords, scale the rows.
+    """The product with a weight as the format defines it: rotate x, then multiply with codewords.
+
+    The ops have a plain form too, on tiles: :mod:`qamw_kernels.ops.reference`. Tests compare that
+    one, and the kernels, with this.
 
     Args:
         x: [..., K] floating point. bias: [N] or None.

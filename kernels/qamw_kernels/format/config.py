@@ -131,8 +131,8 @@ class QamwFormat:
 
     def expected_codebooks(self) -> dict[str, str]:
         """Name -> SHA-256 of the shipped codebooks for every rate in use."""
-        rates = sorted({self.index_bits, *self.layer_index_bits.values()})
-        return {codebook_name(bits): codebook_sha256(bits) for bits in rates}
+        used = sorted({self.index_bits, *self.layer_index_bits.values()})
+        return {codebook_name(bits): codebook_sha256(bits) for bits in used}
 
     def index_bits_of(self, module: str) -> int:
         """Index bits of one quantized module."""

@@ -6,6 +6,7 @@ from qamw_kernels.errors import FormatError
 from qamw_kernels.files import read_json
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
 
 
 def read_index(directory: Path) -> dict[str, str]:

@@ -36,6 +36,20 @@ class FileEntry:
         """
         return FileEntry(sha256_of(path), path.stat().st_size)
 
+    def size_fault(self, path: Path) -> str:
+        """How a file differs without being read; empty where it does not.
+
+        It is the end of a message that begins with the file's name, as of :meth:`digest_fault`.
+        """
+        if not path.exists():
+            return "missing"
+        size = path.stat().st_size
+        return "" if size == self.num_bytes else f"{size} bytes, {MANIFEST} says {self.num_bytes}"
+
+    def digest_fault(self, sha256: str) -> str:
+        """How the bytes of a file differ, of which this is the SHA-256; empty if they do not."""
+        return "" if sha256 == self.sha256 else f"SHA-256 {sha256}, {MANIFEST} says {self.sha256}"
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of an entry."""
         return {"sha256": self.sha256, "bytes": self.num_bytes}

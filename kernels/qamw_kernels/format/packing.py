@@ -6,6 +6,8 @@ Its fields of width w fill exactly w int32 words, 32 / w pairs per word, so no f
 a word and every unit is b words.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 UNIT_PAIRS = 32
@@ -28,6 +30,12 @@ def packed_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, 
             f"the number of inputs must be a positive multiple of {UNIT_INPUTS}, got {num_inputs}"
         )
     return index_bits, num_rows, num_inputs // UNIT_INPUTS
+
+
+def unpacked_shape(planes: Sequence[int]) -> tuple[int, int]:
+    """Shape [N, K] of a weight whose ``qweight`` has this shape, with its three dimensions."""
+    _, num_rows, num_units = planes
+    return num_rows, num_units * UNIT_INPUTS
 
 
 def pack_planes(indices: torch.Tensor, index_bits: int) -> torch.Tensor:

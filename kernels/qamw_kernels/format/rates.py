@@ -1,8 +1,9 @@
 """Rates: how many bits a weight takes.
 
 A pair of weights is stored as one index of ``index_bits`` bits, so the *nominal* rate is
-``index_bits / 2`` bits per weight. The *effective* rate counts every stored byte: indices, row
-norms, input scales and codebooks.
+``index_bits / 2`` bits per weight. The *stored* rate of a layer counts the bytes of its three
+tensors: indices, row norms and input scales. The *effective* rate of several layers counts their
+codebooks too, each once.
 """
 
 import math
@@ -65,6 +66,11 @@ def stored_bytes(num_rows: int, num_inputs: int, index_bits: int) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
 
 
+def stored_bits_per_weight(num_bytes: int, num_weights: int) -> float:
+    """Bits per weight of layers that take ``num_bytes``."""
+    return 8 * num_bytes / num_weights
+
+
 @dataclass(frozen=True)
 class QuantizedShape:
     """Size and rate of one quantized linear layer.
@@ -87,10 +93,15 @@ class QuantizedShape:
         """Stored bytes of its three tensors; codebooks are shared, and not counted here."""
         return stored_bytes(self.num_rows, self.num_inputs, self.index_bits)
 
+    @property
+    def stored_bits_per_weight(self) -> float:
+        """What its three tensors take; codebooks are not counted here."""
+        return stored_bits_per_weight(self.num_bytes, self.num_weights)
+
 
 def effective_bits_per_weight(shapes: Iterable[QuantizedShape]) -> float:
     """All stored bytes of these layers, and the codebooks of their rates, in bits per weight."""
     layers = list(shapes)
     num_bytes = sum(layer.num_bytes for layer in layers)
     num_bytes += codebook_bytes(layer.index_bits for layer in layers)
-    return 8 * num_bytes / sum(layer.num_weights for layer in layers)
+    return stored_bits_per_weight(num_bytes, sum(layer.num_weights for layer in layers))

@@ -8,10 +8,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.defaults import TP_MAX
 from qamw_kernels.format.packing import UNIT_INPUTS
-
-TP_MAX = 8
-"""Widest tensor parallelism that a checkpoint is prepared for, unless asked otherwise."""
 
 MAX_ROTATION_BLOCK_SIZE = 128
 """Widest rotation block that is chosen; the format allows more."""
@@ -29,6 +27,12 @@ def differs(config: Any, name: str) -> bool:
 def shared_setting(config: Any, name: str) -> Any:
     """A value of a model's config; None where it has none, or where its layers differ."""
     return None if differs(config, name) else getattr(config, name, None)
+
+
+def attention_heads(config: Any) -> tuple[int | None, int | None]:
+    """Numbers of attention heads and of those of keys and values; None where not known."""
+    num_heads = shared_setting(config, "num_attention_heads")
+    return num_heads, shared_setting(config, "num_key_value_heads") or num_heads
 
 
 def possible_tensor_parallel_sizes(

@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat, layer_tensors, role_of
-from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.format.packing import unpacked_shape
 from qamw_kernels.integrations.conversion import DecodingConverter
 from qamw_kernels.integrations.linears import LINEARS
 
@@ -48,7 +48,7 @@ def stored_tensors(files: Iterable[str]) -> Stored:
     return stored
 
 
-def check_plain(stored: Stored, module: str) -> None:
+def check_unpacked(stored: Stored, module: str) -> None:
     """Whether the plain matrix of a module is there.
 
     Raises:
@@ -157,12 +157,12 @@ def check_merged(model: Any, stored: Stored, found: Destinations, fmt: QamwForma
             if f"{module}.qweight" not in stored and f"{module}.weight" in stored:
                 continue
             if module in ignored:
-                check_plain(stored, module)
+                check_unpacked(stored, module)
                 continue
             shape, _ = stored.get(f"{module}.qweight", ([0, 0, 1], ""))
             if len(shape) != 3:
                 raise TensorError(f"{module}.qweight has shape {shape}, expected 3 dimensions")
-            num_rows, num_inputs = shape[1], shape[2] * UNIT_INPUTS
+            num_rows, num_inputs = unpacked_shape(shape)
             check_packed(stored, module, num_rows, num_inputs, fmt.index_bits_of(module))
             fmt.rotation_block_size_of(module, num_inputs)
 

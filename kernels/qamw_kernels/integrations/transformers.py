@@ -36,7 +36,7 @@ from qamw_kernels.integrations.stored import (
     check_filled,
     check_merged,
     check_packed,
-    check_plain,
+    check_unpacked,
     destinations,
     stored_tensors,
 )
@@ -116,7 +116,8 @@ class QamwLinear(nn.Module):
         linear: nn.Linear | Conv1D
         with torch.device("meta"):
             if self._transposed:
-                linear, weight = Conv1D(num_rows, num_inputs), weight.T.contiguous()
+                linear = Conv1D(num_rows, num_inputs)  # type: ignore[no-untyped-call]  # no types
+                weight = weight.T.contiguous()
             else:
                 linear = nn.Linear(num_inputs, num_rows, self.bias is not None)
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -170,7 +171,7 @@ class QamwHfQuantizer(HfQuantizer):
             if not isinstance(module, LINEARS):
                 continue
             if full in fmt.ignore:
-                check_plain(stored, full)
+                check_unpacked(stored, full)
                 continue
             num_rows, num_inputs = sizes(module)
             index_bits = fmt.index_bits_of(full)

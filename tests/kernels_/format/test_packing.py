@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qamw_kernels.format.codebook import INDEX_BITS
-from qamw_kernels.format.packing import field_widths, pack_planes, unpack_planes
+from qamw_kernels.format.packing import field_widths, pack_planes, unpack_planes, unpacked_shape
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
@@ -13,6 +13,7 @@ def test_packing_is_exact(index_bits: int) -> None:
     indices[0, :2] = torch.tensor([0, 2**index_bits - 1])
     planes = pack_planes(indices, index_bits)
     assert planes.shape == (index_bits, 7, 3) and planes.dtype == torch.int32
+    assert unpacked_shape(planes.shape) == (7, 192)
     assert torch.equal(unpack_planes(planes), indices)
 
 

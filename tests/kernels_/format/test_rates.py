@@ -95,3 +95,4 @@ def test_effective_bits_of_a_large_layer_are_close_to_nominal() -> None:
     codebook = 8 * codebook_bytes([11]) / shape.num_weights
     expected = 5.5 + 32 / 11008 + 16 / 4096 + codebook
     assert effective_bits_per_weight([shape]) == pytest.approx(expected, rel=1e-12)
+    assert shape.stored_bits_per_weight == pytest.approx(expected - codebook, rel=1e-12)

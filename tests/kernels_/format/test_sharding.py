@@ -1,12 +1,14 @@
 """Tensor parallelism: into how many ranks a model splits, and rotation blocks that allow it."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.sharding import (
+    attention_heads,
     can_split_inputs,
     can_split_rows,
     check_input_split,
@@ -14,6 +16,12 @@ from qamw_kernels.format.sharding import (
     possible_input_splits,
     possible_tensor_parallel_sizes,
 )
+
+
+def test_heads_of_a_model() -> None:
+    assert attention_heads(SimpleNamespace(num_attention_heads=9, num_key_value_heads=3)) == (9, 3)
+    assert attention_heads(SimpleNamespace(num_attention_heads=9)) == (9, 9)
+    assert attention_heads(None) == (None, None)
 
 
 def test_tensor_parallel_choices() -> None:

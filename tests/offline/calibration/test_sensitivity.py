@@ -8,7 +8,7 @@ import torch
 
 from offline_quantize.calibration.sensitivity import (
     Sensitivity,
-    Stack,
+    TensorStack,
     feedback_cost,
     from_state,
     measure_sensitivities,
@@ -128,7 +128,7 @@ def test_layers_may_differ_in_size_and_dtype(tmp_path: Path) -> None:
         [torch.zeros(700, 3)],
     ]
     with (tmp_path / "file").open("w+b") as file:
-        stack = Stack(file, tmp_path)
+        stack = TensorStack(file, tmp_path)
         for tensors in lists:
             stack.push(tensors)
         for tensors in reversed(lists):

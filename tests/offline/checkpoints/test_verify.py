@@ -66,9 +66,9 @@ def test_other_bytes_than_the_manifest_lists(damaged: Path) -> None:
         lines,
         (
             "README.md: missing",
-            "extra.txt: not in the manifest",
+            "extra.txt: not in qamw_manifest.json",
             f"{SHARD}: SHA-256",
-            "qamw_report.png: 0 bytes, the manifest says",
+            "qamw_report.png: 0 bytes, qamw_manifest.json says",
             "what was changed on purpose, qamw verify with sign=True lists anew",
         ),
         strict=True,
@@ -213,7 +213,7 @@ def test_tensors_that_do_not_fit(
     message: str,
     damaged: Path,
 ) -> None:
-    """Whatever the manifest says: it is made to agree. Signing it is refused likewise."""
+    """Whatever qamw_manifest.json says: it is made to agree. Signing it is refused likewise."""
     tensors = load_file(damaged / SHARD)
     assert {NORM, SCALES, NORMS} <= set(tensors)
     damage(tensors)
@@ -343,11 +343,13 @@ def test_signing_what_was_changed_on_purpose(damaged: Path) -> None:
         verify(damaged)
     summary = verify(damaged, sign=True)
     assert "all as they should be" in summary
-    assert "model.safetensors: not in the manifest" in summary and f"{SHARD}: missing" in summary
-    assert "README.md: 6 bytes, the manifest says" in summary
+    assert (
+        "model.safetensors: not in qamw_manifest.json" in summary and f"{SHARD}: missing" in summary
+    )
+    assert "README.md: 6 bytes, qamw_manifest.json says" in summary
     new = Manifest.read(damaged)
     assert new.sources == sources and "model.safetensors" in new.files
     assert "nothing to change" in verify(damaged, sign=True)
     (damaged / MANIFEST).unlink()
-    assert "README.md: not in the manifest" in verify(damaged, sign=True)
+    assert "README.md: not in qamw_manifest.json" in verify(damaged, sign=True)
     assert "all as they should be" in verify(damaged)

@@ -1,5 +1,6 @@
 """The output directory: whole files, progress, and what it refuses."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE, TEMPORARY
+from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
+from qamw_kernels.files import TEMPORARY, write_atomically
 from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from tests.offline.interruptions import file_size_limit
@@ -101,3 +103,17 @@ def test_a_link_to_nothing_is_no_target(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "absent")
     with pytest.raises(QuantizeError, match=r"out: a link to .*absent, which is not there"):
         Output.check_target(tmp_path / "out", tmp_path / "model", resume=False)
+
+
+def test_who_may_read(tmp_path: Path) -> None:
+    """A report of figures follows the umask; a checkpoint, which is served, can always be read."""
+    umask = os.umask(0o077)
+    try:
+        write_atomically(tmp_path / "figures.json", lambda path: path.write_text("{}"))
+        (tmp_path / "out").mkdir()
+        output = Output(tmp_path / "out", Journal("request"))
+        output.write_shard("model.safetensors", {"x": torch.zeros(1)}, None)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "figures.json").stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644

@@ -146,8 +146,8 @@ def multiply_packed(
     y = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
     if len(x) == 0:
         return y
-    processor = launcher.processor(x.device)
-    product = product_for(*x.shape, x.dtype, weight.index_bits, processor)
+    processor, (num_tokens, num_inputs) = launcher.processor(x.device), x.shape
+    product = product_for(num_tokens, num_inputs, x.dtype, weight.index_bits, processor)
     swapped = product is wide_launch
     rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher, swapped)
     if product is None or processor is None:

@@ -1,14 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and hashed as one version or none."""
 
+import hashlib
 import os
 from pathlib import Path
 
 import pytest
-import torch
 
-from offline_quantize.files import leftovers, write_atomically
-from offline_quantize.output.directory import Output
-from offline_quantize.output.journal import Journal
+from qamw_kernels.files import Stamp, hash_file, leftovers, sha256_of, write_atomically
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
@@ -46,15 +44,11 @@ def test_temporary_names_are_a_writers_own(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == [killed]
 
 
-def test_who_may_read(tmp_path: Path) -> None:
-    """A report of figures follows the umask; a checkpoint, which is served, can always be read."""
-    umask = os.umask(0o077)
-    try:
-        write_atomically(tmp_path / "figures.json", lambda path: path.write_text("{}"))
-        (tmp_path / "out").mkdir()
-        output = Output(tmp_path / "out", Journal("request"))
-        output.write_shard("model.safetensors", {"x": torch.zeros(1)}, None)
-    finally:
-        os.umask(umask)
-    assert (tmp_path / "figures.json").stat().st_mode & 0o777 == 0o600
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+def test_a_hash_is_of_one_version_of_a_file(tmp_path: Path) -> None:
+    file, content = tmp_path / "file", bytes(range(256)) * 2**13  # of two parts
+    file.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    parts: list[int] = []
+    assert hash_file(file, parts.append) == (digest, Stamp.of(file.stat()))
+    assert parts == [2**20, 2**20] and sha256_of(file) == digest
+    assert hash_file(file, lambda _: os.utime(file, (1, 1))) == (digest, None)

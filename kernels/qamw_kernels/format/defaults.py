@@ -1,0 +1,7 @@
+"""What holds where nobody asks otherwise. Imports nothing: a command line shows it in its help."""
+
+BITS_PER_WEIGHT = 5.5
+"""Nominal rate of a model."""
+
+TP_MAX = 8
+"""Widest tensor parallelism that a checkpoint is prepared for."""
