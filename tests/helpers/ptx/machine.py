@@ -207,12 +207,17 @@ class Machine:
     def _check_barrier(opcode: list[str], operands: list[str]) -> None:
         assert opcode[1] == "sync" and operands == ["0"], "not a barrier of the whole program"
 
-    def _check_prefetch(self, group: Group, place: str, size: str = "16") -> None:
-        """Nothing is done, but what is not there must not be asked for."""
+    def _check_prefetch(self, group: Group, place: str, size: str = "") -> None:
+        """Nothing is done, but what is not there must not be asked for.
+
+        Args:
+            size: of a bulk prefetch in bytes; others are of the line that ``place`` is in.
+        """
         for address in self._address(group, place)[group.registers.mask].tolist():
             start, buffer = self._buffer(address)
-            assert not address % 16 and not int(size) % 16, "prefetch: misaligned"
-            assert address + int(size) <= start + len(buffer), "prefetch: past the end"
+            if size:
+                assert not address % 16 and not int(size) % 16, "prefetch: misaligned"
+            assert address + int(size or 1) <= start + len(buffer), "prefetch: past the end"
 
     def _address(self, group: Group, operand: str) -> Array:
         base, _, offset = operand.strip("[] ").replace(" ", "").partition("+")

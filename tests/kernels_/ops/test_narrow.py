@@ -120,6 +120,7 @@ def test_machine_code(target: int, index_bits: int) -> None:
     assert sum(n for opcode, n in opcodes.items() if opcode.startswith("HMMA")) == 16
     assert compiled.metadata.shared <= SHARED_BYTES[target]
     hopper = target >= 90
+    assert opcodes["CCTL.E.PF2"] == 2  # row norms and biases
     assert ("UBLKPF" in {opcode.split(".")[0] for opcode in opcodes}) == hopper
     assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == hopper
 
