@@ -24,6 +24,7 @@ RENAMED = {
     "minicpm3": "*.1.self_attn.q_a_proj",  # without a prefix; reads what kv_a_proj_with_mqa reads
     "granitemoehybrid": "*.mamba.out_proj",  # mamba is mixer
     "minimax_m2": "*.0.block_sparse_moe.experts.*",  # block_sparse_moe is mlp
+    "gpt2": "*.1.attn.c_proj",  # transposed on disk; vLLM's model turns plain weights
 }
 ONLINE = ("falcon", "gpt2", "bloom", "gptj", "minicpm3", "gemma4_text")
 

@@ -75,7 +75,7 @@ def test_hessian_is_that_of_the_last_states(architecture: str, tmp_path: Path) -
     tokens = calibration_windows(model, DEFAULT_TEXT, 512, window_tokens=WINDOW_TOKENS)
     calibrator = Calibrator(plan.checkpoint, tokens, CPU, torch.float32)
     for layer in plan.layers:
-        calibrator.finish(layer.load(plan.checkpoint))
+        calibrator.finish(layer, layer.load(plan.checkpoint))
     with torch.no_grad():
         last = load_model(model).base_model(tokens).last_hidden_state.flatten(0, 1)
     expected = last.T @ last / len(last)

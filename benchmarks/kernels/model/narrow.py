@@ -52,9 +52,8 @@ def _requests(listing: Listing) -> list[Request]:
         elif x.name == "LDG" and ".128" in x.opcode:
             requests[i] = Request(Source.TOKENS, chunk=chunk % CHUNKS)
             chunk += 1
-        elif x.name == "LDG":  # the quadrant; row norms, and no bias
-            source = Source.L2 if i < batches.first else Source.HBM
-            requests[i] = Request(source, 32)
+        elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
+            requests[i] = Request(Source.L2, 32)
     assert chunk == 2 * CHUNKS, "activations before the loops, and in the last turn of a slice"
     return requests
 

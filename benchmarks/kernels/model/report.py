@@ -17,11 +17,12 @@ import triton
 
 from benchmarks.kernels.model.assumptions import GPUS, TYPICAL, Gpu, Machine, bf16_seconds
 from benchmarks.kernels.model.blocks import PROCESSOR
-from benchmarks.kernels.model.decode import decode_launch
 from benchmarks.kernels.model.narrow import narrow_launch
 from benchmarks.kernels.model.rotation import rotate_launch
 from benchmarks.kernels.model.simulate import Launch, Outcome, simulate
+from benchmarks.kernels.model.wide import adding_seconds, wide_launch
 from qamw_kernels.ops.gluon import narrow_launch as narrow
+from qamw_kernels.ops.gluon import wide_launch as wide
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SHAPES = {  # of Llama-3-8B: rows, inputs
@@ -31,10 +32,7 @@ SHAPES = {  # of Llama-3-8B: rows, inputs
     "down": (4096, 14336),
 }
 RATES = (11, 8)
-TOKENS = (1, 8, 1024, 4096)
-PACKED_MAX_TOKENS = 128
-"""Numbers of 9 to 128 tokens, as arguments, take minutes each, and are of the kernel of other GPUs:
-that of Hopper for 9 to 512 is not modelled yet."""
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ROTATION_BLOCK_SIZE = 128
 INTRODUCTION = """\
 # What a model of an H100 and an H200 says of the kernels
@@ -45,8 +43,8 @@ replayed instruction by instruction on a model of the multiprocessors and their 
 layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
 its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s.
 
-9 to 512 tokens have a kernel of their own on these GPUs, which is not modelled yet. Of decoding
-into a workspace, for more tokens, only the traffic counts here: those figures are too good.
+Of decoding into a workspace, for more than 512 tokens, only the traffic counts here: those figures
+are too good.
 """
 
 
@@ -64,8 +62,7 @@ def packed_launch(
     shape: tuple[int, int], num_tokens: int, index_bits: int, machine: Machine
 ) -> Launch:
     """The launch of the kernel that multiplies so many tokens."""
-    fits = _narrow(shape[1], num_tokens, index_bits)
-    make = narrow_launch if fits else decode_launch
+    make = narrow_launch if _narrow(shape[1], num_tokens, index_bits) else wide_launch
     return make(*shape, num_tokens, index_bits, machine)
 
 
@@ -81,7 +78,8 @@ def packed_seconds(
         product = simulate(launch, gpu, machine)
         return machine.launch_gap + machine.dependent_start + product.seconds, product
     product = simulate(launch, gpu, machine)
-    return 2 * machine.launch_gap + rotation + product.seconds, product
+    adding = adding_seconds(*shape, num_tokens, index_bits, machine)
+    return 2 * machine.launch_gap + rotation + product.seconds + adding, product
 
 
 def decoded_seconds(
@@ -99,7 +97,7 @@ def row(
     """Figures of one product."""
     shape = SHAPES[name]
     found: dict[str, Any] = {"gpu": gpu.name, "b": index_bits, "shape": name, "M": num_tokens}
-    if num_tokens <= PACKED_MAX_TOKENS:
+    if num_tokens <= wide.MAX_TOKENS:
         seconds, product = packed_seconds(shape, num_tokens, index_bits, gpu, machine)
         found["kernel_us"] = round(product.seconds * 1e6, 2)
         found["lsu"], found["issue"] = round(product.lsu, 2), round(product.issue, 2)
@@ -130,7 +128,7 @@ def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
     ]
     # Everything is compiled before, by one thread: Triton's compiler is not made for more.
     for name, tokens, bits, _ in keys:
-        if tokens <= PACKED_MAX_TOKENS:
+        if tokens <= wide.MAX_TOKENS:
             packed_launch(SHAPES[name], tokens, bits, TYPICAL)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = []

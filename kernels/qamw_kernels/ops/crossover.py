@@ -40,12 +40,6 @@ def crossover_key(device: torch.device, kernel: str) -> str:
 
 
 @functools.cache
-def _measured() -> dict[str, int]:
-    measured: dict[str, int] = json.loads(CROSSOVER_FILE.read_text())
-    return measured
-
-
-@functools.cache
 def gemm_max_tokens(
     device: torch.device,
     dtype: torch.dtype,
@@ -55,6 +49,7 @@ def gemm_max_tokens(
     """Tokens up to which multiplying with the packed weight is the faster way on that device."""
     kernel = kernel_for_many(dtype, index_bits, processor)
     limit = wide_launch.MAX_TOKENS if kernel == "wide" else GEMM_MAX_TOKENS
-    if device.type != "cuda" or dtype.itemsize != 2 or not _measured():
+    measured: dict[str, int] = json.loads(CROSSOVER_FILE.read_text())
+    if device.type != "cuda" or dtype.itemsize != 2 or not measured:
         return limit
-    return _measured().get(crossover_key(device, kernel), limit)
+    return measured.get(crossover_key(device, kernel), limit)

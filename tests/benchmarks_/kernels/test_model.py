@@ -13,7 +13,9 @@ from benchmarks.kernels.model.assumptions import H100, H200, TYPICAL, bf16_secon
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop
 from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simulate
-from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, record
+from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, Unit, record
+from benchmarks.kernels.model.wide import wide_launch
+from qamw_kernels.ops.gluon import table
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 MACHINE = dataclasses.replace(TYPICAL, program_start=0)
@@ -112,3 +114,16 @@ def test_paths_go_round_loops() -> None:
 
     spans = [(s.first, s.last) for s in walk(listing, trips)]
     assert spans == [(0, 0), (1, 1), (4, 5), (1, 1), (2, 3), (4, 5), (6, 7)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather")
+@pytest.mark.parametrize("num_tokens, groups", [(20, 1), (130, 2)])
+def test_every_unit_of_a_weight_is_multiplied_once(num_tokens: int, groups: int) -> None:
+    """By one program of every group of tokens: 3 row blocks of 4 tiles."""
+    launch = wide_launch(300, 1600, num_tokens, 11, TYPICAL)
+    turns = [1 + max(step.turn for step in warps[0]) for _, warps in launch.programs]
+    assert sum(turns) == groups * 3 * 4
+    assert len({first for first, _ in launch.programs}) == groups
+    bulk = [x for b in launch.blocks for x in b if x.unit == Unit.BULK_COPY]
+    assert bulk and all(x.bytes > 0 for x in bulk)

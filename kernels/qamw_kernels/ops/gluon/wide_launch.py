@@ -77,6 +77,34 @@ def share_out(row_blocks: int, input_tiles: int, programs: int) -> Share:
     return Share(min(programs, row_blocks * input_tiles), 1)
 
 
+class Grid(NamedTuple):
+    """The programs of a launch.
+
+    Attributes:
+        tokens: that one program has.
+        groups: of tokens.
+        share: of the weight, among the programs of a group.
+        adds: whether row blocks are left that programs share, for another kernel to add up.
+    """
+
+    tokens: int
+    groups: int
+    share: Share
+    adds: bool
+
+
+def grid(
+    num_tokens: int, num_rows: int, input_tiles: int, index_bits: int, processor: Processor
+) -> Grid:
+    """The programs that multiply so many tokens with a weight."""
+    tokens = tokens_of(num_tokens)
+    programs = programs_per_processor(index_bits, tokens, processor.shared_memory)
+    programs *= processor.multiprocessors
+    groups = triton.cdiv(num_tokens, tokens)
+    share = share_out(triton.cdiv(num_rows, ROWS), input_tiles, max(programs // groups, 1))
+    return Grid(tokens, groups, share, share.grain < input_tiles and share.programs > 1)
+
+
 def tokens_of(num_tokens: int) -> int:
     """Tokens that one program has."""
     return next((tokens for tokens in TILES if num_tokens <= tokens), max(TILES))
@@ -173,18 +201,13 @@ def gemm(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     (num_tokens, num_inputs), num_rows = rotated.shape, weight.num_rows
-    tokens, shared_memory = tokens_of(num_tokens), processor.shared_memory
-    programs = programs_per_processor(weight.index_bits, tokens, shared_memory)
-    programs *= processor.multiprocessors
-    groups = triton.cdiv(num_tokens, tokens)
-    row_blocks = triton.cdiv(num_rows, ROWS)
-    share = share_out(row_blocks, weight.tiles.shape[1], max(programs // groups, 1))
-    added = share.grain < weight.tiles.shape[1] and share.programs > 1
+    input_tiles, index_bits = weight.tiles.shape[1], weight.index_bits
+    tokens, groups, share, adds = grid(num_tokens, num_rows, input_tiles, index_bits, processor)
     sums = weight.row_norms  # of the right type; nothing is written to it
-    if added:
+    if adds:
         shape = (groups, share.programs, 2, tokens, ROWS)
         sums = torch.empty(shape, dtype=torch.float32, device=y.device)
-    chosen = constants(weight.index_bits, rotated.dtype, tokens, shared_memory)
+    chosen = constants(index_bits, rotated.dtype, tokens, processor.shared_memory)
     block_shape = (tokens, chosen["BLOCK_INPUTS"])
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
@@ -204,7 +227,7 @@ def gemm(
         share.grain,
         **chosen,
     )
-    if added:
+    if adds:
         add_sums(sums, weight, bias, y, launcher)
 
 
