@@ -92,10 +92,10 @@ class Report:
         effective_bits_per_weight: all stored bytes of the quantized decoder layers.
         quantized_weights: number of weights in them.
         source_bytes: of the model's tensors, as they are on disk.
-        source_encoding: how they were quantized there; empty for a plain checkpoint.
         output_bytes: of the tensors that were written.
         tensor_parallel_sizes: that the result can be served with.
         layers: every quantized linear, the head last.
+        source_encoding: how the model was quantized before; empty for a plain one.
     """
 
     qamw_version: str
@@ -107,10 +107,10 @@ class Report:
     effective_bits_per_weight: float
     quantized_weights: int
     source_bytes: int
-    source_encoding: str
     output_bytes: int
     tensor_parallel_sizes: tuple[int, ...]
     layers: tuple[LayerReport, ...]
+    source_encoding: str = ""
 
     @property
     def error_name(self) -> str:

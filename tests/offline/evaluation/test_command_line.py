@@ -100,9 +100,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
     config = json.loads((foreign / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq"}
     (foreign / "config.json").write_text(json.dumps(config))
-    expected = (
-        "foreign/config.json: quant_method is 'gptq', but in transformers only qamw and plain"
-    )
+    expected = "foreign/config.json: quant_method is 'gptq', but in transformers only qamw, plain"
     message = refused(capsys, foreign, *usual)
     assert expected in message and "with --engine vllm" in message
     other = copy_model(tiny_llama, tmp_path / "other")
