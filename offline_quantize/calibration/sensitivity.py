@@ -26,6 +26,7 @@ from offline_quantize.encoding.feedback import DAMPING, factor, shrink
 from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import text_decoder
+from offline_quantize.model.products import quick_products
 from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, InputGroup
 from offline_quantize.model.tracing import constant_layers
@@ -139,7 +140,8 @@ def measure_sensitivities(
             inputs.push(runner.hidden)
             runner.advance(layer.index)
             runner.unload(layer.index)
-        gradients = _output_gradients(runner, tokens, own)
+        with quick_products(device):
+            gradients = _output_gradients(runner, tokens, own)
         for layer in reversed(layers):
             load(layer, steps - 2 * (layer.index + 1))
             readings = _backward(runner, layer, inputs.pop(), gradients, kept)
@@ -307,7 +309,8 @@ def _backward(
         hidden = batch.to(runner.device).requires_grad_()
         output = runner.run(layer.index, i, hidden)
         at_output = gradients[i].to(runner.device)
-        gradients[i] = torch.autograd.grad(output, hidden, at_output)[0].cpu()
+        with quick_products(runner.device):
+            gradients[i] = torch.autograd.grad(output, hidden, at_output)[0].cpu()
     for handle in handles:
         handle.remove()
     if not all(gradient.isfinite().all() for gradient in gradients):

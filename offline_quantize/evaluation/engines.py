@@ -11,6 +11,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import build_empty_model, set_parameters
+from offline_quantize.model.products import quick_products
 from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.unwanted import unwanted
 
@@ -68,7 +69,8 @@ def transformers_states(
     model = load_model(directory, dtype).to(device).base_model
     for window in windows:
         ids = torch.tensor([window.token_ids[:-1]], device=device)
-        states = model(input_ids=ids, use_cache=False).last_hidden_state
+        with quick_products(device):
+            states = model(input_ids=ids, use_cache=False).last_hidden_state
         yield states[0, -window.num_scored :]
 
 

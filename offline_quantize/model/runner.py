@@ -15,6 +15,7 @@ from offline_quantize.model.empty import (
     set_parameters,
     text_decoder,
 )
+from offline_quantize.model.products import quick_products
 from offline_quantize.model.structure import DecoderLayer
 from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.tracing import LayerCall, record_layer_calls
@@ -128,7 +129,8 @@ class LayerRunner:
     def run(self, index: int, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """The output of decoder layer ``index`` for the hidden states of batch number ``batch``."""
         args, kwargs = self._arguments[batch][index]
-        out = self.layers[index](hidden, *args, **kwargs)
+        with quick_products(self.device):
+            out = self.layers[index](hidden, *args, **kwargs)
         first: torch.Tensor = out[0] if isinstance(out, tuple) else out
         return first
 
