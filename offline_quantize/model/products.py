@@ -24,7 +24,7 @@ _PRODUCTS = frozenset(
 )
 
 
-class _InFloat32(TorchDispatchMode):
+class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types
     """While active, such products are computed in float32; so are those of gradients."""
 
     def __torch_dispatch__(
@@ -52,4 +52,4 @@ def has_bfloat16() -> bool:
 def quick_products(device: torch.device) -> AbstractContextManager[object]:
     """While active, products on ``device`` take hardly longer in bfloat16 than in float32."""
     slow = device.type == "cpu" and not has_bfloat16()
-    return _InFloat32() if slow else nullcontext()
+    return _InFloat32() if slow else nullcontext()  # type: ignore[no-untyped-call]
