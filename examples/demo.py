@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from offline_quantize.model.products import has_bfloat16
 from tools.real_models import CACHE, real_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +48,7 @@ def serve(model: str) -> dict[str, Any]:
     options = {"quantization": "qamw"} if "qamw" in Path(model).name else {}
     llm = LLM(
         model=model,
+        dtype="auto" if has_bfloat16() else "float32",
         enforce_eager=True,
         max_model_len=1024,
         max_num_seqs=8,
