@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.kernels.sass import on_cubin
 
 LINE = re.compile(
-    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z0-9_.]+)\s*(.*?);\s+/\* 0x[0-9a-f]{16} \*/"
+    r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z0-9_.x]+)\s*(.*?);\s+/\* 0x[0-9a-f]{16} \*/"
 )
 HIGH_WORD = re.compile(r"^\s+/\* 0x([0-9a-f]{16}) \*/")
 LABEL = re.compile(r"\.L_x_\d+")

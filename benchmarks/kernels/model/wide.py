@@ -21,19 +21,29 @@ WORD_BYTES = 512  # of a warp's load
 
 @functools.cache
 def wide_listing(index_bits: int, tokens: int) -> Listing:
-    """Machine code of the kernel in bfloat16, for programs of so many tokens."""
+    """Machine code of the kernel in bfloat16, for programs of so many tokens.
+
+    Waits that take long go on behind the loop over row blocks, and branch back: these are left out.
+    """
     assert kernel.kernels is not None
     constants = kernel.constants(index_bits, torch.bfloat16, tokens, PROCESSOR.shared_memory)
-    return read_listing(compile_for(TARGET, kernel.kernels.wide_gemm_kernel, constants))
+    listing = read_listing(compile_for(TARGET, kernel.kernels.wide_gemm_kernel, constants))
+    end = _decoding(listing)[0].last
+    return Listing(listing.code[: end + 1], tuple(x for x in listing.loops if x.last <= end))
 
 
-def _nest(listing: Listing) -> tuple[Loop, Loop]:
-    """The loops over row blocks, and over the units of one."""
+def _decoding(listing: Listing) -> list[Loop]:
+    """The loops that decode a whole unit, outermost first."""
 
     def looks_up(instruction: Instruction) -> bool:
         return instruction.name == "LDS"
 
-    row_blocks, units = [x for x in listing.loops if listing.count(x, looks_up) >= PAIRS]
+    return [x for x in listing.loops if listing.count(x, looks_up) >= PAIRS]
+
+
+def _nest(listing: Listing) -> tuple[Loop, Loop]:
+    """The loops over row blocks, and over the units of one."""
+    row_blocks, units = _decoding(listing)
     assert row_blocks.holds(units)
     return row_blocks, units
 
