@@ -24,6 +24,20 @@ from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
 
 CHUNKS = gl.constexpr(8)  # of half a tile
 
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def reinterpret(shared, dtype: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+        """The same shared memory in another shape."""
+        return shared.reinterpret(dtype, SHAPE, LAYOUT)
+
+else:  # Triton 3.8 and older
+
+    @gluon.jit
+    def reinterpret(shared, dtype: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+        """The same shared memory in another shape."""
+        return shared._reinterpret(dtype, SHAPE, LAYOUT)
+
 
 @gluon.jit
 def next_turn(turn, weight):
@@ -266,7 +280,7 @@ def narrow_gemm_kernel(
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     table = gl.allocate_shared_memory(gl.int32, [32 << (INDEX_BITS - 2)], FLAT)
     slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
-    flat = slots.reinterpret(gl.float32, [SLOTS * WARPS * 128], FLAT)
+    flat = reinterpret(slots, gl.float32, [SLOTS * WARPS * 128], FLAT)
 
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
