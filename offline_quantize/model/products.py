@@ -46,7 +46,8 @@ def _is_slow(tensor: torch.Tensor) -> bool:
 
 def has_bfloat16() -> bool:
     """Whether the CPU has instructions for products in bfloat16 that torch uses."""
-    available = torch.backends.mkldnn.is_available()  # else there is no such function
+    # Without oneDNN there is no such function.
+    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return available and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
