@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-matrix test-architectures test-quick lint format codebooks \
-	check-memory study study-report kernels-report kernels-model bench-cpu bench-serve soak attack fuzz \
+	check-memory check-large study study-report kernels-report kernels-model bench-cpu bench-serve soak attack fuzz \
 	check-versions
 
 setup: $(VENV)/.ready
@@ -61,6 +61,11 @@ codebooks: setup
 # Needs 19 GB of disk.
 check-memory: setup
 	$(BIN)/python -m benchmarks.memory.check_memory
+
+# Checkpoints of the largest models: plan reads sparse files, quantize 20 GB of numbers. Needs 28 GB
+# of disk.
+check-large: setup
+	$(BIN)/python -m benchmarks.memory.check_large
 
 # make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need
 # LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.

@@ -25,7 +25,9 @@ def start_one_rank(folder: Path) -> None:
     """What a worker of vLLM does before it loads a model."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.v1.worker.cpu_model_runner import _set_torch_accelerator_to_noop
 
+    _set_torch_accelerator_to_noop()
     with set_current_vllm_config(VllmConfig()):
         init_distributed_environment(1, 0, f"file://{folder / 'rendezvous'}", 0, "gloo")
         initialize_model_parallel()
