@@ -1,7 +1,8 @@
 """The study's tables, plot and checks of the paper's claims, made from results/*.jsonl.
 
 ``make study-report``, or ``python -m benchmarks.study.report``: writes results/README.md,
-results/rates.png and, between its two markers, the table of the project's README. No model is run.
+results/rates.png and, between two markers, the tables of the project's README and of
+docs/quality.md. No model is run.
 """
 
 import json
@@ -14,13 +15,38 @@ from scipy.stats import spearmanr
 
 WITHIN = 0.4  # percent of perplexity, the paper's claim for about 5.5 bits per weight
 RESULTS = Path(__file__).with_name("results")
-README = Path(__file__).parents[2] / "README.md"
-README_BEGIN, README_END = "<!-- study -->\n", "<!-- /study -->"
-README_METHODS = (
+ROOT = Path(__file__).parents[2]
+README, QUALITY = ROOT / "README.md", ROOT / "docs" / "quality.md"
+BEGIN, END = "<!-- study -->\n", "<!-- /study -->"
+README_MODEL = "smollm2-135m"
+README_METHODS = {
+    "int8": "int8, one scale for each output",
+    "int6-g64": "int6, groups of 64",
+    "gguf-q5_k_m": "llama.cpp Q5_K_M",
+    "qamw-6": "**QAM-W, 6 bits**",
+    "qamw-5.5": "**QAM-W, 5.5 bits**",
+}
+METHODS = (
     *("int8", "smoothquant", "int6-g64", "int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m"),
     *("polar-11", "qamw-plain-5.5"),
     *("qamw-6", "qamw-5.5", "qamw-5", "qamw-4.5", "qamw-4", "qamw-3.5"),
 )
+COLORS = {
+    "qamw": "tab:red",
+    "qamw-plain": "tab:orange",
+    "qamw-both": "tab:brown",
+    "qamw-feedback": "tab:pink",
+    "qamw-scales": "gold",
+    "rotated polar": "tab:olive",
+    "rotated scalar": "tab:green",
+    "int8 per channel": "black",
+    "SmoothQuant W8A8": "tab:gray",
+    "RTN g64": "tab:blue",
+    "RTN g128": "tab:cyan",
+    "GPTQ g128": "navy",
+    "llama.cpp": "tab:purple",
+}
+"""Of a family, in every panel."""
 COLUMNS = (
     *("method", "effective bpw", "perplexity", "change, %", "mean KL", "99.9 % KL"),
     "same top-1, %",
@@ -111,30 +137,31 @@ def joint_against_polar(rows: list[Row]) -> list[tuple[float, float, float]]:
 
 
 def plot(rows: list[Row], file: Path) -> None:
-    """KL and perplexity change against the effective rate, a line for every family."""
+    """KL and perplexity change against the effective rate, a color for every family."""
     models = by_model(rows)
-    figure = Figure(figsize=(6.5 * len(models), 9), layout="constrained")
+    figure = Figure(figsize=(5 * len(models), 9), layout="constrained")
     axes = figure.subplots(2, len(models), squeeze=False)
-    labels = ("mean KL divergence, nats", "perplexity change, % (at least 0.01)")
+    labels = ("mean KL divergence to bf16, nats", "perplexity change, % (at least 0.01)")
+    lines = {}
     for column, (model, own) in enumerate(models.items()):
         for family in dict.fromkeys(row["family"] for row in own if row["method"] != "bf16"):
             line = sorted((row for row in own if row["family"] == family), key=effective_rate)
             rates = [effective_rate(row) for row in line]
             changes = [max(row["perplexity"]["change_percent"], 0.01) for row in line]
-            style = {"marker": "o", "label": family, "linewidth": 2.5 if family == "qamw" else 1}
-            axes[0][column].plot(rates, [row["kl"]["mean"] for row in line], **style)
+            width = 3 if family == "qamw" else 1.2
+            style = {"marker": "o", "color": COLORS[family], "linewidth": width}
+            lines[family], *_ = axes[0][column].plot(
+                rates, [row["kl"]["mean"] for row in line], **style
+            )
             axes[1][column].plot(rates, changes, **style)
         for axis, label in zip(axes[:, column], labels, strict=True):
-            axis.set(
-                title=model,
-                xlabel="effective bits per weight",
-                ylabel=label,
-                yscale="log",
-                xlim=(2.9, 8.6),
-            )
+            axis.set(title=model, xlabel="effective bits per weight", yscale="log")
+            axis.set(ylabel=label if column == 0 else None, xlim=(2.9, 8.6))
             axis.grid(True, which="both", alpha=0.3)
-        axes[0][column].legend(fontsize="small")
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    families = [family for family in COLORS if family in lines]
+    handles = [lines[family] for family in families]
+    figure.legend(handles, families, loc="outside lower center", ncols=7, fontsize="large")
+    figure.savefig(file, dpi=90, metadata={"Software": None})
 
 
 def claims(rows: list[Row]) -> str:
@@ -169,7 +196,21 @@ def claims(rows: list[Row]) -> str:
 
 
 def readme_table(rows: list[Row]) -> str:
-    """Methods against models, for the project's README."""
+    """Some methods on one model, for the project's README."""
+    found = {row["method"]: row for row in rows if row["model"] == README_MODEL}
+    lines = [
+        "| | bits per weight | perplexity change, % | mean KL to bf16, nats |",
+        "|---|---|---|---|",
+    ]
+    for method, name in README_METHODS.items():
+        row = found[method]
+        cells = [f"{effective_rate(row):.2f}", change_with_error(row), f"{row['kl']['mean']:.4f}"]
+        lines.append(line_of([name, *cells]))
+    return "\n".join(lines)
+
+
+def quality_table(rows: list[Row]) -> str:
+    """Methods against models, for docs/quality.md."""
     models = by_model(rows)
     found = {(row["model"], row["method"]): row for row in rows}
 
@@ -183,17 +224,17 @@ def readme_table(rows: list[Row]) -> str:
         line_of(["method", *(windows_of(model, own) for model, own in models.items())]),
         "|---" * (len(models) + 1) + "|",
     ]
-    for method in README_METHODS:
+    for method in METHODS:
         if any((model, method) in found for model in models):
             lines.append(line_of([method, *(cell(found.get((m, method))) for m in models)]))
     return "\n".join(lines)
 
 
-def with_table(readme: str, rows: list[Row]) -> str:
-    """The text of the project's README with its table made anew."""
-    before, rest = readme.split(README_BEGIN)
-    after = rest.split(README_END)[1]
-    return f"{before}{README_BEGIN}{readme_table(rows)}\n{README_END}{after}"
+def with_table(page: str, table_of_rows: str) -> str:
+    """The text of a page with the table between its markers made anew."""
+    before, rest = page.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}{table_of_rows}\n{END}{after}"
 
 
 def results_page(rows: list[Row]) -> str:
@@ -215,7 +256,8 @@ def main() -> None:
     rows = load_rows()
     plot(rows, RESULTS / "rates.png")
     (RESULTS / "README.md").write_text(results_page(rows))
-    README.write_text(with_table(README.read_text(), rows))
+    README.write_text(with_table(README.read_text(), readme_table(rows)))
+    QUALITY.write_text(with_table(QUALITY.read_text(), quality_table(rows)))
 
 
 if __name__ == "__main__":

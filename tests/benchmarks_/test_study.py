@@ -1,5 +1,6 @@
 """The study's rows, and what its report makes of them."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,11 @@ def test_results_page_shows_the_rows() -> None:
     assert report.results_page(report.load_rows()) == page, "make study-report"
 
 
-def test_readme_shows_the_rows() -> None:
-    readme = report.README.read_text()
-    assert report.with_table(readme, report.load_rows()) == readme, "make study-report"
+@pytest.mark.parametrize(
+    ("page", "table"),
+    [(report.README, report.readme_table), (report.QUALITY, report.quality_table)],
+    ids=["readme", "quality"],
+)
+def test_page_shows_the_rows(page: Path, table: Callable[[list[report.Row]], str]) -> None:
+    text = page.read_text()
+    assert report.with_table(text, table(report.load_rows())) == text, "make study-report"
