@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: setup demo test test-matrix test-architectures test-quick lint format codebooks \
 	check-memory check-large study study-report kernels-report kernels-model bench-cpu bench-serve soak attack fuzz \
-	check-versions
+	docs check-versions
 
 setup: $(VENV)/.ready
 
@@ -112,6 +112,14 @@ fuzz: $(VENV)/.fuzz
 
 $(VENV)/.fuzz: $(VENV)/.ready
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	touch $@
+
+# The site in build/site; warnings, such as of links that lead nowhere, fail.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --quiet --strict
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Does every vLLM of the range have what the plugin uses? Downloads 4 GB.

@@ -51,7 +51,7 @@ def read_coordinates(
 
 
 def test_a_reader_written_from_the_format_document() -> None:
-    """kernels/FORMAT.md in plain Python integers and floats, for one row of one layer.
+    """docs/format.md in plain Python integers and floats, for one row of one layer.
 
     Only the codebook is loaded.
     """

@@ -1,6 +1,6 @@
 """Format version 1: config.json's quantization_config, and the tensors of a quantized linear layer.
 
-kernels/FORMAT.md is the specification.
+docs/format.md is the specification.
 """
 
 import re

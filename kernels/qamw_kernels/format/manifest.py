@@ -1,4 +1,4 @@
-"""qamw_manifest.json: size and SHA-256 of every file of a checkpoint, see kernels/FORMAT.md."""
+"""qamw_manifest.json: size and SHA-256 of every file of a checkpoint, see docs/format.md."""
 
 import re
 from collections.abc import Iterable, Mapping

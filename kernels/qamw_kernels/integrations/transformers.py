@@ -63,7 +63,7 @@ class QamwTransformersConfig(QuantizationConfigMixin):
 class QamwLinear(nn.Module):
     """A linear layer whose weight [N, K] is quantized.
 
-    Its buffers are the tensors of kernels/FORMAT.md until :meth:`pack` has run, then those of a
+    Its buffers are the tensors of docs/format.md until :meth:`pack` has run, then those of a
     :class:`TiledWeight`.
     """
 

@@ -1,4 +1,4 @@
-"""Packing of indices into planes: exact, also of a shard alone, and as kernels/FORMAT.md has it."""
+"""Packing of indices into planes: exact, also of a shard alone, and as docs/format.md has it."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_a_shard_of_packed_planes_unpacks_alone(index_bits: int) -> None:
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_packing_is_as_documented(index_bits: int) -> None:
-    """A reader written from kernels/FORMAT.md alone: field by field, in plain integers."""
+    """A reader written from docs/format.md alone: field by field, in plain integers."""
     indices = torch.randint(0, 2**index_bits, (2, 64))
     words = pack_planes(indices, index_bits).numpy().astype("uint32")  # [index_bits, N, U]
     for row in range(2):
