@@ -132,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
             "measure perplexity and KL divergence against the original model",
         )
     )
+    add("env", commands.environment, "show versions, devices and the plugin, for a report")
     return parser
 
 

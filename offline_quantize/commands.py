@@ -151,6 +151,15 @@ def evaluate(args: argparse.Namespace) -> None:
     show(table(evaluation, settings))
 
 
+def environment(args: argparse.Namespace) -> None:
+    """``qamw env``."""
+    from offline_quantize.environment import describe_environment
+
+    rows = describe_environment()
+    width = max(len(name) for name, _ in rows)
+    show(*(f"{name:{width}}  {value}" for name, value in rows))
+
+
 def kept_after_interruption(args: argparse.Namespace) -> str:
     """What is left of an interrupted command, as the end of a sentence."""
     if args.command != "quantize":

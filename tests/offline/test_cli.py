@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.inspect import inspect
@@ -35,6 +37,14 @@ def test_plan(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", model, "--bpw", "4.7", "--rates", "uniform"]) == 2
     error = capsys.readouterr().err
     assert "--bpw 4.7: uniform rates come in halves" in error and "--rates mixed" in error
+
+
+def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["torch"] == torch.__version__
+    assert rows["vLLM plugin"] == "qamw_vllm:register"
+    assert rows["transformers"] == transformers.__version__
 
 
 def test_quantize_and_inspect(
