@@ -216,14 +216,22 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         type=_at_least(1),
         metavar="N",
         help="how many tokens of the text are read, in windows of 512; more take more time "
-        "(default: 3 for each input of the widest layer, at least 16384, at most what the text "
-        "has)",
+        "(default: 3 for each input of the widest layer, at least 16384, 4 times as many with "
+        "--effort best, at most what the text has)",
+    )
+    add(
+        "--effort",
+        choices=["fast", "normal", "best"],
+        default="normal",
+        help="how long to look for good codings, of the same size and speed: fast is --rates "
+        "uniform in half the time, best is --encoder beam with 4 times the calibration tokens, in "
+        "4 times the time (default normal)",
     )
     add(
         "--encoder",
-        choices=["feedback", "nearest"],
+        choices=["feedback", "beam", "nearest"],
         help="feedback: pairs make up for errors of those before them (default with calibration); "
-        "nearest: they do not",
+        "beam: and of several ways to code a row the best is kept; nearest: neither",
     )
     add(
         "--rates",

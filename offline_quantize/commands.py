@@ -179,6 +179,7 @@ def _request(args: argparse.Namespace) -> "QuantizeRequest":
         bpw=args.bpw,
         calibration=known.get(args.calibration, args.calibration),
         calibration_tokens=args.calibration_tokens,
+        effort=args.effort,
         encoder=args.encoder,
         rates=args.rates,
         tp_max=args.tp_max,
@@ -218,7 +219,6 @@ def _print_table(made: "Plan") -> None:
 
 
 def _print_sizes(made: "Plan", processes: int) -> None:
-    from offline_quantize.calibration.text import default_num_tokens
     from offline_quantize.planning.plan import HEAD_INDEX_BITS
     from offline_quantize.planning.selection import kept_matrices
     from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
@@ -226,7 +226,7 @@ def _print_sizes(made: "Plan", processes: int) -> None:
 
     request, tokens = made.request, 0
     if request.calibration:
-        tokens = request.calibration_tokens or default_num_tokens(made.widest)
+        tokens = request.calibration_tokens or request.default_tokens(made.widest)
     weights = made.num_quantized_weights
     effective = made.effective_bits_per_weight + 8 * made.bytes_left / weights
     head = f", and the head at {nominal_bits_per_weight(HEAD_INDEX_BITS):g}" if made.head else ""

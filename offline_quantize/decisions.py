@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows, default_num_tokens
+from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.output.journal import Journal
 from offline_quantize.output.other_files import check_copies
@@ -101,7 +101,7 @@ def _read_tokens(plan: Plan) -> torch.Tensor | None:
         return None
     num_tokens, at_least = request.calibration_tokens, None
     if num_tokens is None:
-        num_tokens, at_least = default_num_tokens(plan.widest), MIN_TOKENS
+        num_tokens, at_least = request.default_tokens(plan.widest), MIN_TOKENS
     tokens = calibration_windows(
         directory, request.calibration, num_tokens, at_least, request.window_tokens
     )

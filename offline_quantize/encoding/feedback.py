@@ -67,19 +67,23 @@ def feedback_matrix(root: torch.Tensor) -> torch.Tensor:
 
     It holds what an error at input i (row) adds to the target of input j (column).
     """
-    pairs = len(root) // 2
-    columns = root.view(-1, pairs, 2)
-    at = torch.arange(pairs, device=root.device)
-    inverse = torch.linalg.inv(columns.view(pairs, 2, pairs, 2)[at, :, at])  # [P, 2, 2]
-    matrix = torch.einsum("kpi,pij->kpj", columns, inverse)
-    matrix.view(pairs, 2, pairs, 2)[at, :, at] = 0
-    return matrix.reshape(root.shape).float()
+    inverse = torch.linalg.inv(pair_blocks(root))
+    matrix = torch.einsum("kpi,pij->kpj", root.view(len(root), -1, 2), inverse)
+    matrix = matrix.reshape(root.shape)
+    pair_blocks(matrix).zero_()
+    return matrix.float()
 
 
-def feedback_coder(
-    hessian: torch.Tensor, input_scales: torch.Tensor, index_bits: int, rotation_block_size: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function that codes coordinates [n, K] float32 as indices [n, P] int16, with feedback.
+def pair_blocks(matrix: torch.Tensor) -> torch.Tensor:
+    """The 2 x 2 blocks [P, 2, 2] on the diagonal of a matrix [K, K]; a view."""
+    pairs = len(matrix) // 2
+    return matrix.view(pairs, 2, pairs, 2).diagonal(dim1=0, dim2=2).movedim(2, 0)
+
+
+def rotated_root(
+    hessian: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int
+) -> torch.Tensor:
+    """R [K, K] float64 in the basis of the coordinates.
 
     Args:
         hessian: [K, K] float32, of the input as it is, neither scaled nor rotated.
@@ -91,7 +95,16 @@ def feedback_coder(
     basis = hessian.double() * scales[:, None] * scales
     for _ in range(2):
         basis = rotate(basis, rotation_block_size).T
-    feedback = feedback_matrix(factor(basis, DAMPING))
+    return factor(basis, DAMPING)
+
+
+def feedback_coder(root: torch.Tensor, index_bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that codes coordinates [n, K] float32 as indices [n, P] int16, with feedback.
+
+    Args:
+        root: R [K, K] float64.
+    """
+    feedback = feedback_matrix(root)
     return lambda coordinates: encode_with_feedback(coordinates, feedback, index_bits)
 
 

@@ -1,32 +1,39 @@
 """The weights of one input group become quantized weights. How data flows:
 
 1. Weights and Hessians -> input scales, one vector for the group (:mod:`.scales`).
-2. Hessian and input scales -> a coder (:func:`.feedback.feedback_coder`): a function from
-   coordinates to indices. Without a Hessian there is none.
+2. Hessian and input scales -> a coder (:func:`.feedback.feedback_coder`, or
+   :func:`.beam.beam_coder`): a function from coordinates to indices. Without a Hessian there is
+   none.
 3. ``qamw_kernels``' ``encode_weight`` scales, normalizes and rotates some rows of a weight at a
    time, has the coder choose their indices (or takes the nearest codewords), and packs them.
-4. The quantized weight is decoded again and compared with the original (:func:`measure`).
+4. With a beam, row norms are fitted to what was coded (:func:`fit_row_norms`).
+5. The quantized weight is decoded again and compared with the original (:func:`measure`).
 
 Given scales and Hessian, a row is encoded by itself. Several processes lay the rows of all weights
 of a group end to end, and each encodes a stretch: whole weights of experts, parts of large ones.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from offline_quantize.encoding.feedback import feedback_coder
+from offline_quantize.encoding.beam import beam_coder
+from offline_quantize.encoding.feedback import feedback_coder, rotated_root
 from offline_quantize.encoding.scales import balanced_scales, searched_scales
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import ENCODE_CHUNK, encode_weight, make_input_scales
-from qamw_kernels.format.weight import QuantizedWeight
+from qamw_kernels.format.weight import QuantizedWeight, largest_row_norm
 
-ENCODERS = ("feedback", "nearest")
+CODERS = {"feedback": feedback_coder, "beam": beam_coder}
+ENCODERS = (*CODERS, "nearest")
+"""All but the last need a calibration text."""
 SEARCH_ROWS = 128  # of every weight: nearest codewords' scales are chosen on these
 MEASURED_ROWS = 1024  # decoded at once
 FEEDBACK_WEIGHTS = 1 << 24  # encoded at once, with feedback
+FITTED = (0.9, 1.1)  # a fit that changes a norm by more follows noise
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,31 @@ def _energies(
     return total
 
 
+def fit_row_norms(
+    weight: torch.Tensor, quantized: QuantizedWeight, hessian: torch.Tensor
+) -> QuantizedWeight:
+    """The quantized weight with the row norms of least output error, for the indices that it has.
+
+    Args:
+        weight: the original [N, K].
+        hessian: second moment [K, K] float32 of its input.
+    """
+    factors = []
+    for start in range(0, len(weight), MEASURED_ROWS):
+        part = slice(start, start + MEASURED_ROWS)
+        decoded = decode_weight(quantized.rows(part))
+        outputs = decoded @ hessian
+        energy = torch.linalg.vecdot(outputs, decoded)
+        factor = torch.linalg.vecdot(outputs, weight[part].float()) / energy
+        factors.append(torch.where(factor.isfinite(), factor, 1))
+    fitted = quantized.row_norms * torch.cat(factors).clamp(*FITTED)
+    most = largest_row_norm(
+        quantized.index_bits, quantized.rotation_block_size, quantized.input_scales
+    )
+    row_norms = torch.where(fitted > most, quantized.row_norms, fitted)
+    return dataclasses.replace(quantized, row_norms=row_norms)
+
+
 def _scales_for_nearest(
     weights: dict[str, torch.Tensor],
     index_bits: int,
@@ -192,16 +224,16 @@ def encode_group(
         return make_input_scales(next(iter(weights.values())).shape[1])
 
     scales = ranks.decide(choose_scales)
-    of_coders = hessians if encoder == "feedback" else {}
+    make_coder = CODERS.get(encoder)
     own: dict[str, _Part] = {}
     coder: Callable[[torch.Tensor], torch.Tensor] | None = None
     coder_hessian = None
     for name, rows in _own_rows(weights, ranks).items():
-        hessian = of_coders.get(name)
+        hessian = hessians[name] if make_coder else None
         if hessian is not coder_hessian:
             coder = None  # a coder is large: one at a time
-            if hessian is not None:
-                coder = feedback_coder(hessian, scales, index_bits, rotation_block_size)
+            if make_coder and hessian is not None:
+                coder = make_coder(rotated_root(hessian, scales, rotation_block_size), index_bits)
             coder_hessian = hessian
         weight = weights[name][rows]
         encoded = encode_weight(
@@ -213,6 +245,8 @@ def encode_group(
             coder=coder,
             weights_at_once=FEEDBACK_WEIGHTS if coder else ENCODE_CHUNK,
         )
+        if encoder == "beam" and hessian is not None:
+            encoded = fit_row_norms(weight, encoded, hessian)
         energies = _energies(weight, encoded, hessians[name])
         own[name] = _Part(encoded.qweight.cpu(), encoded.row_norms.cpu(), energies)
     parts = ranks.gather(own)

@@ -4,10 +4,10 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from offline_quantize.calibration.text import DEFAULT_TEXT, WINDOW_TOKENS
-from offline_quantize.encoding.group import ENCODERS
+from offline_quantize.calibration.text import DEFAULT_TEXT, WINDOW_TOKENS, default_num_tokens
+from offline_quantize.encoding.group import CODERS, ENCODERS
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.planning.shards import MAX_SHARD_BYTES
 from qamw_kernels.errors import FormatError
@@ -15,6 +15,25 @@ from qamw_kernels.format.defaults import BITS_PER_WEIGHT, TP_MAX
 from qamw_kernels.format.rates import index_bits_within, is_nominal
 
 RATES = ("mixed", "uniform")
+
+
+class Effort(NamedTuple):
+    """What is taken where a request leaves it open and has a calibration text.
+
+    Attributes:
+        tokens: times as many calibration tokens as by default.
+    """
+
+    encoder: str
+    rates: str
+    tokens: int
+
+
+EFFORTS = {
+    "fast": Effort("feedback", "uniform", 1),
+    "normal": Effort("feedback", "mixed", 1),
+    "best": Effort("beam", "mixed", 4),
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -25,9 +44,10 @@ class QuantizeRequest:
         bpw: bits per weight, 3 to 6: nominal in halves (what the indices take), effective between
             them (what all stored bytes of the quantized layers take).
         calibration: UTF-8 text file, or None for no calibration.
-        calibration_tokens: how many tokens of that text are read; None for as many as
-            ``calibration.text.default_num_tokens``, or all of them if the text has fewer.
-        encoder: "feedback" or "nearest", see :mod:`offline_quantize.encoding.group`.
+        calibration_tokens: how many tokens of that text are read; None for
+            :meth:`default_tokens`, or all of them if the text has fewer.
+        effort: one of EFFORTS: the defaults of the encoder, the rates and the number of tokens.
+        encoder: one of ENCODERS, see :mod:`offline_quantize.encoding.group`.
         rates: "mixed" measures sensitivities: bits go to the layers, and calibration tokens count,
             by what their errors cost. "uniform" treats all alike, in about half the time.
         tp_max: widest tensor parallelism that rotation blocks are chosen for.
@@ -43,6 +63,7 @@ class QuantizeRequest:
     bpw: float
     calibration: Path | None
     calibration_tokens: int | None
+    effort: str
     encoder: str
     rates: str
     tp_max: int
@@ -58,6 +79,7 @@ class QuantizeRequest:
         bpw: float = BITS_PER_WEIGHT,
         calibration: Path | str | None = DEFAULT_TEXT,
         calibration_tokens: int | None = None,
+        effort: str = "normal",
         encoder: str | None = None,
         rates: str | None = None,
         tp_max: int = TP_MAX,
@@ -71,18 +93,21 @@ class QuantizeRequest:
         """Fill in the defaults and validate.
 
         Args:
-            encoder: None for feedback with calibration, nearest without.
-            rates: None for mixed with calibration, uniform without.
+            encoder: None for that of ``effort`` with calibration, nearest without.
+            rates: None for those of ``effort`` with calibration, uniform without.
         Raises:
             QuantizeError: a value is not possible, or two of them do not go together.
         """
-        calibrated = calibration is not None
+        preset = Effort("nearest", "uniform", 0)
+        if calibration is not None:
+            preset = EFFORTS.get(effort, EFFORTS["normal"])  # another is refused below
         values = {
             "bpw": bpw,
             "calibration": None if calibration is None else Path(calibration),
             "calibration_tokens": calibration_tokens,
-            "encoder": encoder or ("feedback" if calibrated else "nearest"),
-            "rates": rates or ("mixed" if calibrated else "uniform"),
+            "effort": effort,
+            "encoder": encoder or preset.encoder,
+            "rates": rates or preset.rates,
             "tp_max": tp_max,
             "ignore": tuple(ignore),
             "allow_partial": allow_partial,
@@ -99,11 +124,15 @@ class QuantizeRequest:
             raise QuantizeError(Option("tp_max", tp_max), ": expected at least 1")
 
     def _check_choices(self) -> None:
-        choices = (("encoder", self.encoder, ENCODERS), ("rates", self.rates, RATES))
-        for name, value, known in choices:
+        choices = (  # name, value, all values, those that need a calibration text
+            ("encoder", self.encoder, ENCODERS, CODERS),
+            ("rates", self.rates, RATES, ("mixed",)),
+            ("effort", self.effort, EFFORTS, ("fast", "best")),
+        )
+        for name, value, known, calibrated in choices:
             if value not in known:
                 raise QuantizeError(Option(name, value), f": expected one of {', '.join(known)}")
-            if value == known[0]:
+            if value in calibrated:
                 self._check_calibrated(Option(name, value))
         if self.calibration_tokens is not None:
             self._check_calibrated(Option("calibration_tokens", self.calibration_tokens))
@@ -130,6 +159,10 @@ class QuantizeRequest:
     def mixed(self) -> bool:
         """Whether every layer gets a rate of its own, chosen by its sensitivity."""
         return self.rates == "mixed"
+
+    def default_tokens(self, num_inputs: int) -> int:
+        """Calibration tokens for a model whose widest layer has ``num_inputs`` inputs."""
+        return EFFORTS[self.effort].tokens * default_num_tokens(num_inputs)
 
     @property
     def calibration_name(self) -> str | None:

@@ -1,9 +1,17 @@
 """The encoding of input groups."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from offline_quantize.encoding.group import EncodedGroup, Errors, encode_group, measure
+from offline_quantize.encoding.group import (
+    EncodedGroup,
+    Errors,
+    encode_group,
+    fit_row_norms,
+    measure,
+)
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.encode import make_input_scales
 from tests.helpers.hessians import correlated_hessian
@@ -16,16 +24,32 @@ def test_feedback_lowers_the_output_error(index_bits: int) -> None:
     generator = torch.Generator().manual_seed(3)
     weights = {"a": torch.randn(64, 256, generator=generator), "b": torch.randn(32, 256)}
     hessians = dict.fromkeys(weights, hessian.float())
-    feedback, nearest = (
+    beam, feedback, nearest = (
         encode_group(weights, index_bits, 128, hessians, encoder).errors
-        for encoder in ("feedback", "nearest")
+        for encoder in ("beam", "feedback", "nearest")
     )
     for name in weights:
         assert feedback[name].output_nmse < 0.6 * nearest[name].output_nmse
+        assert beam[name].output_nmse < 0.97 * feedback[name].output_nmse
 
 
+def test_row_norms_are_fitted() -> None:
+    hessian = correlated_hessian(128, 500).float()
+    weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(6))
+    weight[3] = 0
+    encoded = encode_group({"w": weight}, 8, 64, {"w": hessian}, "feedback").quantized["w"]
+    wrong = replace(encoded, row_norms=encoded.row_norms * 1.05)
+    fitted = fit_row_norms(weight, wrong, hessian)
+    errors = [measure(weight, x, hessian).output_nmse for x in (fitted, encoded, wrong)]
+    assert errors == sorted(errors) and errors[0] < errors[1]
+    assert fitted.row_norms[3] == 0
+    far = replace(encoded, row_norms=encoded.row_norms * 2)
+    assert torch.equal(fit_row_norms(weight, far, hessian).row_norms, far.row_norms * 0.9)
+
+
+@pytest.mark.parametrize("encoder", ["feedback", "beam"])
 @pytest.mark.parametrize("kind", ["dead channels", "rank one", "few tokens", "tiny", "huge"])
-def test_any_hessian_is_safe(kind: str) -> None:
+def test_any_hessian_is_safe(kind: str, encoder: str) -> None:
     hessian = correlated_hessian(128, 40 if kind == "few tokens" else 500).float()
     if kind == "dead channels":
         hessian[:, ::3] = 0
@@ -37,7 +61,7 @@ def test_any_hessian_is_safe(kind: str) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(4))
     weight[3] = 0
     weight[:, 5] = 0
-    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, "feedback")
+    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, encoder)
     nearest_errors = encode_group({"w": weight}, 10, 64, {"w": None}, "nearest").errors["w"]
     assert encoded.quantized["w"].row_norms[3] == 0
     assert 0 < encoded.errors["w"].output_nmse < 0.01
@@ -60,7 +84,7 @@ def test_channel_scales_are_left_out_where_nothing_is_to_be_balanced() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("encoder", ["feedback", "nearest"])
+@pytest.mark.parametrize("encoder", ["feedback", "beam", "nearest"])
 def test_processes_share_the_rows(encoder: str, count: int) -> None:
     """Some weights are cut, some have Hessians of their own, as experts have, or none."""
     generator = torch.Generator().manual_seed(8)

@@ -19,6 +19,16 @@ def test_defaults_depend_on_calibration() -> None:
     assert (plain.encoder, plain.rates, plain.mixed) == ("nearest", "uniform", False)
 
 
+def test_effort_is_the_default_of_the_rest() -> None:
+    best = QuantizeRequest(effort="best")
+    assert (best.encoder, best.rates, best.default_tokens(576)) == ("beam", "mixed", 65536)
+    assert QuantizeRequest(effort="best", encoder="feedback").encoder == "feedback"
+    fast = QuantizeRequest(effort="fast")
+    assert (fast.encoder, fast.rates, fast.default_tokens(576)) == ("feedback", "uniform", 16384)
+    with pytest.raises(QuantizeError, match="effort='most': expected one of fast, normal, best"):
+        QuantizeRequest(effort="most")
+
+
 def test_paths_may_be_strings_and_patterns_a_list() -> None:
     request = QuantizeRequest(calibration="some/text.txt", ignore=["*.a", "*.b"])
     assert request.calibration == Path("some/text.txt") and request.calibration_name == "text.txt"
@@ -35,7 +45,9 @@ def test_paths_may_be_strings_and_patterns_a_list() -> None:
         ({"bpw": 7}, "bpw=7: expected 3 to 6, got 7"),
         ({"bpw": float("nan")}, "bpw=nan: expected 3 to 6"),
         ({"encoder": "feedback"}, "encoder='feedback' needs a calibration text"),
-        ({"encoder": "best"}, "encoder='best': expected one of feedback, nearest"),
+        ({"encoder": "best"}, "encoder='best': expected one of feedback, beam, nearest"),
+        ({"encoder": "beam"}, "encoder='beam' needs a calibration text"),
+        ({"effort": "best"}, "effort='best' needs a calibration text"),
         ({"rates": "mixed"}, "rates='mixed' needs a calibration text"),
         ({"rates": "good"}, "rates='good': expected one of mixed, uniform"),
         ({"calibration_tokens": 99}, "calibration_tokens=99 needs a calibration text"),
@@ -56,6 +68,7 @@ def test_identity_is_all_but_where_the_text_is() -> None:
         {"bpw": 4.0},
         {"calibration": "other.txt"},
         {"encoder": "nearest"},
+        {"effort": "best"},
         {"rates": "uniform"},
         {"tp_max": 4},
         {"ignore": ["*.o_proj"]},
