@@ -24,7 +24,8 @@ NEEDS = {
     "calibrated": ("plan",),
     "plain": ("build",),
     "vllm": ("plain", "dequantize"),
-    "loading": ("plain", "none"),
+    "uncalibrated": ("plain", "none"),
+    "loading": ("uncalibrated",),
 }
 """Stages in order -> those which must have passed before:
 
@@ -36,7 +37,8 @@ NEEDS = {
     calibrated    quantized with a few tokens, and verified
     plain         vLLM's CPU engine serves the tiny checkpoint itself
     vllm          it serves the quantized checkpoint, against the decoded one
-    loading       it quantizes while loading, against the quantized checkpoint
+    uncalibrated  it serves the one without calibration
+    loading       it quantizes while loading, against the uncalibrated checkpoint
 """
 OFFLINE = tuple(NEEDS)[: tuple(NEEDS).index("plain")]
 ENGINE = tuple(NEEDS)[len(OFFLINE) :]

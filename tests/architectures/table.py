@@ -12,7 +12,7 @@ COLUMNS = {
     "calibrated": ("calibrated",),
     "transformers": ("transformers",),
     "vLLM": ("plain", "vllm"),
-    "while loading": ("loading",),
+    "while loading": ("uncalibrated", "loading"),
 }
 """Column -> the stages behind it: the first one that did not pass is shown."""
 INTRODUCTION = """# Architectures
