@@ -82,6 +82,19 @@ class Record:
             need in self.stages and self.stages[need].status == "passed" for need in NEEDS[stage]
         )
 
+    def after(self, earlier: "Record") -> "Record":
+        """This record, with stages of an earlier one that were left out this time.
+
+        Those which need a stage that has not passed now are forgotten.
+        """
+        share = earlier.kept_share if self.kept_share is None else self.kept_share
+        both = Record(self.architecture, {}, share, self.seconds)
+        found = earlier.stages | self.stages
+        for stage in NEEDS:
+            if stage in found and both.reaches(stage):
+                both.stages[stage] = found[stage]
+        return both
+
     def to_json(self) -> str:
         """One line of JSON."""
         stages = {

@@ -1,4 +1,7 @@
-"""Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``."""
+"""Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``.
+
+Of a stage that is in several files, the last one counts.
+"""
 
 import argparse
 from collections.abc import Iterable
@@ -65,8 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
     files = parser.parse_args().records
-    # Of an architecture that is in several files, the last one counts.
-    records = {record.architecture: record for file in files for record in read_records(file)}
+    records: dict[str, Record] = {}
+    for record in (record for file in files for record in read_records(file)):
+        earlier = records.get(record.architecture, Record(record.architecture))
+        records[record.architecture] = record.after(earlier)
     PAGE.write_text(page(records.values()), encoding="utf-8")
 
 

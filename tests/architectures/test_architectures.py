@@ -119,6 +119,17 @@ def test_better_and_worse_are_different() -> None:
     assert worse == "a none: failed, expected passed (why)"
 
 
+def test_a_later_record_takes_the_place_of_stages_only() -> None:
+    passed, failed = Outcome("passed"), Outcome("failed", "why")
+    stages = dict.fromkeys(("build", "plan", "none", "dequantize"), passed)
+    earlier = Record("a", {**stages, "transformers": passed, "plain": failed}, kept_share=0.1)
+    both = Record("a", {**stages, "plain": passed}).after(earlier)
+    assert both.stages == {**stages, "transformers": passed, "plain": passed}
+    assert both.kept_share == 0.1
+    worse = Record("a", {"build": passed, "plan": failed}).after(both)
+    assert worse.stages == {"build": passed, "plan": failed, "plain": passed}
+
+
 def test_one_that_dies_or_hangs_does_not_lose_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

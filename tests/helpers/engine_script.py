@@ -9,6 +9,7 @@
      "reload": directory of a checkpoint whose weights take the place of the first ones,
      "regex": what every answer must match,
      "lora": directory of an adapter,
+     "classes": of a draft model that config.json does not name,
      "logprobs": false where the engine cannot give them}
 
 All but "model" and "prompts" may be left out. The last line on stdout is a JSON array of
@@ -16,7 +17,8 @@ All but "model" and "prompts" may be left out. The last line on stdout is a JSON
     {"logprobs": of every prompt, those of every token after the first,
      "tokens": of every prompt, the greedy continuation,
      "graphs": number of graphs that torch.compile made in this process,
-     "graph_breaks": number of its graph breaks}
+     "graph_breaks": number of its graph breaks,
+     "accepted": number of drafted tokens that were taken, where "disable_log_stats" is false}
 
 or, where the engine refused to start, {"error": message}. The engine runs in this process of its
 own, so that none of its state reaches the tests.
@@ -60,10 +62,16 @@ def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
     ]
 
 
+def accepted_drafts(llm: Any) -> int:
+    """How many tokens that were drafted this engine has taken."""
+    name = "vllm:spec_decode_num_accepted_tokens"
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
 def import_model_classes(job: dict[str, Any]) -> None:
     """Import the classes of a job's model."""
     config = json.loads((Path(job["model"]) / "config.json").read_text())
-    for architecture in config["architectures"]:
+    for architecture in [*config["architectures"], *job.get("classes", [])]:
         import_model_class(architecture)
 
 
@@ -99,7 +107,9 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     logprobs = None
     if job.get("logprobs", True):
         logprobs = [prompt_logprobs(p, out) for p, out in zip(job["prompts"], outputs, strict=True)]
+    counted = not job.get("options", {}).get("disable_log_stats", True)
     result = {
+        "accepted": accepted_drafts(llm) if counted else None,
         "logprobs": logprobs,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "graphs": counters["stats"]["unique_graphs"],
