@@ -82,6 +82,13 @@ class Record:
             need in self.stages and self.stages[need].status == "passed" for need in NEEDS[stage]
         )
 
+    def is_blocked(self, stage: str) -> bool:
+        """Whether something that a stage needs was tried and has not passed."""
+        return any(
+            self.stages[need].status != "passed" if need in self.stages else self.is_blocked(need)
+            for need in NEEDS[stage]
+        )
+
     def after(self, earlier: "Record") -> "Record":
         """This record, with stages of an earlier one that were left out this time.
 

@@ -26,9 +26,10 @@ from tests.architectures.outcomes import (
     outcome_of,
     write_records,
 )
-from tests.architectures.serving import ENVIRONMENT, Engine, import_engine
+from tests.architectures.serving import ENVIRONMENT, Engine
 from tests.architectures.stages import Offline
 from tests.architectures.vision import import_torchvision
+from tests.helpers.engine_script import import_engine
 from tools.attack.isolated import Died, Hanging, run_isolated
 
 EXPECTED = Path(__file__).with_name("expected.json")

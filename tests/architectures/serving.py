@@ -1,6 +1,5 @@
 """The stages of vLLM's CPU engine, for one architecture in one folder."""
 
-import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -27,21 +26,6 @@ ENVIRONMENT = {
 }
 ROUNDING = 0.05  # of a log-probability: experts are summed up in another order
 EXACT = 1e-3  # the same weights by the same path
-
-
-def import_engine() -> None:
-    """Import vLLM, before processes for its engines are forked.
-
-    What is imported is kept from the garbage collector: an engine calls it nine times, and it would
-    look through everything every time.
-    """
-    import vllm.entrypoints.llm
-    import vllm.model_executor.models
-    import vllm.v1.engine.core
-    import vllm.v1.worker.cpu_worker  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 class Engine:

@@ -58,7 +58,7 @@ def cell(record: Record, column: str) -> str:
     """What a column says of an architecture."""
     for stage in COLUMNS[column]:
         if stage not in record.stages:
-            return "not run" if record.reaches(stage) else "–"
+            return "–" if record.is_blocked(stage) else "not run"
         if (status := record.stages[stage].status) != "passed":
             return WORDS[status]
     return WORDS["passed"]

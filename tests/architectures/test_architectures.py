@@ -27,7 +27,7 @@ from tests.architectures.outcomes import (
 from tests.architectures.run import EXPECTED, expectations, perform, run
 from tests.architectures.serving import Engine
 from tests.architectures.stages import Offline
-from tests.architectures.table import cell, page
+from tests.architectures.table import COLUMNS, cell, page
 from tests.architectures.vision import import_torchvision
 from tests.helpers.house import ROOT
 from tools.attack.isolated import run_isolated
@@ -190,4 +190,6 @@ def test_table() -> None:
     row = "| a | yes | **fails** | not run | n/a | – | 1.4% |"
     assert row in page([record]) and "- a, calibrated: why" in page([record])
     built = Record("b", {"build": Outcome("passed")})
-    assert [cell(built, "offline"), cell(built, "calibrated")] == ["not run", "–"]
+    assert [cell(built, column) for column in COLUMNS] == ["not run"] * 5
+    refused = Record("c", {"build": Outcome("passed"), "plan": Outcome("refused", "why")})
+    assert [cell(refused, column) for column in COLUMNS] == ["refused", "–", "–", "not run", "–"]
