@@ -9,6 +9,7 @@ import torch
 from offline_quantize.checkpoints.dequantize import dequantize
 from tests.architectures.build import PROMPT, Architecture
 from tests.architectures.outcomes import NotApplicable
+from tests.architectures.vision import can_read_images, random_image
 from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
 
 ENVIRONMENT = {
@@ -86,13 +87,17 @@ class Engine:
         }
         if self.architecture.pooling:
             more["runner"] = "pooling"
-        if "vision_config" in self.architecture.values:
+        if (image := self.architecture.image) and can_read_images():
+            tokens = [*PROMPT[:2], *image["prompt"], *PROMPT[2:]]
+            prompt = {"prompt_token_ids": tokens, "multi_modal_data": {"image": random_image()}}
+            more |= {"limit_mm_per_prompt": {"image": 1, "video": 0}, "skip_mm_profiling": True}
+        elif "vision_config" in self.architecture.values:
             more["language_model_only"] = True
         engine = LLM(model=str(directory), **more)
         if not self.architecture.pooling:
             params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
             (output,) = engine.generate([prompt], params, use_tqdm=False)
-            return torch.tensor(prompt_logprobs(PROMPT, output))
+            return torch.tensor(prompt_logprobs(output.prompt_token_ids, output))
         task: Any = self.architecture.pooling
         pooling = PoolingParams(use_activation=False)
         (pooled,) = engine.encode([prompt], pooling, pooling_task=task, use_tqdm=False)
