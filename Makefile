@@ -37,9 +37,14 @@ test-matrix: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m matrix
 
 # A tiny checkpoint of every architecture, offline and in vLLM; writes docs/architectures.md.
-test-architectures: setup
+test-architectures: setup build/torchvision
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m architectures; passed=$$?; \
 	$(BIN)/python -m tests.architectures.table build/architectures-*.jsonl && exit $$passed
+
+# Beside the environment, see tests/architectures/vision.py.
+build/torchvision: $(VENV)/.ready
+	$(BIN)/pip install --quiet --no-deps --target $@ torchvision==0.28.0
+	touch $@
 
 test-quick: setup
 	$(BIN)/python -m pytest -m 'not engine and not slow and not matrix and not architectures'

@@ -111,7 +111,10 @@ def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[La
 
 
 def _row_parallel_names(config: Any) -> set[str] | None:
-    """Last parts of the names of linears whose inputs may be cut; None: any linear's may be."""
+    """Last parts of the names of linears whose inputs may be cut.
+
+    None where it is not known: then any linear's may be that reads what other linears made.
+    """
     plan = type(config).base_model_tp_plan  # config.json may have anything there
     if not plan:
         return None
@@ -134,6 +137,7 @@ def _input_groups(
         for name, parameter in layer.named_parameters()
         if parameter.ndim > 1 and not _reason_to_keep(layer, name, blocks)
     }
+    whole = {name for names in traced.inputs[:1] for name in names}  # no linear made their input
     called: set[str] = set()
     groups: list[list[str]] = []
     for inputs in traced.inputs:  # one that runs several times is with those that it ran with first
@@ -148,7 +152,8 @@ def _input_groups(
             reads = next(iter(matrices))
             inner = len(matrices) == 1 and role_of(name) != name  # what an expert computes itself
             last = parts[0].rpartition(".")[2]
-            cut = inner or row_parallel is None or last in row_parallel
+            may_be_cut = whole.isdisjoint(names) if row_parallel is None else last in row_parallel
+            cut = inner or may_be_cut
             linear = Linear(name, *shape, cut, reads, tuple(parts))
             by_role.setdefault(role_of(reads), []).append(linear)
     return tuple(InputGroup(tuple(linears)) for linears in by_role.values())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.architectures.vision import can_read_images, write_processor
 from tools.tiny_tokenizer import write_tiny_tokenizer
 
 PROMPT = [20, 30, 40, 50, 60, 70, 80, 90, 100, 110, 120, 130]
@@ -31,6 +32,8 @@ class Architecture:
         values: of the transformers config, with those of text and tower in their own dictionaries.
         pooling: vLLM's task for a model without a language head, or None.
         unbuildable: why transformers cannot build it here, or None.
+        image: its processor and the tokens that stand for an image; None for one that is served
+            with text alone.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Architecture:
     values: dict[str, Any]
     pooling: str | None
     unbuildable: str | None
+    image: dict[str, Any] | None
 
 
 @cache
@@ -71,6 +75,7 @@ def _complete(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Archite
         values=values,
         pooling=entry.get("pooling"),
         unbuildable=entry.get("unbuildable"),
+        image=entry.get("image"),
     )
 
 
@@ -95,6 +100,8 @@ def build(directory: Path, name: str) -> Path:
         for parameter_name, tensor in model.state_dict().items():
             _fill(parameter_name, tensor)
     model.save_pretrained(directory)
+    if architecture.image and can_read_images():
+        write_processor(directory, architecture.image)
     _publish(directory, architecture)
     return directory
 

@@ -24,7 +24,8 @@ NEEDS = {
     "calibrated": ("plan",),
     "plain": ("build",),
     "vllm": ("plain", "dequantize"),
-    "loading": ("plain", "none"),
+    "uncalibrated": ("plain", "none"),
+    "loading": ("uncalibrated",),
 }
 """Stages in order -> those which must have passed before:
 
@@ -36,7 +37,8 @@ NEEDS = {
     calibrated    quantized with a few tokens, and verified
     plain         vLLM's CPU engine serves the tiny checkpoint itself
     vllm          it serves the quantized checkpoint, against the decoded one
-    loading       it quantizes while loading, against the quantized checkpoint
+    uncalibrated  it serves the one without calibration
+    loading       it quantizes while loading, against the uncalibrated checkpoint
 """
 OFFLINE = tuple(NEEDS)[: tuple(NEEDS).index("plain")]
 ENGINE = tuple(NEEDS)[len(OFFLINE) :]
@@ -79,6 +81,26 @@ class Record:
         return all(
             need in self.stages and self.stages[need].status == "passed" for need in NEEDS[stage]
         )
+
+    def is_blocked(self, stage: str) -> bool:
+        """Whether something that a stage needs was tried and has not passed."""
+        return any(
+            self.stages[need].status != "passed" if need in self.stages else self.is_blocked(need)
+            for need in NEEDS[stage]
+        )
+
+    def after(self, earlier: "Record") -> "Record":
+        """This record, with stages of an earlier one that were left out this time.
+
+        Those which need a stage that has not passed now are forgotten.
+        """
+        share = earlier.kept_share if self.kept_share is None else self.kept_share
+        both = Record(self.architecture, {}, share, self.seconds)
+        found = earlier.stages | self.stages
+        for stage in NEEDS:
+            if stage in found and both.reaches(stage):
+                both.stages[stage] = found[stage]
+        return both
 
     def to_json(self) -> str:
         """One line of JSON."""

@@ -1,9 +1,9 @@
 """Take architectures through their stages: ``python -m tests.architectures.run RECORDS [NAMES]``.
 
 RECORDS is a file of JSON lines, one for each architecture. ``--offline`` leaves vLLM out,
-``--expect`` writes what was found to expected.json. Many architectures share a process; where one
-of them hangs, takes the process with it or has its engine fail, a new process goes on after that
-stage.
+``--expect`` writes what was found to expected.json. Many stages share a process, but an engine is
+the last thing in its own; where a stage hangs or takes the process with it, a new one goes on
+behind it. All are forked from this process, which has imported what they need.
 """
 
 import argparse
@@ -28,6 +28,8 @@ from tests.architectures.outcomes import (
 )
 from tests.architectures.serving import ENVIRONMENT, Engine
 from tests.architectures.stages import Offline
+from tests.architectures.vision import import_torchvision
+from tests.helpers.engine_script import import_engine
 from tools.attack.isolated import Died, Hanging, run_isolated
 
 EXPECTED = Path(__file__).with_name("expected.json")
@@ -54,7 +56,7 @@ def run(
     records = {name: Record(name) for name in names}
     tasks = [(name, stage) for name in names for stage in stages]
     while tasks:
-        at, start, spoiled = 0, time.monotonic(), False
+        at, start, has_more = 0, time.monotonic(), False
         try:
             for name, stage, outcome, share in run_isolated(
                 partial(_steps, tasks, records, folder), limit
@@ -63,10 +65,10 @@ def run(
                 if outcome:
                     _note(records[name], stage, outcome, share, start)
                     write_records(file, records.values())
-                    spoiled = _spoils_process(stage, outcome)
+                    has_more = stage in ENGINE  # what comes next is for another process
                     at += 1
                 start = time.monotonic()
-            at = at if spoiled else len(tasks)
+            at = at if has_more else len(tasks)
         except (Hanging, Died) as error:
             name, stage = tasks[at]
             status: Status = "not applicable" if stage == "plain" else "failed"
@@ -98,13 +100,8 @@ def _steps(
         yield name, stage, None, None
         record.stages[stage], share = perform(name, stage, folder / name)
         yield name, stage, record.stages[stage], share
-        if _spoils_process(stage, record.stages[stage]):
+        if stage in ENGINE:
             return
-
-
-def _spoils_process(stage: str, outcome: Outcome) -> bool:
-    """Whether what comes next needs a new process: a failed engine leaves its state behind."""
-    return stage in ENGINE and outcome.status != "passed"
 
 
 def perform(name: str, stage: str, folder: Path) -> tuple[Outcome, float | None]:
@@ -143,6 +140,9 @@ def main() -> None:
     stages = OFFLINE if args.offline else OFFLINE + ENGINE
     with tempfile.TemporaryDirectory(prefix="qamw-architectures-") as folder:
         os.environ |= {**ENVIRONMENT, "VLLM_CACHE_ROOT": f"{folder}/cache"}
+        import_torchvision()
+        if not args.offline:
+            import_engine()
         records = run(args.names, Path(folder), args.records, stages)
     if args.expect:
         expected = json.loads(EXPECTED.read_text())

@@ -1,4 +1,7 @@
-"""Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``."""
+"""Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``.
+
+Of a stage that is in several files, the last one counts.
+"""
 
 import argparse
 from collections.abc import Iterable
@@ -12,7 +15,7 @@ COLUMNS = {
     "calibrated": ("calibrated",),
     "transformers": ("transformers",),
     "vLLM": ("plain", "vllm"),
-    "while loading": ("loading",),
+    "while loading": ("uncalibrated", "loading"),
 }
 """Column -> the stages behind it: the first one that did not pass is shown."""
 INTRODUCTION = """# Architectures
@@ -55,7 +58,7 @@ def cell(record: Record, column: str) -> str:
     """What a column says of an architecture."""
     for stage in COLUMNS[column]:
         if stage not in record.stages:
-            return "not run" if record.reaches(stage) else "–"
+            return "–" if record.is_blocked(stage) else "not run"
         if (status := record.stages[stage].status) != "passed":
             return WORDS[status]
     return WORDS["passed"]
@@ -65,8 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
     files = parser.parse_args().records
-    # Of an architecture that is in several files, the last one counts.
-    records = {record.architecture: record for file in files for record in read_records(file)}
+    records: dict[str, Record] = {}
+    for record in (record for file in files for record in read_records(file)):
+        earlier = records.get(record.architecture, Record(record.architecture))
+        records[record.architecture] = record.after(earlier)
     PAGE.write_text(page(records.values()), encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -26,8 +27,10 @@ from tests.architectures.outcomes import (
 from tests.architectures.run import EXPECTED, expectations, perform, run
 from tests.architectures.serving import Engine
 from tests.architectures.stages import Offline
-from tests.architectures.table import cell, page
+from tests.architectures.table import COLUMNS, cell, page
+from tests.architectures.vision import import_torchvision
 from tests.helpers.house import ROOT
+from tools.attack.isolated import run_isolated
 
 # Of those that pass, some that no other test has.
 CROSS_SECTION = [
@@ -116,6 +119,17 @@ def test_better_and_worse_are_different() -> None:
     assert worse == "a none: failed, expected passed (why)"
 
 
+def test_a_later_record_takes_the_place_of_stages_only() -> None:
+    passed, failed = Outcome("passed"), Outcome("failed", "why")
+    stages = dict.fromkeys(("build", "plan", "none", "dequantize"), passed)
+    earlier = Record("a", {**stages, "transformers": passed, "plain": failed}, kept_share=0.1)
+    both = Record("a", {**stages, "plain": passed}).after(earlier)
+    assert both.stages == {**stages, "transformers": passed, "plain": passed}
+    assert both.kept_share == 0.1
+    worse = Record("a", {"build": passed, "plan": failed}).after(both)
+    assert worse.stages == {"build": passed, "plan": failed, "plain": passed}
+
+
 def test_one_that_dies_or_hangs_does_not_lose_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +151,7 @@ def test_one_that_dies_or_hangs_does_not_lose_the_others(
     assert [record.stages for record in read_records(file)] == [r.stages for r in records]
 
 
-def test_a_failed_engine_does_not_spoil_the_next_one(
+def test_every_engine_has_a_process_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def plain(stages: Engine) -> None:
@@ -152,8 +166,21 @@ def test_a_failed_engine_does_not_spoil_the_next_one(
     records = run(names, tmp_path, file, ["build", "plain", "loading"], limit=20)
     statuses = [record.stages["plain"].status for record in records]
     assert statuses == ["passed", "not applicable", "passed"]
-    llama, opt, bloom = (tmp_path / "processes").read_text().split()
-    assert llama == opt != bloom
+    assert len(set((tmp_path / "processes").read_text().split())) == 3
+
+
+def test_torchvision_is_imported_without_its_operators(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    source = "import torch\ntorch.library.register_fake('torchvision::nms')(lambda boxes: boxes)\n"
+    (tmp_path / "torchvision" / "__init__.py").write_text(source)
+
+    def steps() -> Iterator[str | None]:
+        import_torchvision(tmp_path / "absent")
+        import_torchvision(tmp_path)
+        yield sys.modules["torchvision"].__file__
+
+    (found,) = run_isolated(steps, 60)
+    assert Path(found).parent.parent == tmp_path
 
 
 def test_table() -> None:
@@ -163,4 +190,6 @@ def test_table() -> None:
     row = "| a | yes | **fails** | not run | n/a | – | 1.4% |"
     assert row in page([record]) and "- a, calibrated: why" in page([record])
     built = Record("b", {"build": Outcome("passed")})
-    assert [cell(built, "offline"), cell(built, "calibrated")] == ["not run", "–"]
+    assert [cell(built, column) for column in COLUMNS] == ["not run"] * 5
+    refused = Record("c", {"build": Outcome("passed"), "plan": Outcome("refused", "why")})
+    assert [cell(refused, column) for column in COLUMNS] == ["refused", "–", "–", "not run", "–"]

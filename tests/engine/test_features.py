@@ -1,14 +1,22 @@
 """Features of vLLM: the quantized model answers like the plain model that it stands for."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from offline_quantize.checkpoints.dequantize import dequantize
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.request import QuantizeRequest
+from tests.architectures.build import build
 from tests.helpers.engine import LORA, PROMPTS
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
-def test_features_of_vllm(run, checkpoint, dequantized, adapter):
+def test_features_of_vllm(run, checkpoint, dequantized, adapter, tmp_path):
     """Served in the same way, both models generate the same tokens."""
     quantized = checkpoint("llama")
     draft = str(quantized.parent / "model")
@@ -24,6 +32,13 @@ def test_features_of_vllm(run, checkpoint, dequantized, adapter):
     }
     if torch.cpu._is_avx512_supported():  # else vLLM's CPU build has no fp8 cache
         ways["fp8 kv cache"] = {"options": {"kv_cache_dtype": "fp8"}}
+    drafting = {"method": "mtp", "num_speculative_tokens": 1}
+    ways["draft layer"] = {
+        "classes": ["Glm4MoeMTPModel"],
+        "options": {"speculative_config": drafting, "disable_log_stats": False},
+    }
+    models = dict.fromkeys(ways, (quantized, dequantized))
+    models["draft layer"] = models_with_draft_layer(tmp_path)
     jobs = [
         {
             "model": str(model),
@@ -33,8 +48,8 @@ def test_features_of_vllm(run, checkpoint, dequantized, adapter):
             **way,
             "options": {"dtype": "float32", **way.get("options", {})},
         }
-        for way in ways.values()
-        for model in (quantized, dequantized)
+        for name, way in ways.items()
+        for model in models[name]
     ]
     results, _ = run(jobs)
     tokens = {}
@@ -45,6 +60,40 @@ def test_features_of_vllm(run, checkpoint, dequantized, adapter):
         assert tokens[name] == tokens["alone"], name
     for name in ("structured output", "lora"):
         assert tokens[name] != tokens["alone"], f"{name} changed nothing"
+    for result in results[-2:]:
+        assert result["accepted"] >= 6, "of 3 answers of 8 tokens"
+
+
+def models_with_draft_layer(folder: Path) -> tuple[Path, Path]:
+    """A tiny GLM-4 with a layer that predicts a further token: quantized, and what it stands for.
+
+    Both its model and that layer say little but what follows their last token, so they agree.
+    """
+    model = build(folder / "model", "glm4_moe")
+    tensors = load_file(model / "model.safetensors")
+    embeddings = tensors["model.embed_tokens.weight"]
+    embeddings *= 20 / embeddings.float().std()
+    ones = torch.ones(embeddings.shape[1], dtype=embeddings.dtype)
+    tensors |= {
+        name.replace(".layers.1.", ".layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if ".layers.1." in name
+    }
+    draft = {
+        "enorm.weight": ones,
+        "hnorm.weight": ones,
+        "eh_proj.weight": torch.cat([20 * ones.diag(), 0 * ones.diag()], dim=1),
+        "embed_tokens.weight": embeddings,
+        "shared_head.norm.weight": tensors["model.norm.weight"],
+        "shared_head.head.weight": tensors["lm_head.weight"],
+    }
+    tensors |= {f"model.layers.2.{name}": tensor.clone() for name, tensor in draft.items()}
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    quantize(model, folder / "quantized", QuantizeRequest(calibration=None))
+    dequantize(folder / "quantized", folder / "dequantized", torch.float32)
+    return folder / "quantized", folder / "dequantized"
 
 
 def test_ngram_speculation(run, checkpoint, tiny_results):

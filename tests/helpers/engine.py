@@ -32,7 +32,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class EngineRunner:
-    """Runs batches of jobs of engine_script, each batch in one process.
+    """Runs batches of jobs of engine_script.
 
     Attributes:
         environment: of that process.

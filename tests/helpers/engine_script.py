@@ -9,6 +9,7 @@
      "reload": directory of a checkpoint whose weights take the place of the first ones,
      "regex": what every answer must match,
      "lora": directory of an adapter,
+     "classes": of a draft model that config.json does not name,
      "logprobs": false where the engine cannot give them}
 
 All but "model" and "prompts" may be left out. The last line on stdout is a JSON array of
@@ -16,18 +17,25 @@ All but "model" and "prompts" may be left out. The last line on stdout is a JSON
     {"logprobs": of every prompt, those of every token after the first,
      "tokens": of every prompt, the greedy continuation,
      "graphs": number of graphs that torch.compile made in this process,
-     "graph_breaks": number of its graph breaks}
+     "graph_breaks": number of its graph breaks,
+     "accepted": number of drafted tokens that were taken, where "disable_log_stats" is false}
 
-or, where the engine refused to start, {"error": message}. The engine runs in this process of its
-own, so that none of its state reaches the tests.
+or, where the engine refused to start, {"error": message}. Every engine runs in a process of its
+own, so that none of its state reaches the next one. It is forked from this one, which has imported
+what takes longer than everything else.
 """
 
 import gc
 import json
 import sys
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tools.attack.isolated import run_isolated
+
+SECONDS = 1200  # that a job may take, on a slow machine
 OPTIONS = {
     "enforce_eager": True,
     "max_model_len": 256,
@@ -35,6 +43,21 @@ OPTIONS = {
     "max_num_seqs": 4,
     "disable_log_stats": True,
 }
+
+
+def import_engine() -> None:
+    """Import vLLM, before processes for its engines are forked.
+
+    What is imported is kept from the garbage collector: an engine calls it nine times, and it would
+    look through everything every time.
+    """
+    import vllm.entrypoints.llm
+    import vllm.model_executor.models
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def sampling_parameters(job: dict[str, Any]) -> Any:
@@ -60,10 +83,16 @@ def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
     ]
 
 
+def accepted_drafts(llm: Any) -> int:
+    """How many tokens that were drafted this engine has taken."""
+    name = "vllm:spec_decode_num_accepted_tokens"
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
 def import_model_classes(job: dict[str, Any]) -> None:
     """Import the classes of a job's model."""
     config = json.loads((Path(job["model"]) / "config.json").read_text())
-    for architecture in config["architectures"]:
+    for architecture in [*config["architectures"], *job.get("classes", [])]:
         import_model_class(architecture)
 
 
@@ -80,7 +109,7 @@ def import_model_class(architecture: str) -> None:
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
-    """Start the engine for one job, and stop it again."""
+    """Start the engine for one job; it ends with the process."""
     from torch._dynamo.utils import counters
     from vllm import LLM
     from vllm.lora.request import LoRARequest
@@ -99,25 +128,28 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     logprobs = None
     if job.get("logprobs", True):
         logprobs = [prompt_logprobs(p, out) for p, out in zip(job["prompts"], outputs, strict=True)]
-    result = {
+    counted = not job.get("options", {}).get("disable_log_stats", True)
+    return {
+        "accepted": accepted_drafts(llm) if counted else None,
         "logprobs": logprobs,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
     }
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    return result
+
+
+def results_of(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The one result of a job."""
+    try:
+        yield run(job)
+    except Exception as error:  # the test judges it
+        yield {"error": f"{type(error).__name__}: {error}"}
 
 
 def main() -> None:
-    results = []
-    for job in json.loads(sys.argv[1]):
-        try:
-            results.append(run(job))
-        except Exception as error:  # the test judges it
-            results.append({"error": f"{type(error).__name__}: {error}"})
+    import_engine()
+    jobs = json.loads(sys.argv[1])
+    results = [result for job in jobs for result in run_isolated(partial(results_of, job), SECONDS)]
     print(json.dumps(results), flush=True)
 
 

@@ -40,6 +40,13 @@ def test_input_groups_and_sizes(tiny_llama: Path) -> None:
     assert (structure.num_heads, structure.num_kv_heads, structure.kv_rows) == (4, 2, 128)
 
 
+def test_inputs_that_no_linear_made_are_not_cut(tmp_path: Path) -> None:
+    """Mamba 2 comes without a plan of tensor parallelism: only its first linear is certain."""
+    structure = find_structure(Checkpoint(tiny_model(tmp_path / "model", "mamba2")))
+    cut = {x.name.rpartition(".")[2]: x.row_parallel for x in structure.linears()}
+    assert cut == {"in_proj": False, "out_proj": True}
+
+
 def test_tied_head(tmp_path: Path) -> None:
     structure = find_structure(Checkpoint(tiny_model(tmp_path / "model", "gemma3_text")))
     assert structure.head.name == "lm_head"
