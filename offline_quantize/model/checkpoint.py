@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.files import CARD, CONFIG, SINGLE, WEIGHT_SUFFIXES
 from offline_quantize.model.copied import copied_files
-from offline_quantize.model.encoded import Encoded, find_encoding
+from offline_quantize.model.encoded import find_encoding
+from offline_quantize.model.encoded_tensor import Encoded
 from offline_quantize.model.sources import Sources
 from qamw_kernels.errors import FileError
 from qamw_kernels.files import open_regular, parse_json, read_json
@@ -171,12 +172,7 @@ class Checkpoint:
                 continue
             parts = {part: reader.read(self._stored[x]) for part, x in encoded.parts.items()}
             with explained(f"{self.directory / self.tensors[name].file}: {name}: {self.encoding}"):
-                tensor = encoded.decode(parts)
-            if tensor.shape != encoded.shape:
-                raise QuantizeError(
-                    f"{self.directory / self.tensors[name].file}: {name}: decoded to shape "
-                    f"{tuple(tensor.shape)}, expected {encoded.shape}"
-                )
+                tensor = encoded.values(parts)
             yield name, tensor
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,6 +15,7 @@ import torch
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
+from offline_quantize.model.encoded import describe
 from offline_quantize.model.structure import DecoderLayer, Linear, Structure
 from offline_quantize.planning.request import DEFAULT_REQUEST, QuantizeRequest
 from offline_quantize.planning.selection import (
@@ -255,9 +256,9 @@ def _head_rate(head: Linear | None) -> dict[str, int]:
 def _check_decodable(checkpoint: Checkpoint) -> None:
     """Refuse what another method quantized, unless it is decoded while it is read."""
     if checkpoint.quantization and not checkpoint.encoding:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
         raise QuantizeError(
-            f"{checkpoint.directory}: already quantized with {method}, which is not decoded here; "
+            f"{checkpoint.directory}: already quantized with {describe(checkpoint.quantization)}, "
+            "which is not decoded here; "
             f"start from the unquantized model{checkpoint.base_model()}"
         )
 
