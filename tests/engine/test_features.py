@@ -1,6 +1,8 @@
 """Features of vLLM: the quantized model answers like the plain model that it stands for."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tests.architectures.build import build
 from tests.helpers.engine import LORA, PROMPTS
+from tests.helpers.house import ROOT
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
@@ -106,3 +109,11 @@ def test_ngram_speculation(run, checkpoint, tiny_results):
     }
     ((result,), _) = run([job])
     assert result["tokens"] == tiny_results["llama"]["tokens"]
+
+
+def test_example_of_generation(environment, checkpoint):
+    command = [sys.executable, "-m", "examples.generate", str(checkpoint("llama")), "A", "B C"]
+    printed = subprocess.run(
+        command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert "'A' -> '" in printed and "'B C' -> '" in printed

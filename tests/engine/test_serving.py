@@ -14,6 +14,7 @@ import httpx
 
 from benchmarks.serving.server import Server, serve
 from benchmarks.soak.soak import soak
+from examples import chat_client
 from offline_quantize.evaluation.engines import load_model
 from tests.helpers.engine import reference
 
@@ -93,6 +94,12 @@ def test_serve_chat_and_streaming(served):
                 pieces.append(delta.get("content") or "")
     assert "".join(pieces) == whole
     assert len([piece for piece in pieces if piece]) > 3
+
+
+def test_example_of_a_client(served, capsys):
+    server, _ = served
+    chat_client.main(QUESTION[0]["content"], server.address)
+    assert "Paris" in capsys.readouterr().out
 
 
 def test_load(served):
