@@ -19,7 +19,7 @@ PROGRAMS_EACH = 8  # on a multiprocessor: of 256 threads and few registers
 @functools.cache
 def rotate_listing(rotation_block_size: int, early: bool) -> Listing:
     """Machine code of the rotation in bfloat16."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=early)
     return read_listing(compile_for(TARGET, kernels.rotate_kernel, constants))
 
 
@@ -27,7 +27,7 @@ def rotate_launch(
     num_inputs: int, num_tokens: int, rotation_block_size: int, early: bool, machine: Machine
 ) -> Launch:
     """The rotation: L2 has the activations, but not the layer's scales, which are loaded last."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=early)
     listing = rotate_listing(rotation_block_size, early)
     requests = [NOTHING] * len(listing.code)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]

@@ -213,7 +213,7 @@ void Launch::issue(Multiprocessor& sm, Scheduler& s, Warp& w, int slot) {
         lsu_busy_ += i.bytes / 128.0;
       }
       done = read = std::max(pipe(s.tensor), sm.lsu) + i.latency;
-      w.products.push_back(done);
+      if (i.chunk) w.products.push_back(done);  // the last one of its group
       break;
     case WGMMA_WAIT: wait_in_groups(w, w.products, i.chunk); break;
     case BULK_COPY: case PREFETCH: access(sm, w, slot, i, step, t + 10); break;
