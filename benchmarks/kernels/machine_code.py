@@ -140,25 +140,27 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     """Figures of the Gluon kernel for 9 to 512 tokens, and of the one that adds up its sums."""
     import torch
-    import triton.language as tl
 
     from benchmarks.kernels.sass import SHARED_BYTES
     from qamw_kernels.ops.gluon import wide_launch
 
     if wide_launch.kernels is None or target != 90:
         return
-    pairs, shared_memory = 128, SHARED_BYTES[target]
+    shared_memory = SHARED_BYTES[target]
 
     def decoding(bodies: list[Loop]) -> Loop:
-        return next(b for b in bodies if b["LDS"] == pairs)
+        return max(bodies, key=lambda b: b["LDS"])
 
     for bits, tokens in [*((bits, 16) for bits in range(6, 13)), (11, 32), (11, 64), (11, 128)]:
         constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
         kernel = wide_launch.kernels.wide_gemm_kernel
         name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
+        pairs = 128 * constants["HALVES"]
         yield row(name, target, kernel, constants, pairs, decoding)
-    constants = {"DTYPE": tl.bfloat16, "ROWS": wide_launch.ROWS, "num_warps": 4}
-    yield row("add_sums (Gluon)", target, wide_launch.kernels.add_sums_kernel, constants)
+    constants = wide_launch.sum_constants(torch.bfloat16)
+    assert wide_launch.sums_kernels is not None
+    kernel = wide_launch.sums_kernels.add_sums_kernel
+    yield row("add_sums (Gluon)", target, kernel, constants)
 
 
 def triton_rows(target: int) -> Iterator[dict[str, Any]]:

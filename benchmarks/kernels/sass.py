@@ -100,13 +100,16 @@ def registers(compiled: Any) -> int:
 
 
 def loops(instructions: list[tuple[str, str]]) -> list[collections.Counter[str]]:
-    """Of every loop without another inside: opcode -> count."""
+    """Of every loop without another inside: opcode -> count.
+
+    Loops over the lanes of a warp, for an operand that is the same for all of them, do not count.
+    """
     labels = enumerate(instructions)
     at = {name: i for i, (opcode, name) in labels if opcode == "LABEL"}
     bodies = []
     for end, (opcode, operands) in enumerate(instructions):
         target = re.search(r"\.L_x_\d+", operands)
-        if opcode.startswith("BRA") and target and at[target[0]] < end - 1:
+        if opcode.startswith("BRA") and "ANY" not in opcode and target and at[target[0]] < end - 1:
             bodies.append((at[target[0]], end + 1))
     inner = [(a, b) for a, b in bodies if not any(a <= c and d < b for c, d in bodies)]
     return [

@@ -20,7 +20,7 @@ from benchmarks.kernels.model.blocks import PROCESSOR
 from benchmarks.kernels.model.narrow import narrow_launch
 from benchmarks.kernels.model.rotation import rotate_launch
 from benchmarks.kernels.model.simulate import Launch, Outcome, simulate
-from benchmarks.kernels.model.wide import adding_seconds, wide_launch
+from benchmarks.kernels.model.wide import adding_launch, wide_launch
 from qamw_kernels.ops.gluon import narrow_launch as narrow
 from qamw_kernels.ops.gluon import wide_launch as wide
 
@@ -49,8 +49,8 @@ are too good.
 
 
 @functools.cache
-def _rotation(num_inputs: int, num_tokens: int, early: bool, gpu: Gpu, machine: Machine) -> float:
-    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, early, machine)
+def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine) -> float:
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine)
     return simulate(launch, gpu, machine).seconds
 
 
@@ -71,15 +71,17 @@ def packed_seconds(
 ) -> tuple[float, Outcome]:
     """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
     launch = packed_launch(shape, num_tokens, index_bits, machine)
-    dependent = _narrow(shape[1], num_tokens, index_bits)
-    rotation = _rotation(shape[1], num_tokens, dependent, gpu, machine)
-    if dependent:
+    rotation = _rotation(shape[1], num_tokens, gpu, machine)
+    if _narrow(shape[1], num_tokens, index_bits):
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
         product = simulate(launch, gpu, machine)
         return machine.launch_gap + machine.dependent_start + product.seconds, product
+    # Of these kernels, a multiprocessor has no room for the next one's programs beside the last
+    # one's, so they follow each other, but without a gap.
     product = simulate(launch, gpu, machine)
-    adding = adding_seconds(*shape, num_tokens, index_bits, machine)
-    return 2 * machine.launch_gap + rotation + product.seconds + adding, product
+    seconds = machine.launch_gap + rotation + product.seconds
+    adding = adding_launch(*shape, num_tokens, index_bits, machine)
+    return seconds + (simulate(adding, gpu, machine).seconds if adding else 0), product
 
 
 def decoded_seconds(

@@ -17,25 +17,34 @@ PROGRAMS_EACH = 8  # on a multiprocessor: of 256 threads and few registers
 
 
 @functools.cache
-def rotate_listing(rotation_block_size: int, early: bool) -> Listing:
+def rotate_listing(rotation_block_size: int) -> Listing:
     """Machine code of the rotation in bfloat16."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=True)
     return read_listing(compile_for(TARGET, kernels.rotate_kernel, constants))
 
 
 def rotate_launch(
-    num_inputs: int, num_tokens: int, rotation_block_size: int, early: bool, machine: Machine
+    num_inputs: int, num_tokens: int, rotation_block_size: int, machine: Machine
 ) -> Launch:
-    """The rotation: L2 has the activations, but not the layer's scales, which are loaded last."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early)
-    listing = rotate_listing(rotation_block_size, early)
-    requests = [NOTHING] * len(listing.code)
+    """The rotation: L2 has the activations, but not the layer's scales, which are loaded last.
+
+    Only the programs of the first token wait for HBM: the others find the scales in L2.
+    """
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=True)
+    listing = rotate_listing(rotation_block_size)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]
-    for n, i in enumerate(loads):
-        requests[i] = Request(Source.HBM if 2 * n >= len(loads) else Source.L2, 256)
-    blocks = Blocks(listing, requests, machine)
-    steps = tuple(BlockStep(blocks.number(s), 0, -1) for s in walk(listing, lambda *_: 1))
-    rows = -(-num_tokens * num_inputs // rotation_block_size)
-    grid = -(-rows // constants["BLOCK_R"]) * (rotation_block_size // constants["WIDTH"])
-    programs = [(0, [steps] * constants["num_warps"])] * grid
-    return Launch(blocks.records, programs, PROGRAMS_EACH)
+    records, paths = [], []
+    for scales in (Source.HBM, Source.L2):
+        requests = [NOTHING] * len(listing.code)
+        for n, i in enumerate(loads):
+            requests[i] = Request(scales if 2 * n >= len(loads) else Source.L2, 256)
+        blocks, first = Blocks(listing, requests, machine), len(records)
+        walked = walk(listing, lambda *_: 1)
+        steps = tuple(BlockStep(first + blocks.number(s), 0, -1) for s in walked)
+        records += blocks.records
+        paths.append([steps] * constants["num_warps"])
+    rows, pieces = num_inputs // rotation_block_size, rotation_block_size // constants["WIDTH"]
+    of_a_token = -(-rows // constants["BLOCK_R"]) * pieces
+    grid = -(-num_tokens * rows // constants["BLOCK_R"]) * pieces
+    programs = [(0, paths[program >= of_a_token]) for program in range(grid)]
+    return Launch(records, programs, PROGRAMS_EACH)

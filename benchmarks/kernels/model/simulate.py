@@ -36,6 +36,7 @@ class Launch:
         programs_each: programs that a multiprocessor holds at once.
         tokens, row_bytes: of the activations.
         tile_bytes: that one prefetch brings into L2.
+        copies_each: that the copy engine makes for a turn of the main loop.
         resident: whether the weights are still in L2 for later blocks of tokens.
         ready: seconds after the launch when what the kernel before wrote can be read.
     """
@@ -46,6 +47,7 @@ class Launch:
     tokens: int = 1
     row_bytes: int = 0
     tile_bytes: int = 0
+    copies_each: float = 0.0
     resident: bool = False
     ready: float = 0.0
     multiprocessors: int = field(default=MULTIPROCESSORS)
@@ -117,6 +119,7 @@ def _job(launch: Launch, gpu: Gpu, machine: Machine) -> str:
             launch.tokens,
             launch.row_bytes,
             launch.tile_bytes,
+            launch.copies_each,
             int(launch.resident),
             launch.ready * machine.clock,
             len(launch.blocks),

@@ -24,8 +24,8 @@ bool Launch::read() {
   int blocks = 0, paths = 0, programs = 0, size = 0;
   if (!numbers(p.hbm, p.l2, p.link, p.hbm_latency, p.l2_latency, p.l1_latency, p.queue,
                p.barrier_latency, p.read_latency, p.start, p.l1_lines, p.multiprocessors,
-               p.programs_each, p.warps, p.tokens, p.row_bytes, p.tile_bytes, p.resident,
-               p.grid_ready, blocks, paths, programs))
+               p.programs_each, p.warps, p.tokens, p.row_bytes, p.tile_bytes, p.copies_each,
+               p.resident, p.grid_ready, blocks, paths, programs))
     return false;
   blocks_.resize(blocks);
   for (Block& block : blocks_) {
@@ -213,7 +213,7 @@ void Launch::issue(Multiprocessor& sm, Scheduler& s, Warp& w, int slot) {
         lsu_busy_ += i.bytes / 128.0;
       }
       done = read = std::max(pipe(s.tensor), sm.lsu) + i.latency;
-      w.products.push_back(done);
+      if (i.chunk) w.products.push_back(done);  // the last one of its group
       break;
     case WGMMA_WAIT: wait_in_groups(w, w.products, i.chunk); break;
     case BULK_COPY: case PREFETCH: access(sm, w, slot, i, step, t + 10); break;
@@ -257,12 +257,14 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
                     Time t) {
   if (i.unit == PREFETCH) {
     const int turn = step.turn + i.ahead;
-    if (turn < w.path->turns && w.path->wanted[turn])
+    if (turn < w.path->turns && w.path->wanted[turn] && !kept(w))
       w.prefetched[turn] = from_hbm(p_.tile_bytes, t);
     return t;
   }
   if (i.unit == BULK_COPY) {
-    if (w.number == 0) sm.bulk_copies[slot].push_back(from_l2(sm, i.bytes, t));
+    auto& copies = sm.bulk_copies[slot];
+    if (w.number == 0 && copies.size() < p_.copies_each * w.path->turns)
+      copies.push_back(from_l2(sm, i.bytes, t));
     return t;
   }
   switch (i.source) {
@@ -283,10 +285,8 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
 Time Launch::words(Multiprocessor& sm, Warp& w, const Instruction& i, const Step& step, Time t) {
   const int turn = step.turn + i.ahead;
   if (turn >= w.path->turns || (turn >= 0 && !w.path->wanted[turn])) return t + p_.l1_latency;
-  // Later blocks of tokens find a weight that L2 holds.
-  const bool kept = p_.resident && programs_[w.program].first_token > 0;
   Time arrival = turn >= 0 ? w.prefetched[turn] : 0;
-  if (!kept && arrival == 0) arrival = from_hbm(i.bytes, t);
+  if (!kept(w) && arrival == 0) arrival = from_hbm(i.bytes, t);
   arrival = from_l2(sm, i.bytes, t, arrival);
   if (!i.bypass)  // lines that nobody reads again, at addresses that nobody else has
     for (int k = 0; k < i.bytes / 128; k++)

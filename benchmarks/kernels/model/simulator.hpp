@@ -37,7 +37,8 @@ struct Parameters {
   double hbm, l2, link;  // bytes per cycle
   int hbm_latency, l2_latency, l1_latency, queue, barrier_latency, read_latency, start, l1_lines;
   int multiprocessors, programs_each, warps, tokens, row_bytes, tile_bytes, resident;
-  double grid_ready;  // when what the kernel before wrote can be read
+  double grid_ready;   // when what the kernel before wrote can be read
+  double copies_each;  // that the copy engine makes for a turn of the main loop
 };
 
 // Lines of 128 bytes, of which halves are filled, the least recently used leaves first.
@@ -110,6 +111,10 @@ class Launch {
   Time from_hbm(int bytes, Time t);
   void wait_in_groups(Warp& w, const std::vector<Time>& groups, int pending);
   void meet(int sm, int slot);
+  // Later blocks of tokens find a weight that L2 holds.
+  bool kept(const Warp& w) const {
+    return p_.resident && programs_[w.program].first_token > 0;
+  }
   const Instruction& next(const Warp& w) const {
     return blocks_[w.path->steps[w.step].block][w.at];
   }

@@ -145,7 +145,9 @@ def record(instruction: Instruction, request: Request, machine: Machine) -> Reco
     unit = unit_of(instruction)
     pipe, latency = _cost(instruction, unit, machine)
     if unit == Unit.WGMMA:
-        request = Request(Source.NOWHERE, bytes=32 * wgmma_columns(instruction))
+        ends_group = "gsb" in instruction.operands
+        columns = wgmma_columns(instruction)
+        request = Request(Source.NOWHERE, bytes=32 * columns, chunk=int(ends_group))
     if unit in (Unit.WGMMA_WAIT, Unit.COPY_WAIT):
         request = Request(Source.NOWHERE, chunk=pending(instruction))
     return Record(

@@ -2,20 +2,22 @@
 
 import functools
 import itertools
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from benchmarks.kernels.model.assumptions import KEPT_IN_L2, Machine
 from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, Blocks, goes_past_l1
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop, read_listing
-from benchmarks.kernels.model.paths import Turns, walk
+from benchmarks.kernels.model.paths import Step, Turns, walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
-from benchmarks.kernels.model.trace import NOTHING, Request, Source
+from benchmarks.kernels.model.trace import NOTHING, Request, Source, width
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import wide_launch as kernel
 from qamw_kernels.ops.tiling import TILE_INPUTS
 
-PAIRS = 128  # that one thread decodes of a unit: as many look-ups
+PAIRS = 128  # that one thread decodes of a tile: as many look-ups
+TILE_PRODUCTS = 32  # matrix instructions of a tile
 WORD_BYTES = 512  # of a warp's load
 
 
@@ -48,26 +50,67 @@ def _nest(listing: Listing) -> tuple[Loop, Loop]:
     return row_blocks, units
 
 
-def _requests(listing: Listing, copy_bytes: int) -> list[Request]:
-    """Of every instruction; the words of a unit are loaded in the unit before.
+def _requests(listing: Listing, index_bits: int, halves: int, copy_bytes: int) -> list[Request]:
+    """Of every instruction.
+
+    A turn is a tile, so that a unit has one for every half. A tile's late words are loaded in its
+    own turn, and before them the others, in the turn before. All are brought to L2 two units
+    before; those of the first two units before the loops, where the turn is -1.
 
     Args:
         copy_bytes: of a block of activations.
     """
-    row_blocks, _ = _nest(listing)
-    requests = [NOTHING] * len(listing.code)
+    row_blocks, units = _nest(listing)
+    requests, prefetches, loads = [NOTHING] * len(listing.code), 0, 0
+    late = sum(kernel.kernels.is_late(word, index_bits - 2) for word in range(index_bits))
     for i, x in enumerate(listing.code):
         if x.name == "UTMALDG":
             requests[i] = Request(Source.L2, copy_bytes)
-        elif x.name == "LDG" and ".128" in x.opcode and (i >= row_blocks.first or goes_past_l1(x)):
-            bypass = goes_past_l1(x)
-            requests[i] = Request(Source.WORDS, WORD_BYTES, ahead=1, bypass=bypass)
-        elif x.name == "LDG":  # the quadrant; row norms, and no bias
-            source = Source.L2 if i < row_blocks.first else Source.HBM
-            requests[i] = Request(source, 32)
+        elif x.name == "UBLKPF":
+            prefetches += 1
+            requests[i] = Request(Source.WORDS, ahead=prefetches - (i > row_blocks.first))
+        elif x.name == "LDG" and goes_past_l1(x):
+            loads += i > units.first
+            ahead = i < units.first or (loads - 1) % index_bits >= late
+            requests[i] = Request(Source.WORDS, WORD_BYTES, ahead=int(ahead), bypass=True)
+        elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
+            requests[i] = Request(Source.L2, 32)
         elif x.name == "STG":  # y, or sums that another kernel adds up
-            requests[i] = Request(Source.L2, 128)
+            requests[i] = Request(Source.L2, max(32 * width(x), 128))
+    assert (prefetches, loads) == (3 * halves, index_bits * halves)
     return requests
+
+
+def _endings(listing: Listing) -> tuple[range, range]:
+    """What a program executes after a row block: where it is whole, and where it is shared."""
+    outer, inner = _nest(listing)
+    after = range(inner.last + 1, outer.last)
+    code = listing.code
+    stores = {i: width(code[i]) for i in after if code[i].name == "STG"}
+    to_y = [i for i, size in stores.items() if size == 2]
+    to_sums = [i for i, size in stores.items() if size == 16]
+    assert to_y and to_sums and to_y[-1] < to_sums[0], "the endings are in another order"
+    branches = [i for i in after if code[i].opcode == "BRA"]
+    first = max(i for i in branches if code[i].predicate and i < to_y[0]) + 1
+    last = min(i for i in branches if not code[i].predicate and i > to_y[-1])
+    return range(first, last + 1), range(last + 1, to_sums[-1] + 1)
+
+
+def _tile_starts(listing: Listing) -> list[int]:
+    """The first instruction of every tile of a unit: behind the last product of the one before."""
+    _, units = _nest(listing)
+    products = [i for i in range(units.first, units.last) if listing.code[i].name == "HGMMA"]
+    ends = products[TILE_PRODUCTS - 1 : -1 : TILE_PRODUCTS]
+    return [units.first, *(end + 1 for end in ends)]
+
+
+def _cut(steps: Iterable[Step], edges: Iterable[int]) -> Iterator[Step]:
+    """Steps, none of which goes on over one of the edges."""
+    edges = sorted(edges)
+    for step in steps:
+        inside = [edge for edge in edges if step.first < edge <= step.last]
+        for first, after in itertools.pairwise((step.first, *inside, step.last + 1)):
+            yield Step(first, after - 1, step.turns)
 
 
 def _units_by_row_block(first: int, last: int, input_tiles: int) -> list[int]:
@@ -86,12 +129,16 @@ def wide_launch(
 ) -> Launch:
     """The kernel, with the grid that its launcher chooses."""
     grid = _grid(num_rows, num_inputs, num_tokens, index_bits)
-    tokens, shared_memory = grid.tokens, PROCESSOR.shared_memory
-    each = kernel.programs_per_processor(index_bits, tokens, shared_memory)
-    inputs = kernel.block_inputs(index_bits, tokens, each, shared_memory)
-    listing = wide_listing(index_bits, tokens)
-    outer, inner = _nest(listing)
-    blocks = Blocks(listing, _requests(listing, 2 * tokens * inputs), machine)
+    shape = kernel.shape_of(index_bits, grid.tokens, PROCESSOR.shared_memory)
+    input_tiles = -(-num_inputs // TILE_INPUTS)
+    halves = shape.tile.halves
+    listing = wide_listing(index_bits, grid.tokens)
+    (outer, inner), starts = _nest(listing), _tile_starts(listing)
+    copy_bytes = 2 * grid.tokens * shape.block_inputs
+    requests = _requests(listing, index_bits, halves, copy_bytes)
+    blocks = Blocks(listing, requests, machine)
+    endings = _endings(listing)  # where a row block is whole, the second is left out
+    edges = {*starts, *(edge for ending in endings for edge in (ending.start, ending.stop))}
 
     @functools.cache
     def steps(sizes: tuple[int, ...]) -> tuple[BlockStep, ...]:
@@ -103,41 +150,75 @@ def wide_launch(
             return len(sizes) if loop == outer else 1  # such as that of a wait
 
         found, turn = [], -1
-        for step in walk(listing, trips):
-            decoding = inner in dict(step.turns)
-            turn += decoding and step.first == inner.first
-            found.append(BlockStep(blocks.number(step), 0 if decoding else -1, turn))
+        for step in _cut(walk(listing, trips), edges):
+            turn += step.first in starts
+            where = dict(step.turns)
+            whole = sizes[where.get(outer, 0)] == input_tiles
+            if step.first not in endings[whole]:
+                offset = 0 if inner in where else -1
+                found.append(BlockStep(blocks.number(step), offset, turn))
         return tuple(found)
 
-    input_tiles = -(-num_inputs // TILE_INPUTS)
-    units = -(-num_rows // kernel.ROWS) * input_tiles
+    units = -(-num_rows // shape.rows) * input_tiles
     programs, grain = grid.share
-    edges = [program * (units // grain) // programs * grain for program in range(programs + 1)]
+    firsts = [program * (units // grain) // programs * grain for program in range(programs + 1)]
     warps = [
-        [steps(tuple(_units_by_row_block(first, last, input_tiles)))] * kernel.WARPS
-        for first, last in itertools.pairwise(edges)
+        [steps(tuple(_units_by_row_block(first, last, input_tiles)))] * (1 << shape.tile.log_warps)
+        for first, last in itertools.pairwise(firsts)
     ]
     return Launch(
         blocks.records,
-        [(group * tokens, own) for group in range(grid.groups) for own in warps],
-        programs_each=each,
+        [(group * grid.tokens, own) for group in range(grid.groups) for own in warps],
+        programs_each=shape.tile.programs,
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
+        tile_bytes=index_bits * WORD_BYTES,
+        copies_each=TILE_INPUTS / shape.block_inputs / halves,
         resident=num_rows * num_inputs * index_bits / 16 <= KEPT_IN_L2,
+        ready=machine.dependent_end,
     )
 
 
-def adding_seconds(
-    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
-) -> float:
-    """Of the kernel that adds up the row blocks that programs share, with the gap before it.
+@functools.cache
+def _adding_listing() -> Listing:
+    """Machine code of the kernel that adds up, in bfloat16."""
+    assert kernel.sums_kernels is not None
+    constants = kernel.sum_constants(torch.bfloat16)
+    return read_listing(compile_for(TARGET, kernel.sums_kernels.add_sums_kernel, constants))
 
-    It is not replayed: it takes a program's start, three waits for L2 one after the other (sums,
-    row norms, y), and its traffic at the speed of L2.
-    """
+
+def adding_launch(
+    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
+) -> Launch | None:
+    """The kernel that adds up the row blocks that programs share, where there are any."""
     grid = _grid(num_rows, num_inputs, num_tokens, index_bits)
     if not grid.adds:
-        return 0.0
-    sums = grid.groups * grid.share.programs * 2 * grid.tokens * kernel.ROWS * 4
-    cycles = machine.program_start + 3 * machine.l2_latency
-    return machine.launch_gap + cycles / machine.clock + sums / machine.l2_bandwidth
+        return None
+    rows = kernel.shape_of(index_bits, grid.tokens, PROCESSOR.shared_memory).rows
+    listing = _adding_listing()
+    requests = [NOTHING] * len(listing.code)
+    for i, x in enumerate(listing.code):
+        if x.name in ("LDG", "STG"):
+            requests[i] = Request(Source.L2, max(32 * width(x), 128))
+    blocks = Blocks(listing, requests, machine)
+    input_tiles, programs = -(-num_inputs // TILE_INPUTS), grid.share.programs
+    units = -(-num_rows // rows) * input_tiles
+
+    @functools.cache
+    def steps(row_block: int) -> tuple[BlockStep, ...]:
+        """Of every warp of a program that adds up rows of a row block, four parts at once."""
+        start = row_block * input_tiles
+        parts = {((unit + 1) * programs - 1) // units for unit in (start, start + input_tiles - 1)}
+        turns = -(-(max(parts) - min(parts) + 1) // 4)
+        return tuple(BlockStep(blocks.number(s), 0, -1) for s in walk(listing, lambda *_: turns))
+
+    return Launch(
+        blocks.records,
+        [
+            (0, [steps(first // rows)] * 4)
+            for first in range(0, num_rows, kernel.ADDED_ROWS)
+            for _ in range(0, num_tokens, 8)
+        ],
+        programs_each=16,
+        ready=machine.dependent_end,
+    )

@@ -32,9 +32,13 @@ class _Warmer:
         """Of row blocks that programs share, which the smallest weights have none of."""
         weight = self._weight(index_bits, rotation_block_size)
         y = torch.empty(1, 1, dtype=self.dtype, device=self.device)
-        shape = (1, 1, 2, 8, wide_launch.ROWS)
-        sums = torch.empty(shape, dtype=torch.float32, device=self.device)
-        wide_launch.add_sums(sums, weight, None, y, self.launcher)
+        processor = self.launcher.processor(self.device)
+        assert processor is not None
+        tokens = wide_launch.tokens_of(1)
+        shape = wide_launch.shape_of(index_bits, tokens, processor.shared_memory)
+        room = (1, 1, 2, tokens * shape.rows)
+        sums = torch.empty(room, dtype=torch.float32, device=self.device)
+        wide_launch.add_sums(sums, tokens, shape, weight, None, y, self.launcher)
 
     def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
@@ -104,7 +108,7 @@ def warm_up(
     for size in rotation_block_sizes:
         for num_tokens in {min(few[min(rates)]), max(few[min(rates)])}:
             warmer.packed(min(rates), size, num_tokens)
-    if wide_launch.runs_on(dtype, min(rates), processor):
+    if wide_launch.fits(1, UNIT_INPUTS, dtype, min(rates), processor):
         warmer.sums(min(rates), least)
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]

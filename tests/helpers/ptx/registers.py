@@ -132,7 +132,10 @@ class Registers:
         if name == "prmt":
             return self._permute(a, b, self.read(sources[2]))
         if name == "bfe":
-            return (a >> b) & ((U32(1) << self.read(sources[2])) - U32(1))
+            length = self.read(sources[2])
+            field = (a >> b) & ((U32(1) << length) - U32(1))
+            sign = U32(1) << (length - U32(1)) if signed else U32(0)
+            return (field ^ sign) - sign
         if name == "shf":
             # Of the 64 bits b:a, the upper word after a shift to the left, the lower one after a
             # shift to the right.

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops
-from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.ops.gluon import decode_launch, table
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import quadrant_words
+from tests.helpers.products import Product, check_rounded, random_product
 from tests.helpers.ptx.machine import Machine
 
 needs_gluon = pytest.mark.skipif(
@@ -32,15 +33,13 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def run_on_cpu(
     compiled: Any,
-    x: torch.Tensor,
-    indices: torch.Tensor,
-    row_norms: torch.Tensor,
-    bias: torch.Tensor | None,
+    product: Product,
+    index_bits: int,
     log: int,
     programs: int = 3,
 ) -> tuple[torch.Tensor, Machine]:
     """y [M, N], and the machine it was computed on."""
-    index_bits = int(np.log2(len(indices.unique()) - 1)) + 1
+    indices, x, row_norms, bias, _ = product
     tiles = tile_planes(pack_planes(indices, index_bits))
     y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
     tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
@@ -81,21 +80,10 @@ def test_ptx_is_right(
 
     Several programs, row tiles at once or one by one, and parts.
     """
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
-    indices = (order % 2**index_bits).view(num_rows, -1)
-    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
-    row_norms = torch.rand(num_rows, generator=generator) + 0.5
-    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
+    product = random_product(num_tokens, num_rows, num_inputs, index_bits, dtype, num_tokens > 1)
     compiled = compile_gemm(80, index_bits, dtype, decode_launch.parts_of(num_tokens))
-    y, machine = run_on_cpu(compiled, x, indices, row_norms, bias, log)
-    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
-    exact = x.double() @ coordinates.T * row_norms.double()
-    exact = exact if bias is None else exact + bias.double()
-    step = 2**-8 if dtype == torch.bfloat16 else 2**-11
-    torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
-    # One wrong weight spoils a row, which is one in a hundred at least.
-    assert (y == exact.to(dtype)).double().mean() > 0.99
+    y, machine = run_on_cpu(compiled, product, index_bits, log)
+    check_rounded(y, product.exact)
     assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
     assert machine.look_up_conflicts == 1, "lanes of one bank"
 

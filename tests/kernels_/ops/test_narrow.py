@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
-from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.ops.gluon import narrow_launch, table
 from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import quadrant_words
+from tests.helpers.products import Product, check_rounded, random_product
 from tests.helpers.ptx.machine import Machine
 from tests.kernels_.ops.test_decode import as_bytes
 
@@ -35,15 +36,13 @@ def compile_gemm(target: int, index_bits: int, dtype: torch.dtype) -> Any:
 
 def run_on_cpu(
     compiled: Any,
-    x: torch.Tensor,
-    indices: torch.Tensor,
+    product: Product,
     index_bits: int,
-    row_norms: torch.Tensor,
-    bias: torch.Tensor | None,
     run: int,
     batch: int,
 ) -> tuple[torch.Tensor, Machine]:
     """y [M, N], and the machine it was computed on."""
+    indices, x, row_norms, bias, _ = product
     tiles = tile_planes(pack_planes(indices, index_bits))
     y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
     tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
@@ -88,21 +87,10 @@ def test_ptx_is_right(
     run: int,
     batch: int,
 ) -> None:
-    generator = torch.Generator().manual_seed(0)
-    order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
-    indices = (order % 2**index_bits).view(num_rows, -1)
-    x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
-    row_norms = torch.rand(num_rows, generator=generator) + 0.5
-    bias = torch.randn(num_rows, generator=generator).to(dtype) if num_tokens > 1 else None
+    product = random_product(num_tokens, num_rows, num_inputs, index_bits, dtype, num_tokens > 1)
     compiled = compile_gemm(target, index_bits, dtype)
-    y, machine = run_on_cpu(compiled, x, indices, index_bits, row_norms, bias, run, batch)
-    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
-    exact = x.double() @ coordinates.T * row_norms.double()
-    exact = exact if bias is None else exact + bias.double()
-    step = 2**-8 if dtype == torch.bfloat16 else 2**-11
-    torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
-    # One wrong weight spoils a row, which is one in a hundred at least.
-    assert (y == exact.to(dtype)).double().mean() > 0.99
+    y, machine = run_on_cpu(compiled, product, index_bits, run, batch)
+    check_rounded(y, product.exact)
     assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
     assert machine.look_up_conflicts == 1, "lanes of one bank"
 

@@ -76,7 +76,7 @@ def constants(
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
         "num_warps": WARPS,
-        "maxnreg": table.REGISTERS[programs],
+        "maxnreg": table.registers(WARPS * programs),
     }
 
 

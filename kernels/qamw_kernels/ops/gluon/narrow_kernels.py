@@ -21,6 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
+from qamw_kernels.ops.gluon.prefetch import prefetch, prefetch_bytes, prefetch_rows
 
 CHUNKS = gl.constexpr(8)  # of half a tile
 
@@ -54,25 +55,6 @@ def next_turn(turn, weight):
 
 
 @gluon.jit
-def prefetch(p, m, ASM: gl.constexpr):
-    """Bring to L2 what is at the pointers ``p`` where ``m``, by one instruction with address $1."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p " + ASM + " mov.b32 $0, 0; }",
-        "=r,l,r",
-        [p, m.to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.constexpr_function
-def prefetch_bytes(BYTES):
-    """PTX of a prefetch of so many bytes."""
-    return f"cp.async.bulk.prefetch.L2.global [$1], {BYTES};"
-
-
-@gluon.jit
 def prefetch_turn(turn, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
     """The tiles of a turn, if there is one; every other warp asks for one."""
     p_tiles, input_tiles, _, _, end = weight
@@ -81,13 +63,6 @@ def prefetch_turn(turn, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
     m_thread = (thread % 64 == 0) & (turn[0] < end) & (tile < input_tiles)
     p_tile = p_tiles + (turn[0].to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
     prefetch(p_tile, m_thread, prefetch_bytes(INDEX_BITS * 512))
-
-
-@gluon.jit
-def prefetch_rows(p_rows, begin, end, WARPS: gl.constexpr):
-    """Values of rows that are needed last: row norms or biases."""
-    row = begin + 8 * gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    prefetch(p_rows + row, row < end, "prefetch.global.L2 [$1];")
 
 
 @gluon.jit

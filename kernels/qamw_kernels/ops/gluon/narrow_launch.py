@@ -19,7 +19,6 @@ if table.HAS_GATHER:
 MAX_TOKENS = 8
 WARP_BASES = ((128,), (256,), (512,), (1024,))
 WARPS = 1 << len(WARP_BASES)
-REGISTERS = 128  # that a thread may have: one program takes all of a multiprocessor's
 SLICE_TILES = WARPS // 2  # a warp has half a tile of a slice
 SLOT_BYTES = 512 * WARPS
 MAX_SLOTS = 8
@@ -60,7 +59,7 @@ def constants(index_bits: int, dtype: torch.dtype, processor: Processor) -> dict
         "AHEAD": AHEAD if early else 0,
         "DEPENDENT": early,
         "num_warps": WARPS,
-        "maxnreg": REGISTERS,
+        "maxnreg": table.registers(WARPS),
         "launch_pdl": early,
     }
 

@@ -11,10 +11,6 @@ from qamw_kernels.ops.launcher import Processor
 
 DTYPES = (torch.bfloat16, torch.float16)
 
-REGISTERS = {1: 255, 2: 128}
-"""That a thread of 8 warps may have, by programs on a multiprocessor; left to itself, the compiler
-would use fewer and spill others."""
-
 
 def _has_gather() -> bool:
     if triton.knobs.runtime.interpret:  # the interpreter does not know Gluon
@@ -28,6 +24,14 @@ def _has_gather() -> bool:
 
 HAS_GATHER = _has_gather()
 """Whether the installed Triton can compile these kernels."""
+
+
+def registers(warps: int) -> int:
+    """That a thread may have where a multiprocessor has so many warps.
+
+    Left to itself, the compiler would use fewer and spill others.
+    """
+    return min(65536 // (32 * warps), 255)
 
 
 def table_bytes(index_bits: int) -> int:

@@ -6,29 +6,43 @@ It needs a Triton with shared-memory gather, warpgroup products and tensor descr
 
 Words are decoded as in :mod:`qamw_kernels.ops.gluon.look_up`. Decoded words are registers of
 wgmma's first operand, and the activations its second one, in shared memory: one copy for all warps,
-brought there by the copy engine while the block before is multiplied. The operand's k is 16 h + 8
+brought there by the copy engine (:mod:`qamw_kernels.ops.gluon.ring`). The operand's k is 16 h + 8
 k8 + 2 t + half where lane t holds inputs 8 t + 4 h + 2 k8 + half, so the activations come swapped:
 position p of 32 holds the input whose bits 1, 2 are bits 3, 4 of p, and the other way round.
 
-A unit is one tile along the inputs of a row block, which has a row tile for every warp. Units are
-in the order of memory, and every program takes as many as the others, from wherever the one before
-it ends. A row block that several programs share is added up by :func:`add_sums_kernel`, in the
-order of its inputs, so that a result does not depend on who was first.
+A row block has HALVES row tiles for every warp. From 64 tokens on, it is what L2 delivers that
+counts, so the activations of a block serve as many rows as there are registers for sums. A unit is
+one tile along the inputs of a row block. Units are in the order of memory, and every program takes
+as many as the others, from wherever the one before it ends. A row block that several programs share
+is added up by :mod:`qamw_kernels.ops.gluon.sums_kernels`, in the order of its inputs, so that a
+result does not depend on who was first.
+
+Both kernels may begin before the one that they depend on is complete (programmatic dependent
+launch), and wait for it when they need what it wrote.
+
+These go together through the functions below:
+
+- ``place``: (input tiles, number of the row block, number of the tile along the inputs).
+- ``weight``: (at its tiles, N).
+- ``lookup``: (the table in shared memory, 4 * lane of every slot).
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qamw_kernels.ops.gluon.look_up import entry_address, halves, load_quadrant, load_words, write
+from qamw_kernels.ops.gluon.look_up import entry_address, halves, load_quadrant, write
+from qamw_kernels.ops.gluon.prefetch import prefetch, prefetch_bytes, prefetch_rows
+from qamw_kernels.ops.gluon.ring import make_ring, start_copy, wait_for
+from qamw_kernels.ops.gluon.sums_kernels import first_unit, store_sums
 
-# Triton 3.9 has the first name, older ones the second.
-copy_block = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+@gluon.jit
+def anew(x):
+    """x, int32. The compiler cannot know it before, and so keeps nothing that depends on it in
+    registers throughout a loop."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -78,133 +92,197 @@ def decode_stage(
     return gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
 
 
-@gluon.jit
-def renew_words(words, p_words, STAGE: gl.constexpr, STAGE_INPUTS: gl.constexpr):
-    """``words``, those of them that STAGE was the last to need loaded from ``p_words``.
+@gluon.constexpr_function
+def is_late(WORD, ENTRY_BITS):
+    """Whether only the second half of a tile's inputs needs a word."""
+    return WORD == ENTRY_BITS + 1 or 16 * ENTRY_BITS <= 32 * WORD < 32 * ENTRY_BITS
 
-    So the next tile's words are on their way for most of a tile's time, and take no more registers.
-    """
-    ENTRY_BITS: gl.constexpr = len(words) - 2
-    STAGE_PAIRS: gl.constexpr = STAGE_INPUTS // 16  # of a slot
+
+@gluon.jit
+def no_words(like, INDEX_BITS: gl.constexpr):
+    """A tile's words before anything is loaded."""
+    words = ()
+    for _ in gl.static_range(INDEX_BITS):
+        words = words + (gl.zeros_like(like),)
+    return words
+
+
+@gluon.jit
+def renew_words(words, p_words, m_tile, LATE: gl.constexpr):
+    """``words``, the late ones of them or the others loaded from a tile, if ``m_tile``."""
     renewed = ()
-    for j in gl.static_range(ENTRY_BITS):
-        if (32 * j + 31) // ENTRY_BITS // STAGE_PAIRS == STAGE:
-            renewed = renewed + (gl.load(p_words + j * 128),)
+    for j in gl.static_range(len(words)):
+        if is_late(j, len(words) - 2) == LATE:
+            word = gl.load(p_words + j * 128, mask=m_tile, other=0, cache_modifier=".cg")
+            renewed = renewed + (word,)
         else:
             renewed = renewed + (words[j],)
-    for j in gl.static_range(2):
-        if (16 * j + 15) // STAGE_PAIRS == STAGE:
-            renewed = renewed + (gl.load(p_words + (ENTRY_BITS + j) * 128),)
-        else:
-            renewed = renewed + (words[ENTRY_BITS + j],)
     return renewed
 
 
 @gluon.jit
-def make_ring(x_blocks, RING: gl.constexpr, DTYPE: gl.constexpr):
-    """The descriptor of the activations, places for blocks of them, and a barrier for each."""
-    TOKENS: gl.constexpr = x_blocks.block_shape[0]
-    BLOCK_INPUTS: gl.constexpr = x_blocks.block_shape[1]
-    places = gl.allocate_shared_memory(DTYPE, [RING, TOKENS, BLOCK_INPUTS], x_blocks.layout)
-    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
-    for place in gl.static_range(RING):
-        mbarrier.init(full.index(place), count=1)
-    return x_blocks, places, full
+def next_place(place):
+    """That of the unit after this one."""
+    input_tiles, row_block, tile = place
+    ends = (tile + 1 == input_tiles).to(gl.int32)
+    return input_tiles, row_block + ends, (tile + 1) * (1 - ends)
 
 
 @gluon.jit
-def start_copy(ring, block, wanted, token, k):
-    """Start the copy of a program's ``block``-th block of activations, from (token, k)."""
-    x_blocks, places, full = ring
-    place = block & (places.shape[0] - 1)
-    mbarrier.expect(full.index(place), x_blocks.nbytes_per_cta, wanted)
-    copy_block(x_blocks, [token, k], full.index(place), places.index(place), wanted)
-
-
-@gluon.jit
-def next_block(k, input_tiles, BLOCK_INPUTS: gl.constexpr):
-    """The k of the block of activations after that at ``k``: of the next tile, or the first."""
-    return gl.where(k + BLOCK_INPUTS < input_tiles * 512, k + BLOCK_INPUTS, 0)
-
-
-@gluon.jit
-def first_unit(program, programs, units, grain):
-    """The first unit of a program: a multiple of ``grain``, which divides ``units``."""
-    return program * (units // grain) // programs * grain
-
-
-@gluon.jit
-def tile_offset(row_block, tile, input_tiles, N, INDEX_BITS: gl.constexpr, WORDS: gl.constexpr):
-    """Where the first words of a unit are for every slot.
+def tile_pointers(weight, place, warp, HALF: gl.constexpr, HALVES: gl.constexpr, shape):
+    """At the tiles of a unit's half that warps have.
 
     Rows past the end are read again, and not written.
+
+    shape: (INDEX_BITS, WARPS).
     """
-    index = gl.arange(0, WORDS.shape[0], WORDS)
-    row_tile = gl.minimum(row_block * (WORDS.shape[0] // 128) + index // 128, (N + 15) // 16 - 1)
-    first = row_tile.to(gl.int64) * input_tiles + tile
-    return first * (INDEX_BITS * 128) + index % 128
+    p_tiles, N = weight
+    input_tiles, row_block, tile = place
+    row_tile = (row_block * HALVES + HALF) * shape[1] + warp
+    row_tile = gl.minimum(row_tile, (N + 15) // 16 - 1).to(gl.int64)
+    return p_tiles + (row_tile * input_tiles + tile) * (shape[0] * 128)
 
 
 @gluon.jit
-def multiply_tile(
+def prefetch_unit(weight, place, wanted, HALVES: gl.constexpr, shape):
+    """The tiles of a unit, if it is ``wanted``."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [shape[1]], [0])
+    thread = anew(gl.arange(0, 32 * shape[1], LANES))
+    for half in gl.static_range(HALVES):
+        p_tile = tile_pointers(weight, place, thread // 32, half, HALVES, shape)
+        prefetch(p_tile, (thread % 32 == 0) & wanted, prefetch_bytes(shape[0] * 512))
+
+
+@gluon.constexpr_function
+def frees_block(INPUT, BLOCK_INPUTS, HALF, HALVES):
+    """Whether a block has been multiplied for the last time when this stage is issued."""
+    return INPUT % BLOCK_INPUTS == 0 and (HALVES - 1 if INPUT else 0) == HALF
+
+
+@gluon.jit
+def multiply_half(
     acc,
     words,
     p_words,
-    table,
-    lane4,
+    next_words,
+    lookup,
     ring,
+    copies,
     block,
-    blocks,
-    token,
-    k,
-    input_tiles,
+    HALF: gl.constexpr,
+    HALVES: gl.constexpr,
     STAGE_INPUTS: gl.constexpr,
 ):
-    """acc + one tile per warp times its activations, and the words of the tile at ``p_words``.
+    """acc + one tile per warp times its activations, which begin with block number ``block``.
 
-    Also the number of the next block of activations, and the k of the block after that one, whose
-    copy has not been started.
+    Words are loaded a quarter of a tile before they are needed, all at once: whoever waits for one
+    waits for all. Returned are also those of the next tile, and what is left of ``copies``.
+
+    words: of the tile at ``p_words``, those that are not late.
+    next_words: at the next tile, and whether there is one.
     """
-    _, places, full = ring
+    table, lane4 = lookup
+    _, places, _ = ring
     MMA: gl.constexpr = acc.type.layout
-    RING: gl.constexpr = places.shape[0]
+    PLACES: gl.constexpr = places.shape[0]
     BLOCK_INPUTS: gl.constexpr = places.shape[2]
     for s in gl.static_range(512 // STAGE_INPUTS):
-        x = places.index(block & (RING - 1))
+        here = block + s * STAGE_INPUTS // BLOCK_INPUTS
+        x = places.index(here & (PLACES - 1))
         x = x.slice(s * STAGE_INPUTS % BLOCK_INPUTS, STAGE_INPUTS, dim=1)
-        if s * STAGE_INPUTS % BLOCK_INPUTS == 0:
-            mbarrier.wait(full.index(block & (RING - 1)), block // RING & 1)
+        if HALF == 0 and s * STAGE_INPUTS % BLOCK_INPUTS == 0:
+            wait_for(ring, here)
+        if s * STAGE_INPUTS == 128:
+            words = renew_words(words, p_words, True, True)
+        elif s * STAGE_INPUTS == 384:
+            words = renew_words(words, next_words[0], next_words[1], False)
         a = decode_stage(table, words, lane4, s, STAGE_INPUTS, places.dtype, MMA)
-        words = renew_words(words, p_words, s, STAGE_INPUTS)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])  # all but this stage
-        if s * STAGE_INPUTS % BLOCK_INPUTS == 0:
-            gl.barrier()  # All warps have multiplied the block before this one: its place is free.
-            start_copy(ring, block + RING - 1, block + RING - 1 < blocks, token, k)
-            k = next_block(k, input_tiles, BLOCK_INPUTS)
-        if (s + 1) * STAGE_INPUTS % BLOCK_INPUTS == 0:
-            block += 1
-    return acc, words, block, k
+        # Once all warps are here, the block before this one has been multiplied with all halves.
+        if frees_block(s * STAGE_INPUTS, BLOCK_INPUTS, HALF, HALVES):
+            gl.barrier()
+            copies = start_copy(ring, here + PLACES - 1, copies)
+    return acc, words, copies
 
 
 @gluon.jit
-def write_sums(acc, row_block, begins, whole, token, output, p_sums, DTYPE: gl.constexpr):
-    """Write y of a whole row block, or the program's sums of one that it shares.
+def multiply_unit(
+    sums, words, weight, place, more, lookup, ring, copies, block, shape, STAGE_INPUTS: gl.constexpr
+):
+    """sums + a unit, of every half; also the words of the unit after it, and ``copies``.
 
-    Of two row blocks that it may share with others, the one that it does not begin comes first.
+    more: whether there is one after it.
     """
-    ROWS: gl.constexpr = acc.shape[0]
-    TOKENS: gl.constexpr = acc.shape[1]
-    n = gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout))
-    m = gl.arange(0, TOKENS, gl.SliceLayout(0, acc.type.layout))
-    if whole:
-        p_row_norms, p_bias, p_y, M, N, has_bias = output
-        n += row_block * ROWS
-        write(acc, n, token + m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)
-    else:
-        program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-        p_shared = p_sums + (program * 2 + begins.to(gl.int32)).to(gl.int64) * (TOKENS * ROWS)
-        gl.store(p_shared + m.expand_dims(0) * ROWS + n.expand_dims(1), acc)
+    _, lane4 = lookup
+    HALVES: gl.constexpr = len(sums)
+    index = gl.arange(0, shape[1] * 128, lane4.type.layout)
+    warp, word = gl.max_constancy(anew(index // 128), 128), index % 128
+    p_words = tile_pointers(weight, place, warp, 0, HALVES, shape) + word
+    added = ()
+    for half in gl.static_range(HALVES):
+        if half + 1 < HALVES:
+            next_words = (tile_pointers(weight, place, warp, half + 1, HALVES, shape) + word, True)
+        else:
+            p_next = tile_pointers(weight, next_place(place), warp, 0, HALVES, shape)
+            next_words = (p_next + word, more)
+        acc, words, copies = multiply_half(
+            sums[half],
+            words,
+            p_words,
+            next_words,
+            lookup,
+            ring,
+            copies,
+            block,
+            half,
+            HALVES,
+            STAGE_INPUTS,
+        )
+        added = added + (acc,)
+        p_words = next_words[0]
+    return added, words, copies
+
+
+@gluon.jit
+def no_sums(SHAPE: gl.constexpr, MMA: gl.constexpr, HALVES: gl.constexpr):
+    """Zeros, for every half."""
+    sums = ()
+    for _ in gl.static_range(HALVES):
+        sums = sums + (gl.zeros(SHAPE, gl.float32, MMA),)
+    return sums
+
+
+@gluon.jit
+def complete(sums):
+    """``sums``, once all products are in them."""
+    completed = ()
+    for half in gl.static_range(len(sums)):
+        completed = completed + (warpgroup_mma_wait(0, deps=[sums[half]]),)
+    return completed
+
+
+@gluon.jit
+def write_rows(sums, row_block, token, output, DTYPE: gl.constexpr):
+    """y of a whole row block; ``output``: the kernel's arguments of these names."""
+    p_row_norms, p_bias, p_y, M, N, has_bias = output
+    ROWS: gl.constexpr = sums[0].shape[0]
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, sums[0].type.layout))
+    m = gl.arange(0, sums[0].shape[1], gl.SliceLayout(0, sums[0].type.layout))
+    for half in gl.static_range(len(sums)):
+        first = (row_block * len(sums) + half) * ROWS
+        write(
+            sums[half],
+            first + anew(n),
+            token + anew(m),
+            p_row_norms,
+            p_bias,
+            p_y,
+            M,
+            N,
+            has_bias,
+            DTYPE,
+        )
 
 
 @gluon.jit(
@@ -227,8 +305,9 @@ def wide_gemm_kernel(
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
-    RING: gl.constexpr,
+    PLACES: gl.constexpr,
     STAGE_INPUTS: gl.constexpr,
+    HALVES: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
 ):
@@ -239,12 +318,14 @@ def wide_gemm_kernel(
 
     x_blocks: descriptor of x [M, K], swapped, for blocks [TOKENS, BLOCK_INPUTS]; zeros past
         its ends.
-    p_sums: float32, see :func:`add_sums_kernel`.
+    p_sums: float32, see :mod:`qamw_kernels.ops.gluon.sums_kernels`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
-    RING: blocks of activations in shared memory, a power of 2.
+    PLACES: for blocks of activations, a power of 2; with two halves, room for 512 inputs.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
+    ROWS: gl.constexpr = WARPS * HALVES * 16
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
@@ -253,93 +334,53 @@ def wide_gemm_kernel(
     )
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
-    ring = make_ring(x_blocks, RING, DTYPE)
+    ring = make_ring(x_blocks, PLACES, DTYPE)
 
+    gdc_launch_dependents()
     input_tiles = (K + 511) // 512
-    units = (N + WARPS * 16 - 1) // (WARPS * 16) * input_tiles
+    units = (N + ROWS - 1) // ROWS * input_tiles
     first = first_unit(gl.program_id(0), gl.num_programs(0), units, grain)
     last = first_unit(gl.program_id(0) + 1, gl.num_programs(0), units, grain)
     first_block = first // input_tiles
-    tile = first - first_block * input_tiles
-    token = gl.program_id(1) * TOKENS
-    start_copy(ring, 0, True, token, tile * 512)
-    k = next_block(tile * 512, input_tiles, BLOCK_INPUTS)
+    weight = (p_tiles, N)
+    place = (input_tiles, first_block, first - first_block * input_tiles)
+    # Two units on their way to L2: that which is loaded next, and one more.
+    prefetch_unit(weight, place, True, HALVES, SHAPE)
+    prefetch_unit(weight, next_place(place), first + 1 < last, HALVES, SHAPE)
+    end = (last + input_tiles - 1) // input_tiles
+    prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    slot = gl.arange(0, WARPS * 128, WORDS)
+    p_tile = tile_pointers(weight, place, slot // 128, 0, HALVES, SHAPE)
+    words = no_words(slot, INDEX_BITS)
+    words = renew_words(words, p_tile + slot % 128, True, False)
     gl.barrier()
+    gdc_wait()
 
-    lane4 = gl.arange(0, WARPS * 128, WORDS) // 4 % 32 * 4
-    o_words = tile_offset(first_block, tile, input_tiles, N, INDEX_BITS, WORDS)
-    words = load_words(p_tiles + o_words, True, INDEX_BITS, True)
+    token = gl.program_id(1) * TOKENS
+    BLOCKS: gl.constexpr = 512 // BLOCK_INPUTS  # of a unit
+    copies = (token, (last - first) * BLOCKS, input_tiles, place[2] * 512)
+    for i in gl.static_range(PLACES - 1):
+        copies = start_copy(ring, i, copies)
+    lookup = (table, slot // 4 % 32 * 4)
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
-    block, blocks = 0, (last - first) * (512 // BLOCK_INPUTS)
-    for row_block in range(first_block, (last + input_tiles - 1) // input_tiles):
+    for row_block in range(first_block, end):
         start = row_block * input_tiles
-        begin, end = gl.maximum(first, start), gl.minimum(last, start + input_tiles)
-        acc = gl.zeros([WARPS * 16, TOKENS], gl.float32, MMA)
-        for unit in range(begin, end):
-            # The words of the unit after this; after the last one, some that exist.
-            ends = (unit + 1 == end).to(gl.int32)
-            tile = (unit + 1 - start) * (1 - ends)
-            o_words = tile_offset(row_block + ends, tile, input_tiles, N, INDEX_BITS, WORDS)
-            p_words = p_tiles + o_words
-            acc, words, block, k = multiply_tile(
-                acc,
-                words,
-                p_words,
-                table,
-                lane4,
-                ring,
-                block,
-                blocks,
-                token,
-                k,
-                input_tiles,
-                STAGE_INPUTS,
+        begin, stop = gl.maximum(first, start), gl.minimum(last, start + input_tiles)
+        sums = no_sums([WARPS * 16, TOKENS], MMA, HALVES)
+        for unit in range(begin, stop):
+            place = (input_tiles, row_block, anew(unit - start))
+            ahead = next_place(next_place(place))
+            prefetch_unit(weight, ahead, unit + 2 < last, HALVES, SHAPE)
+            more, block = unit + 1 < last, anew((unit - first) * BLOCKS)
+            sums, words, copies = multiply_unit(
+                sums, words, weight, place, more, lookup, ring, copies, block, SHAPE, STAGE_INPUTS
             )
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        whole = end - begin == input_tiles
-        write_sums(acc, row_block, begin == start, whole, token, output, p_sums, DTYPE)
-
-
-@gluon.jit(
-    do_not_specialize=["M", "N", "has_bias", "programs", "TOKENS"],
-    do_not_specialize_on_alignment=["p_bias"],
-)
-def add_sums_kernel(
-    p_sums,
-    p_row_norms,
-    p_bias,
-    p_y,
-    M,
-    N,
-    K,
-    has_bias,
-    programs,
-    TOKENS,
-    DTYPE: gl.constexpr,
-    ROWS: gl.constexpr,
-):
-    """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
-
-    Program (i, j) has row block i, of ROWS rows, and 8 tokens.
-
-    p_sums: [token groups, programs, 2, TOKENS, ROWS] float32. A program that ends a row block, but
-        did not start it, has its sums of it in the first place, otherwise in the second.
-    """
-    LAYOUT: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, 4], [0, 1])
-    row_block, group = gl.program_id(0), gl.program_id(1) * 8 // TOKENS
-    input_tiles = (K + 511) // 512
-    units = (N + ROWS - 1) // ROWS * input_tiles
-    start = row_block * input_tiles
-    first = ((start + 1) * programs - 1) // units
-    last = ((start + input_tiles) * programs - 1) // units
-    if first < last:
-        n = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        m = gl.program_id(1) * 8 + gl.arange(0, 8, gl.SliceLayout(0, LAYOUT))
-        o_sums = (m % TOKENS).expand_dims(0) * ROWS + n.expand_dims(1)
-        y = gl.zeros([ROWS, 8], gl.float32, LAYOUT)
-        for program in range(first, last + 1):
-            place = (first_unit(program, programs, units, 1) <= start).to(gl.int32)
-            shared = ((group * programs + program) * 2 + place).to(gl.int64)
-            y += gl.load(p_sums + shared * (TOKENS * ROWS) + o_sums)
-        write(y, row_block * ROWS + n, m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)
+        sums = complete(sums)
+        if stop - begin == input_tiles:
+            write_rows(sums, row_block, token, output, DTYPE)
+        else:
+            # Of two row blocks that it may share, the one that it does not begin comes first.
+            program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
+            which = (program * 2 + (begin == start).to(gl.int32)).to(gl.int64)
+            store_sums(sums, p_sums + which * (TOKENS * ROWS))

@@ -4,6 +4,7 @@ It needs compute capability 9.0, and a Triton that can compile the kernel: 3.7.1
 """
 
 import functools
+import importlib
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,11 +17,9 @@ from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
 MAX_TOKENS = 512  # of a GPU that was not measured
-WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
-WARPS = 1 << len(WARP_BASES)
-ROWS = TILE_ROWS * WARPS  # of a row block
-RING = 2  # blocks of activations in shared memory: one is multiplied, one on its way
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
+PLACES = 4  # for blocks of activations in shared memory
+ADDED_ROWS = 128  # by a program of the kernel that adds up
 
 
 class Tile(NamedTuple):
@@ -28,32 +27,40 @@ class Tile(NamedTuple):
 
     Attributes:
         stage_inputs: decoded at once: 32 takes fewer registers, 64 fewer barriers.
+        log_warps: log2 of its warps.
+        halves: row tiles that a warp has of a row block.
         programs: on a multiprocessor, where their shared memory fits.
     """
 
     stage_inputs: int
-    programs: int
+    log_warps: int
+    halves: int = 1
+    programs: int = 1
 
 
-TILES = {16: Tile(64, 2), 32: Tile(32, 2), 64: Tile(64, 1), 128: Tile(64, 1)}
+TILES = {
+    16: Tile(32, 3, programs=2),
+    32: Tile(32, 3, programs=2),
+    64: Tile(32, 3, halves=2),
+    128: Tile(32, 3, halves=2),
+}
 """By the tokens that a program has. Nothing is spilled with these."""
 
 ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
 
 
-def _load_kernels() -> ModuleType | None:
-    """:mod:`qamw_kernels.ops.gluon.wide_kernels`, where it can be compiled."""
+def _load(name: str) -> ModuleType | None:
+    """A module beside this one, where its kernels can be compiled."""
     if not table.HAS_GATHER:
         return None
     try:
-        from qamw_kernels.ops.gluon import wide_kernels
+        return importlib.import_module(f"{__package__}.{name}")
     except ImportError:
         return None
-    return wide_kernels
 
 
-kernels = _load_kernels()
+kernels, sums_kernels = _load("wide_kernels"), _load("sums_kernels")
 
 
 class Share(NamedTuple):
@@ -71,10 +78,10 @@ class Share(NamedTuple):
 @functools.cache
 def share_out(row_blocks: int, input_tiles: int, programs: int) -> Share:
     """The share that lets the busiest of at most ``programs`` programs end first."""
-    split = triton.cdiv(row_blocks * input_tiles, programs) + ADDING_UNITS
-    if triton.cdiv(row_blocks, programs) * input_tiles <= split:
+    most = triton.cdiv(row_blocks * input_tiles, programs)  # units of a program
+    if triton.cdiv(row_blocks, programs) * input_tiles <= most + ADDING_UNITS:
         return Share(min(programs, row_blocks), input_tiles)
-    return Share(min(programs, row_blocks * input_tiles), 1)
+    return Share(triton.cdiv(row_blocks * input_tiles, most), 1)  # no more than that takes
 
 
 class Grid(NamedTuple):
@@ -93,16 +100,18 @@ class Grid(NamedTuple):
     adds: bool
 
 
-def grid(
-    num_tokens: int, num_rows: int, input_tiles: int, index_bits: int, processor: Processor
-) -> Grid:
-    """The programs that multiply so many tokens with a weight."""
-    tokens = tokens_of(num_tokens)
-    programs = programs_per_processor(index_bits, tokens, processor.shared_memory)
-    programs *= processor.multiprocessors
-    groups = triton.cdiv(num_tokens, tokens)
-    share = share_out(triton.cdiv(num_rows, ROWS), input_tiles, max(programs // groups, 1))
-    return Grid(tokens, groups, share, share.grain < input_tiles and share.programs > 1)
+class Shape(NamedTuple):
+    """Of a program.
+
+    Attributes:
+        tile: how it multiplies.
+        rows: of a row block.
+        block_inputs: of the blocks of activations.
+    """
+
+    tile: Tile
+    rows: int
+    block_inputs: int
 
 
 def tokens_of(num_tokens: int) -> int:
@@ -110,23 +119,42 @@ def tokens_of(num_tokens: int) -> int:
     return next((tokens for tokens in TILES if num_tokens <= tokens), max(TILES))
 
 
-def programs_per_processor(index_bits: int, tokens: int, shared_memory: int) -> int:
-    """Programs that a multiprocessor runs at once."""
-    programs = TILES[tokens].programs
-    return programs if block_inputs(index_bits, tokens, programs, shared_memory) else 1
-
-
-def block_inputs(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
-    """Inputs of a block of activations: as many as fit beside the table; 0 if too few do.
+@functools.cache
+def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
+    """The shape of the programs that have so many tokens.
 
     Args:
-        programs: that share a multiprocessor.
-        shared_memory: bytes that one program may have, if it is alone.
+        shared_memory: bytes that one program may have, if it is alone on its multiprocessor.
     """
+    tile = TILES[tokens]
+    inputs = _inputs_beside_table(index_bits, tokens, tile.programs, shared_memory)
+    if tile.programs > 1 and inputs < TILE_INPUTS:
+        tile = tile._replace(programs=1)
+        inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
+    if inputs < TILE_INPUTS:  # two halves multiply the activations of a whole tile
+        tile = tile._replace(halves=1)
+    rows = TILE_ROWS * tile.halves << tile.log_warps
+    return Shape(tile, rows, min(inputs // PLACES, TILE_INPUTS))
+
+
+def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
+    """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + 8 * RING
-    fitting = free // (2 * tokens * RING)
-    return min(1 << fitting.bit_length() - 1, TILE_INPUTS) if fitting >= 64 else 0
+    free -= table.table_bytes(index_bits) + 8 * PLACES
+    return 1 << max(free // (2 * tokens), 1).bit_length() - 1
+
+
+def grid(
+    num_tokens: int, num_rows: int, input_tiles: int, index_bits: int, processor: Processor
+) -> Grid:
+    """The programs that multiply so many tokens with a weight."""
+    tokens = tokens_of(num_tokens)
+    shape = shape_of(index_bits, tokens, processor.shared_memory)
+    programs = shape.tile.programs * processor.multiprocessors
+    groups = triton.cdiv(num_tokens, tokens)
+    row_blocks = triton.cdiv(num_rows, shape.rows)
+    share = share_out(row_blocks, input_tiles, max(programs // groups, 1))
+    return Grid(tokens, groups, share, share.grain < input_tiles and share.programs > 1)
 
 
 @functools.cache
@@ -142,18 +170,22 @@ def constants(
         tokens: of one program.
         shared_memory: bytes that one program may have.
     """
-    programs = programs_per_processor(index_bits, tokens, shared_memory)
+    shape = shape_of(index_bits, tokens, shared_memory)
+    tile, warps = shape.tile, 1 << shape.tile.log_warps
     return {
         "INDEX_BITS": index_bits,
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
-        "BLOCK_INPUTS": block_inputs(index_bits, tokens, programs, shared_memory),
-        "RING": RING,
-        "STAGE_INPUTS": TILES[tokens].stage_inputs,
-        "WARPS": WARPS,
-        "WARP_BASES": WARP_BASES,
-        "num_warps": WARPS,
-        "maxnreg": table.REGISTERS[programs],
+        "BLOCK_INPUTS": shape.block_inputs,
+        "PLACES": PLACES,
+        "STAGE_INPUTS": tile.stage_inputs,
+        "HALVES": tile.halves,
+        "WARPS": warps,
+        # A warp has 128 of the words that a program loads at once.
+        "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
+        "num_warps": warps,
+        "maxnreg": table.registers(warps * tile.programs),
+        "launch_pdl": True,
     }
 
 
@@ -166,13 +198,6 @@ def descriptor_layout(block_shape: tuple[int, int], dtype: torch.dtype) -> Any:
     return gl.NVMMASharedLayout.get_default_for(list(block_shape), gl_dtype)
 
 
-def runs_on(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> bool:
-    """Whether a processor has the kernel, for activations of ``dtype``."""
-    if kernels is None or processor is None or processor.compute_capability != 90:
-        return False
-    return table.fits(dtype, index_bits, processor)
-
-
 def fits(
     num_tokens: int,
     num_inputs: int,
@@ -181,7 +206,8 @@ def fits(
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
-    return runs_on(dtype, index_bits, processor)
+    hopper = processor is not None and processor.compute_capability == 90
+    return hopper and kernels is not None and table.fits(dtype, index_bits, processor)
 
 
 def gemm(
@@ -203,11 +229,12 @@ def gemm(
     (num_tokens, num_inputs), num_rows = rotated.shape, weight.num_rows
     input_tiles, index_bits = weight.tiles.shape[1], weight.index_bits
     tokens, groups, share, adds = grid(num_tokens, num_rows, input_tiles, index_bits, processor)
+    chosen = constants(index_bits, rotated.dtype, tokens, processor.shared_memory)
+    shape = shape_of(index_bits, tokens, processor.shared_memory)
     sums = weight.row_norms  # of the right type; nothing is written to it
     if adds:
-        shape = (groups, share.programs, 2, tokens, ROWS)
-        sums = torch.empty(shape, dtype=torch.float32, device=y.device)
-    chosen = constants(index_bits, rotated.dtype, tokens, processor.shared_memory)
+        room = (groups, share.programs, 2, tokens * shape.rows)
+        sums = torch.empty(room, dtype=torch.float32, device=y.device)
     block_shape = (tokens, chosen["BLOCK_INPUTS"])
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
@@ -228,11 +255,19 @@ def gemm(
         **chosen,
     )
     if adds:
-        add_sums(sums, weight, bias, y, launcher)
+        add_sums(sums, tokens, shape, weight, bias, y, launcher)
+
+
+def sum_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of the kernel that adds up, and options of its compiler."""
+    options = {"num_warps": 4, "launch_pdl": True}
+    return {"DTYPE": TL_DTYPES[dtype], "ROWS": ADDED_ROWS, **options}
 
 
 def add_sums(
     sums: torch.Tensor,
+    tokens: int,
+    shape: Shape,
     weight: TiledWeight,
     bias: torch.Tensor | None,
     y: torch.Tensor,
@@ -241,12 +276,13 @@ def add_sums(
     """Launch the kernel that adds up the row blocks that programs share.
 
     Args:
-        sums: [groups of tokens, programs, 2, tokens, ROWS] float32.
+        sums: [groups of tokens, programs, 2, tokens * rows of a block] float32.
+        tokens, shape: of the programs.
     """
-    assert kernels is not None
+    assert sums_kernels is not None
     launcher.launch(
-        kernels.add_sums_kernel,
-        (triton.cdiv(weight.num_rows, ROWS), triton.cdiv(len(y), 8)),
+        sums_kernels.add_sums_kernel,
+        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 8)),
         sums,
         weight.row_norms,
         y if bias is None else bias,
@@ -256,8 +292,8 @@ def add_sums(
         weight.num_inputs,
         int(bias is not None),
         sums.shape[1],
-        sums.shape[3],
-        DTYPE=TL_DTYPES[y.dtype],
-        ROWS=ROWS,
-        num_warps=4,
+        tokens,
+        1 << shape.tile.log_warps,
+        shape.tile.halves,
+        **sum_constants(y.dtype),
     )

@@ -245,7 +245,7 @@ def rotate(
     if x.numel() == 0:
         return out
     processor = launcher.processor(x.device)
-    early = processor is not None and not swapped and narrow_launch.begins_early(processor)
+    early = processor is not None and narrow_launch.begins_early(processor)
     constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     num_blocks = x.numel() // rotation_block_size
     grid = (
