@@ -1,0 +1,110 @@
+# mypy: ignore-errors
+"""The narrow kernel for mixtures of experts: see :mod:`qamw_kernels.ops.gluon.narrow_kernels`.
+
+The work is a list of runs of row tiles, one for every block of tokens, in the order of the blocks
+(see :mod:`qamw_kernels.ops.routing`). How long it is only the device knows: a fixed number of
+programs share it out evenly. A program that goes on with the next block keeps its table, and
+changes the expert's weight and the tokens.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from qamw_kernels.ops.gluon.look_up import load_quadrant
+from qamw_kernels.ops.gluon.narrow_kernels import make_shared, multiply_run, prefetch_run
+
+
+@gluon.jit
+def share_of_program(units):
+    """The first of a program's units, and the first of the next program's."""
+    begin = gl.program_id(0) * units // gl.num_programs(0)
+    return begin, (gl.program_id(0) + 1) * units // gl.num_programs(0)
+
+
+@gluon.jit
+def run_of_block(block, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N):
+    """The first and the last row tile that a program has of a block, and where its expert is.
+
+    None of an expert of another rank, nor of a block behind the program's last one.
+    """
+    begin, end = share
+    turns = (row_tiles + at_once - 1) // at_once
+    last_block = gl.maximum(end - 1, begin) // turns
+    expert = gl.load(p_experts + gl.minimum(block, last_block))
+    first = gl.maximum(begin - block * turns, 0) * at_once
+    last = gl.minimum((end - block * turns) * at_once, row_tiles)
+    last = gl.where(expert < 0, first, last)
+    expert = gl.maximum(expert, 0).to(gl.int64)
+    return first, last, p_tiles + expert * expert_size, p_row_norms + expert * N
+
+
+@gluon.jit(do_not_specialize=["num_slots", "slots_per_token", "N", "at_once", "batch"])
+def routed_narrow_gemm_kernel(
+    p_x,
+    p_tiles,
+    p_row_norms,
+    p_quadrant,
+    p_slots,
+    p_experts,
+    p_num_sorted,
+    p_y,
+    num_slots,
+    slots_per_token,
+    N,
+    K,
+    at_once,
+    batch,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARP_BASES: gl.constexpr,
+    SLOTS: gl.constexpr,
+    AHEAD: gl.constexpr,
+    DEPENDENT: gl.constexpr,
+):
+    """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
+
+    Blocks have 8 slots. See :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for
+    the other arguments, and :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for these.
+    Everything but x was written before the kernel that writes x began.
+    """
+    row_tiles, input_tiles = (N + 15) // 16, (K + 511) // 512
+    slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
+    expert_size = row_tiles.to(gl.int64) * input_tiles * (INDEX_BITS * 128)
+    turns = (row_tiles + at_once - 1) // at_once
+    share = share_of_program(gl.load(p_num_sorted) // 8 * turns)
+    begin, end = share
+    first, last, p_expert, p_norms = run_of_block(
+        begin // turns, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
+    )
+    weight = (p_expert, input_tiles, slices, at_once, batch, last)
+    ahead = prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+    shared = make_shared(SLOTS, INDEX_BITS, WARPS)
+    shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
+    gl.barrier()
+    if DEPENDENT:
+        gdc_wait()
+    for block in range(begin // turns, (end + turns - 1) // turns):
+        if first < last:
+            multiply_run(
+                shared,
+                first,
+                ahead,
+                (p_expert, input_tiles, slices, at_once, batch, last),
+                p_x,
+                (p_slots + block * 8, num_slots),
+                slots_per_token,
+                (p_norms, p_y, p_y, N, 0),  # no bias
+                K,
+                INDEX_BITS,
+                DTYPE,
+                WARPS,
+                WARP_BASES,
+                AHEAD,
+            )
+        first, last, p_expert, p_norms = run_of_block(
+            block + 1, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
+        )
+        weight = (p_expert, input_tiles, slices, at_once, batch, last)
+        ahead = prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
