@@ -36,12 +36,13 @@ def experts_of(
 
 
 def route(chosen: torch.Tensor, block_size: int) -> Routing:
-    """As of :func:`sort_slots`; blocks behind the last have experts that are not there."""
+    """All slots, those of other ranks too; blocks behind the last have experts that cannot be."""
+    routing = sort_slots(chosen, block_size, 6)
     numbers = [HERE.index(expert) if expert in HERE else -1 for expert in range(6)]
-    routing = sort_slots(chosen, block_size, 6, torch.tensor(numbers, dtype=torch.int32))
-    unused = int(routing.num_sorted) // block_size
-    routing.experts[unused:] = 1 << 20
-    return routing
+    used = int(routing.num_sorted) // block_size
+    experts = torch.full_like(routing.experts, 1 << 20)
+    experts[:used] = torch.tensor(numbers, dtype=torch.int32)[routing.experts[:used]]
+    return routing._replace(experts=experts)
 
 
 CASES: dict[str, tuple[list[list[int]], int, int, int, int, torch.dtype, int | None]] = {
@@ -65,7 +66,7 @@ def test_ptx_is_right(case: Any) -> None:
     launcher = PtxLauncher(3, seed)
     routing = route(chosen, 8)
     processor = launcher.processor(y.device)
-    routed_launch.gemm_narrow(x, weight, routing, y, processor, launcher)
+    routed_launch.gemm(x, weight, routing, y, processor, launcher)
     expected = torch.zeros(y.shape, dtype=torch.float64)
     for slot, expert in enumerate(chosen.flatten().tolist()):
         if expert in HERE:

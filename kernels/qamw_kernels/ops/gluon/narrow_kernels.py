@@ -4,19 +4,17 @@
 
 What few tokens cost is waiting, so everything here is about beginning early and ending soon. One
 program has a multiprocessor, and so one table and one copy of the activations. A warp has half a
-tile: the same 256 inputs of row tiles of its program, whose activations it keeps in its registers.
-Where there are fewer inputs than warps for them, several row tiles are multiplied at once. Nothing
-but index words is read in the loop, and those are fetched into L2 turns before. What the warps have
-summed is added up once for many row tiles, so that they seldom wait for each other.
-
-Experts take turns: a program has a share of the row tiles of all blocks of tokens, which are sorted
-by expert, and only the activations change with the block.
+tile: the same 256 inputs of all row tiles of its program, whose activations it keeps in its
+registers. Nothing but index words is read in the loop, and those are fetched into L2 turns before.
+What the warps have summed is added up once for many row tiles, so that they seldom wait for each
+other. Experts have fewer inputs: with :mod:`qamw_kernels.ops.gluon.routed_kernels` warps multiply
+several row tiles at once.
 
 These go together through the functions below:
 
 - ``turn``: of the loop: (row tile, slice of the inputs, first row tile of the batch).
-- ``weight``: (at its tiles, input tiles, slices, row tiles at once, row tiles of a batch, end of
-  the row tiles).
+- ``weight``: (at its tiles, input tiles, slices, warps of a row tile, row tiles at once, row tiles
+  of a batch, end of the row tiles).
 - ``place``: of a thread: (in a tile, at its token, row tile of those at once, half tile of the
   slice, 4 * lane).
 """
@@ -26,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
+from qamw_kernels.ops.gluon.prefetch import prefetch, prefetch_bytes, prefetch_rows
 
 CHUNKS = gl.constexpr(8)  # of half a tile
 
@@ -48,7 +47,7 @@ else:  # Triton 3.8 and older
 def next_turn(turn, weight):
     """The turn after this one."""
     row_tile, s, first = turn
-    _, _, slices, at_once, batch, end = weight
+    _, _, slices, _, at_once, batch, end = weight
     stop = gl.minimum(first + batch, end)
     row_tile += at_once
     s = gl.where(row_tile >= stop, s + 1, s)
@@ -59,30 +58,32 @@ def next_turn(turn, weight):
 
 
 @gluon.jit
-def prefetch(p, m, ASM: gl.constexpr):
-    """Bring to L2 what is at the pointers ``p`` where ``m``, by one instruction with address $1."""
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p " + ASM + " mov.b32 $0, 0; }",
-        "=r,l,r",
-        [p, m.to(gl.int32)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.constexpr_function
-def prefetch_bytes(BYTES):
-    """PTX of a prefetch of so many bytes."""
-    return f"cp.async.bulk.prefetch.L2.global [$1], {BYTES};"
+def seat_of(warp, weight, WARPS: gl.constexpr):
+    """Which row tile and which half tile a warp has; one that is left over has no inputs."""
+    _, _, _, each, at_once, _, _ = weight
+    half = gl.where(warp < each * at_once, warp % each, WARPS * 1024)
+    return gl.minimum(warp // each, at_once - 1), half
 
 
 @gluon.jit
-def seat_of(warp, at_once, K, WARPS: gl.constexpr):
-    """Which row tile and which half tile a warp has; one that is left over has no inputs."""
-    each = gl.minimum((K + 255) // 256, WARPS)
-    half = gl.where(warp < each * at_once, warp % each, WARPS * 1024)
-    return gl.minimum(warp // each, at_once - 1), half
+def tiles_of_turn(turn, weight, INDEX_BITS: gl.constexpr):
+    """At the first tile of the row tile that a turn begins with, the same for all threads."""
+    p_tiles, input_tiles, _, _, _, _, end = weight
+    row_tile = gl.minimum(turn[0], end - 1).to(gl.int64)
+    return p_tiles + row_tile * input_tiles * (INDEX_BITS * 128)
+
+
+@gluon.jit
+def tile_of_seat(turn, sub, half, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Where the tile of a warp is, from there on.
+
+    Instead of tiles past the end others are read: the activations of such inputs are zeros, and
+    such rows are not written.
+    """
+    _, input_tiles, _, _, _, _, end = weight
+    row_tile = gl.where(turn[0] + sub < end, sub, 0)
+    tile = gl.minimum(turn[1] * (WARPS // 2) + (half >> 1), input_tiles - 1)
+    return (row_tile * input_tiles + tile) * (INDEX_BITS * 128)
 
 
 @gluon.jit
@@ -91,42 +92,36 @@ def prefetch_turn(turn, weight, K, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr
 
     Where the inputs end in its first half, the entries of that half are all that is asked for.
     """
-    p_tiles, input_tiles, _, at_once, _, end = weight
+    end = weight[6]
     thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    sub, half = seat_of(thread // 32, at_once, K, WARPS)
-    row_tile, first = turn[0] + sub, turn[1] * WARPS + half
-    m_thread = (thread % 32 == 0) & (half % 2 == 0) & (row_tile < end) & (first // 2 < input_tiles)
-    p_tile = p_tiles + (row_tile.to(gl.int64) * input_tiles + first // 2) * (INDEX_BITS * 128)
+    sub, half = seat_of(thread // 32, weight, WARPS)
+    sub = gl.where((thread % 32 == 0) & ((half & 1) == 0), sub, 1 << 20)  # nobody else has a tile
+    first = turn[1] * WARPS + half
+    p_tile = tiles_of_turn(turn, weight, INDEX_BITS)
+    p_tile += tile_of_seat(turn, sub, half, weight, INDEX_BITS, WARPS)
+    m_tile = (turn[0] + sub < end) & (first * 256 < K)
     whole = (first + 1) * 256 < K
-    prefetch(p_tile, m_thread & whole, prefetch_bytes(INDEX_BITS * 512))
-    prefetch(p_tile, m_thread & (whole == 0), prefetch_bytes((INDEX_BITS - 1) // 2 * 512))
-
-
-@gluon.jit
-def prefetch_rows(p_rows, begin, end, WARPS: gl.constexpr):
-    """Values of rows that are needed last: row norms or biases."""
-    row = begin + 8 * gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    prefetch(p_rows + row, row < end, "prefetch.global.L2 [$1];")
+    prefetch(p_tile, m_tile & whole, prefetch_bytes(INDEX_BITS * 512))
+    prefetch(p_tile, m_tile & (whole == 0), prefetch_bytes((INDEX_BITS - 1) // 2 * 512))
 
 
 @gluon.jit
 def load_words(turn, weight, place, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
     """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
 
-    They are read once, and take no room in L1 (.cg). Tiles past the end are read as the last ones:
-    the activations of those inputs are zeros, and such rows are not written.
+    They are read once, and take no room in L1 (.cg).
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    p_tiles, input_tiles, _, _, _, end = weight
     word, _, sub, half, _ = place
-    row_tile = gl.minimum(turn[0] + sub, end - 1).to(gl.int64)
-    tile = gl.minimum((turn[1] * WARPS + half) // 2, input_tiles - 1)
-    p_words = p_tiles + word + (row_tile * input_tiles + tile) * (INDEX_BITS * 128)
-    p_half = p_words + half % 2 * (ENTRY_BITS // 2 * 128)
+    p_row_tile = tiles_of_turn(turn, weight, INDEX_BITS)
+    o_tile = word + tile_of_seat(turn, sub, half, weight, INDEX_BITS, WARPS)
+    # One sum of 32 bits for each pointer: parts that stay would take two registers each.
+    p_half = p_row_tile + (o_tile + (half & 1) * (ENTRY_BITS // 2 * 128))
+    p_signs = p_row_tile + (o_tile + (ENTRY_BITS + (half & 1)) * 128)
     words = ()
     for j in gl.static_range((ENTRY_BITS + 1) // 2):
         words = words + (gl.load(p_half + j * 128, cache_modifier=".cg"),)
-    return words + (gl.load(p_words + (ENTRY_BITS + half % 2) * 128, cache_modifier=".cg"),)
+    return words + (gl.load(p_signs, cache_modifier=".cg"),)
 
 
 @gluon.jit
@@ -204,7 +199,7 @@ def multiply_half(
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     _, _, _, half, lane4 = place
-    words = align(raw, half % 2, ENTRY_BITS)
+    words = align(raw, half & 1, ENTRY_BITS)
     signs = raw[(ENTRY_BITS + 1) // 2]
     p_half, chunks = half_tile(place, turn[1], K, WARPS)
     new_chunks = gl.where(turn[1] != s, chunks, 0)
@@ -239,7 +234,6 @@ def write_sums(
     first_row_tile,
     tokens,
     output,
-    K,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -249,9 +243,8 @@ def write_sums(
     output: the kernel's arguments of these names.
     """
     p_row_norms, p_bias, p_y, N, has_bias = output
-    _, _, slices, at_once, _, _ = weight
+    _, _, slices, each, at_once, _, _ = weight
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    each = gl.minimum((K + 255) // 256, WARPS)
     slots_of_slice = (row_tiles + at_once - 1) // at_once
     for first in range(0, row_tiles * 128, 32 * WARPS):
         e = first + gl.arange(0, 32 * WARPS, OUT)
@@ -285,20 +278,18 @@ def make_shared(SLOTS: gl.constexpr, INDEX_BITS: gl.constexpr, WARPS: gl.constex
 def prefetch_run(
     begin, weight, p_row_norms, N, K, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr, AHEAD: gl.constexpr
 ):
-    """What the first AHEAD turns read, and the row norms of all; the turn after those."""
-    ahead = (begin, gl.to_tensor(0), begin)
+    """What the first AHEAD turns read, and the row norms of all."""
+    turn = (begin, gl.to_tensor(0), begin)
     for _ in gl.static_range(AHEAD):
-        prefetch_turn(ahead, weight, K, INDEX_BITS, WARPS)
-        ahead = next_turn(ahead, weight)
-    prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[5] * 16, N), WARPS)
-    return ahead
+        prefetch_turn(turn, weight, K, INDEX_BITS, WARPS)
+        turn = next_turn(turn, weight)
+    prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[6] * 16, N), WARPS)
 
 
 @gluon.jit
 def multiply_run(
     shared,
     begin,
-    ahead,
     weight,
     p_x,
     tokens,
@@ -313,7 +304,6 @@ def multiply_run(
 ):
     """y of the row tiles from ``begin`` to the weight's end.
 
-    ahead: the turn to prefetch first.
     tokens: (at the rows of y that tokens have, or None where they are in order; number of rows).
     """
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
@@ -323,13 +313,13 @@ def multiply_run(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )
     table, slots, flat = shared
-    _, _, slices, at_once, batch, end = weight
+    _, _, slices, _, at_once, batch, end = weight
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane = index % 4, index // 4 % 32
     row_of_m, _ = row_of_y(lane // 4, tokens)
     token = (gl.minimum(row_of_m, tokens[1] - 1) // slots_per_token).to(gl.int64)
     p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
-    sub, half = seat_of(index // 128, at_once, K, WARPS)
+    sub, half = seat_of(index // 128, weight, WARPS)
     place = (lane * 4 + slot, p_token, sub, half, lane * 4)
     x = load_tokens(place, K, WARPS)
     turn = (begin, gl.to_tensor(0), begin)
@@ -341,10 +331,12 @@ def multiply_run(
             if slices > 1:
                 x = zero_rest(x, place, s, K, WARPS)
             for _row_tile in range(first, stop, at_once):
-                if AHEAD:
-                    prefetch_turn(ahead, weight, K, INDEX_BITS, WARPS)
-                    ahead = next_turn(ahead, weight)
                 turn = next_turn(turn, weight)
+                if AHEAD:
+                    ahead = turn
+                    for _turn in gl.static_range(AHEAD - 1):
+                        ahead = next_turn(ahead, weight)
+                    prefetch_turn(ahead, weight, K, INDEX_BITS, WARPS)
                 acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
                 acc, raw, x = multiply_half(
                     acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
@@ -352,12 +344,12 @@ def multiply_run(
                 slots.index(at).store(acc)
                 at += 1
         gl.barrier()
-        write_sums(flat, stop - first, weight, first, tokens, output, K, DTYPE, WARPS)
+        write_sums(flat, stop - first, weight, first, tokens, output, DTYPE, WARPS)
         gl.barrier()
 
 
 @gluon.jit(
-    do_not_specialize=["M", "N", "has_bias", "run", "at_once", "batch"],
+    do_not_specialize=["M", "N", "has_bias", "run", "batch"],
     do_not_specialize_on_alignment=["p_bias"],
 )
 def narrow_gemm_kernel(
@@ -372,7 +364,6 @@ def narrow_gemm_kernel(
     K,
     has_bias,
     run,
-    at_once,
     batch,
     INDEX_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -388,7 +379,6 @@ def narrow_gemm_kernel(
     multiplied with as many row tiles as there are slots for, before the next slice is.
 
     p_x: [M, K / 2] int32, two activations per word.
-    at_once: row tiles that have warps of their own: as many warps as they have half tiles, at most.
     batch: row tiles whose sums fit into the slots.
     SLOTS: turns whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
     AHEAD: turns that tiles are prefetched before they are decoded; 0: they are not.
@@ -398,8 +388,8 @@ def narrow_gemm_kernel(
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
     end = gl.minimum(begin + run, (N + 15) // 16)
-    weight = (p_tiles, input_tiles, slices, at_once, batch, end)
-    ahead = prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+    weight = (p_tiles, input_tiles, slices, WARPS, 1, batch, end)
+    prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, AHEAD)
     prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
     shared = make_shared(SLOTS, INDEX_BITS, WARPS)
     shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
@@ -409,7 +399,6 @@ def narrow_gemm_kernel(
     multiply_run(
         shared,
         begin,
-        ahead,
         weight,
         p_x,
         (None, M),

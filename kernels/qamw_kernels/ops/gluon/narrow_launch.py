@@ -39,17 +39,6 @@ def slices(num_input_tiles: int) -> int:
     return int(triton.cdiv(num_input_tiles, SLICE_TILES))
 
 
-def row_tiles_at_once(num_inputs: int) -> int:
-    """Row tiles that have warps of their own, one for every half tile along the inputs."""
-    return max(WARPS // int(triton.cdiv(num_inputs, TILE_INPUTS // 2)), 1)
-
-
-def batch(num_inputs: int, num_slots: int) -> int:
-    """Row tiles whose sums are kept in so many slots until they are added up."""
-    turns = num_slots // slices(triton.cdiv(num_inputs, TILE_INPUTS))
-    return turns * row_tiles_at_once(num_inputs)
-
-
 def begins_early(processor: Processor) -> bool:
     """Whether the kernel begins before the rotation is complete (a dependent launch).
 
@@ -99,7 +88,7 @@ def gemm(
     launcher: Launcher,
 ) -> None:
     """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
-    num_row_tiles, num_inputs = len(weight.tiles), weight.num_inputs
+    num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
     run: int = triton.cdiv(num_row_tiles, processor.multiprocessors)
     fixed = constants(weight.index_bits, rotated.dtype, processor)
     launcher.launch(
@@ -113,10 +102,9 @@ def gemm(
         y,
         len(rotated),
         weight.num_rows,
-        num_inputs,
+        rotated.shape[1],
         int(bias is not None),
         run,
-        row_tiles_at_once(num_inputs),
-        batch(num_inputs, fixed["SLOTS"]),
+        fixed["SLOTS"] // slices(num_input_tiles),
         **fixed,
     )

@@ -65,11 +65,13 @@ def routed_narrow_gemm_kernel(
 ):
     """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
 
-    Blocks have 8 slots. See :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for
+    Blocks have 8 slots. ``at_once`` row tiles are multiplied at once, of which each has as many
+    warps as half tiles of its inputs, and a ``batch`` of them before sums are added up. See :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for
     the other arguments, and :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for these.
     Everything but x was written before the kernel that writes x began.
     """
     row_tiles, input_tiles = (N + 15) // 16, (K + 511) // 512
+    each = gl.minimum((K + 255) // 256, WARPS)
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     expert_size = row_tiles.to(gl.int64) * input_tiles * (INDEX_BITS * 128)
     turns = (row_tiles + at_once - 1) // at_once
@@ -78,8 +80,8 @@ def routed_narrow_gemm_kernel(
     first, last, p_expert, p_norms = run_of_block(
         begin // turns, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
     )
-    weight = (p_expert, input_tiles, slices, at_once, batch, last)
-    ahead = prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+    weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
+    prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
     shared = make_shared(SLOTS, INDEX_BITS, WARPS)
     shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
     gl.barrier()
@@ -90,8 +92,7 @@ def routed_narrow_gemm_kernel(
             multiply_run(
                 shared,
                 first,
-                ahead,
-                (p_expert, input_tiles, slices, at_once, batch, last),
+                (p_expert, input_tiles, slices, each, at_once, batch, last),
                 p_x,
                 (p_slots + block * 8, num_slots),
                 slots_per_token,
@@ -106,5 +107,5 @@ def routed_narrow_gemm_kernel(
         first, last, p_expert, p_norms = run_of_block(
             block + 1, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
         )
-        weight = (p_expert, input_tiles, slices, at_once, batch, last)
-        ahead = prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+        weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
+        prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
