@@ -49,7 +49,7 @@ CASES: dict[str, tuple[list[list[int]], int, int, int, int, torch.dtype, int | N
     # Experts of every token; slots of a token, rows, inputs, index bits; the order of warps.
     "one token": ([[3, 1]], 1, 70, 448, 11, torch.bfloat16, None),
     "warps one by one": ([[3, 0], [2, 3]], 1, 70, 1024, 11, torch.bfloat16, 1),
-    "more than a block": ([[0, 5]] * 9 + [[2, 1]], 1, 100, 768, 6, torch.bfloat16, None),
+    "more than a block": ([[0, 5]] * 9 + [[2, 1]], 1, 700, 768, 6, torch.bfloat16, None),
     "a token for every slot": ([[5, 3], [0, 4], [5, 2]], 2, 150, 768, 11, torch.float16, None),
     "all experts elsewhere": ([[1, 4], [4, 1]], 1, 70, 448, 6, torch.bfloat16, None),
 }

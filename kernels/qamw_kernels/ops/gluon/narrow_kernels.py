@@ -276,7 +276,14 @@ def make_shared(SLOTS: gl.constexpr, INDEX_BITS: gl.constexpr, WARPS: gl.constex
 
 @gluon.jit
 def prefetch_run(
-    begin, weight, p_row_norms, N, K, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr, AHEAD: gl.constexpr
+    begin,
+    weight,
+    p_row_norms,
+    N,
+    K,
+    INDEX_BITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
 ):
     """What the first AHEAD turns read, and the row norms of all."""
     turn = (begin, gl.to_tensor(0), begin)

@@ -16,27 +16,40 @@ from qamw_kernels.ops.gluon.narrow_kernels import make_shared, multiply_run, pre
 
 
 @gluon.jit
-def share_of_program(units):
-    """The first of a program's units, and the first of the next program's."""
-    begin = gl.program_id(0) * units // gl.num_programs(0)
-    return begin, (gl.program_id(0) + 1) * units // gl.num_programs(0)
+def share_of_program(blocks, turns):
+    """The first of a program's turns, and the first of the next program's; a block has ``turns``.
+
+    Programs have blocks of their own, as many for each, where that takes at most one turn more than
+    sharing all turns out: going on with another block takes longer than a turn.
+    """
+    program, programs = gl.program_id(0), gl.num_programs(0)
+    even = (blocks * turns + programs - 1) // programs
+    each = gl.maximum(programs // gl.maximum(blocks, 1), 1)  # programs of a block
+    own = (turns + each - 1) // each
+    first = program // each * turns + program % each * own
+    stop = gl.minimum(program % each * own + own, turns) + program // each * turns
+    alone = (blocks <= programs) & (own <= even + 1)
+    begin = gl.minimum(gl.where(alone, first, program * even), blocks * turns)
+    return begin, gl.minimum(gl.where(alone, stop, program * even + even), blocks * turns)
 
 
 @gluon.jit
-def run_of_block(block, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N):
+def run_of_block(block, share, turns, at_once, experts):
     """The first and the last row tile that a program has of a block, and where its expert is.
 
-    None of an expert of another rank, nor of a block behind the program's last one.
+    None of an expert of another rank.
+
+    experts: (at the tiles of all, at their row norms, at the expert of every block, rows, row
+        tiles, words of one).
     """
     begin, end = share
-    turns = (row_tiles + at_once - 1) // at_once
-    last_block = gl.maximum(end - 1, begin) // turns
-    expert = gl.load(p_experts + gl.minimum(block, last_block))
+    p_tiles, p_row_norms, p_experts, N, row_tiles, size = experts
+    expert = gl.load(p_experts + block)
     first = gl.maximum(begin - block * turns, 0) * at_once
     last = gl.minimum((end - block * turns) * at_once, row_tiles)
     last = gl.where(expert < 0, first, last)
     expert = gl.maximum(expert, 0).to(gl.int64)
-    return first, last, p_tiles + expert * expert_size, p_row_norms + expert * N
+    return first, last, p_tiles + expert * size, p_row_norms + expert * N
 
 
 @gluon.jit(do_not_specialize=["num_slots", "slots_per_token", "N", "at_once", "batch"])
@@ -66,24 +79,27 @@ def routed_narrow_gemm_kernel(
     """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
 
     Blocks have 8 slots. ``at_once`` row tiles are multiplied at once, of which each has as many
-    warps as half tiles of its inputs, and a ``batch`` of them before sums are added up. See :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for
-    the other arguments, and :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for these.
+    warps as half tiles of its inputs, and a ``batch`` of them before sums are added up. See
+    :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for compile-time arguments, and
+    :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for the others.
     Everything but x was written before the kernel that writes x began.
     """
+    quadrant = load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS)  # while routing is read
     row_tiles, input_tiles = (N + 15) // 16, (K + 511) // 512
     each = gl.minimum((K + 255) // 256, WARPS)
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
-    expert_size = row_tiles.to(gl.int64) * input_tiles * (INDEX_BITS * 128)
+    words = row_tiles.to(gl.int64) * input_tiles * (INDEX_BITS * 128)
+    experts = (p_tiles, p_row_norms, p_experts, N, row_tiles, words)
     turns = (row_tiles + at_once - 1) // at_once
-    share = share_of_program(gl.load(p_num_sorted) // 8 * turns)
+    share = share_of_program(gl.load(p_num_sorted) // 8, turns)
     begin, end = share
-    first, last, p_expert, p_norms = run_of_block(
-        begin // turns, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
-    )
+    if begin >= end:
+        return
+    first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)
     weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
     prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
     shared = make_shared(SLOTS, INDEX_BITS, WARPS)
-    shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
+    shared[0].store(quadrant)
     gl.barrier()
     if DEPENDENT:
         gdc_wait()
@@ -104,8 +120,7 @@ def routed_narrow_gemm_kernel(
                 WARP_BASES,
                 AHEAD,
             )
-        first, last, p_expert, p_norms = run_of_block(
-            block + 1, share, expert_size, row_tiles, at_once, p_tiles, p_row_norms, p_experts, N
-        )
-        weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
-        prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+        if (block + 1) * turns < end:
+            first, last, p_expert, p_norms = run_of_block(block + 1, share, turns, at_once, experts)
+            weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
+            prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
