@@ -1,13 +1,16 @@
 """The Gluon kernels for mixtures of experts without a GPU: their PTX is executed on the CPU."""
 
+import collections
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
 from qamw_kernels.format.codebook import load_codebook
 from qamw_kernels.format.packing import pack_planes
-from qamw_kernels.ops.gluon import routed_launch, table
+from qamw_kernels.ops.gluon import narrow_launch, routed_launch, table
+from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.routing import Routing, sort_slots
 from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.weight import TiledWeight, quadrant_words
@@ -77,3 +80,27 @@ def test_ptx_is_right(case: Any) -> None:
     assert (y == expected.to(dtype)).double().mean() > 0.99
     if seed is None and bool(expected.any()):
         assert launcher.machines[0].look_up_conflicts == 1, "lanes of one bank"
+
+
+@pytest.mark.parametrize("index_bits", [6, 12])
+def test_machine_code(index_bits: int) -> None:
+    """No spills; every half tile is loaded once, past L1, and multiplied by the tensor cores."""
+    processor = Processor(132, SHARED_BYTES[90], 90)
+    constants = narrow_launch.constants(index_bits, torch.bfloat16, processor)
+    compiled = compile_for(90, routed_launch.narrow_kernel, constants)
+    opcodes = collections.Counter(opcode for opcode, _ in disassemble(compiled))
+    assert not [opcode for opcode in opcodes if opcode.startswith(("LDL", "STL"))], "spills"
+    assert opcodes["LDG.E.128.STRONG.GPU"] == 2 * ((index_bits - 1) // 2 + 1)
+    assert sum(n for opcode, n in opcodes.items() if opcode.startswith("HMMA")) == 16
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+
+
+def test_many_slots_of_an_expert_are_left_to_the_plain_kernel() -> None:
+    def fits(target: int, num_inputs: int = 768, block_size: int = 8) -> bool:
+        gpu = Processor(132, SHARED_BYTES[target], target)
+        return routed_launch.fits(block_size, num_inputs, torch.bfloat16, 11, gpu)
+
+    assert routed_launch.block_size(16 * 128, 128) == 8
+    assert routed_launch.block_size(16 * 128 + 1, 128) == 0
+    assert fits(90) and fits(100)
+    assert not fits(89) and not fits(90, num_inputs=32832) and not fits(90, block_size=16)
