@@ -1,6 +1,7 @@
 """Quantized mixtures of experts: all experts of a layer, tensor parallel or expert parallel."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -295,11 +296,17 @@ class QamwMoEMethod(FusedMoEMethodBase):
         num_slots = topk_ids.numel()
         if layer.apply_router_weight_on_input:  # then each token has one expert
             x, topk_weights = x * topk_weights.to(x.dtype), torch.ones_like(topk_weights)
-        routing = _route(topk_ids, layer.global_num_experts, layer.expert_map, x.dtype)
-        both = self._multiply("w13", layer, x, routing, topk_ids)
+        weights = {
+            stem: tiled_weight_of(layer, self.rotation_block_sizes[stem], f"{stem}_")
+            for stem in MATRICES
+        }
+        routing = _route(
+            topk_ids, layer.global_num_experts, layer.expert_map, x.dtype, [*weights.values()]
+        )
+        both = self._multiply("w13", layer, weights["w13"], x, routing, topk_ids)
         inner = torch.empty(num_slots, both.shape[1] // 2, dtype=x.dtype, device=x.device)
         self._activate(layer, inner, both)
-        y = self._multiply("w2", layer, inner, routing, topk_ids)
+        y = self._multiply("w2", layer, weights["w2"], inner, routing, topk_ids)
         y = y.view(*topk_ids.shape, x.shape[1])
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for k in range(topk_ids.shape[1]):  # one by one, for y in float32 would be large
@@ -323,12 +330,12 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self,
         stem: str,
         layer: Any,
+        weight: TiledWeight,
         x: torch.Tensor,
         routing: Routing,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
         """Of every slot, the product with the matrices of its expert, and their bias."""
-        weight = tiled_weight_of(layer, self.rotation_block_sizes[stem], f"{stem}_")
         y = routed_linear(x, weight, routing, topk_ids.numel())
         if not self.moe.has_bias:
             return y
@@ -378,14 +385,20 @@ def _route(
     num_experts: int,
     expert_map: torch.Tensor | None,
     dtype: torch.dtype,
+    weights: Sequence[TiledWeight],
 ) -> Routing:
-    """The slots in blocks; on CUDA by vLLM's kernel, whose reference is :func:`sort_slots`."""
+    """The slots in blocks; on CUDA by vLLM's kernel, whose reference is :func:`sort_slots`.
+
+    Slots of other ranks are left out, so that all programs are equally busy.
+    """
     from qamw_kernels.ops.triton.launch import routed_block_size
 
-    block_size = routed_block_size(topk_ids.numel(), num_experts, dtype)
+    block_size = routed_block_size(topk_ids.numel(), num_experts, dtype, weights)
     if not topk_ids.is_cuda:
         return sort_slots(topk_ids, block_size, num_experts, expert_map)
     from vllm.model_executor.layers.fused_moe.moe_align_block_size import moe_align_block_size
 
-    aligned = moe_align_block_size(topk_ids, block_size, num_experts, expert_map)
+    aligned = moe_align_block_size(
+        topk_ids, block_size, num_experts, expert_map, ignore_invalid_experts=True
+    )
     return Routing(*aligned, block_size)

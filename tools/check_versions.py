@@ -82,6 +82,8 @@ SIGNATURES: Signatures = {
         "block_size",
         "num_experts",
         "expert_map",
+        "pad_sorted_ids",
+        "ignore_invalid_experts",
     ),
     (f"{EXPERTS}.activation", "", "apply_moe_activation"): ("activation", "output", "input"),
     (QUANTIZATION, "", "register_quantization_config"): ("quantization",),

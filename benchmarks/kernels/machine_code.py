@@ -113,7 +113,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
-    from qamw_kernels.ops.gluon import decode_launch, narrow_launch, table
+    from qamw_kernels.ops.gluon import decode_launch, narrow_launch, routed_launch, table
     from qamw_kernels.ops.launcher import Processor
 
     if not table.HAS_GATHER:
@@ -130,6 +130,9 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
             constants = narrow_launch.constants(bits, torch.bfloat16, processor)
             # The loop that decodes holds another, of its prefetch, and is not looked at.
             yield row(name, target, narrow_launch.kernel, constants)
+            if narrow_launch.begins_early(processor):
+                name = f"routed_narrow_gemm (Gluon), b = {bits}, blocks of 8 slots"
+                yield row(name, target, routed_launch.narrow_kernel, constants)
     for bits, parts in [*((bits, 2) for bits in range(6, 13)), (11, 4), (11, 8)]:
         if target != 90 and decode_launch.shared_bytes(bits) <= shared_memory:
             name = f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens"

@@ -28,7 +28,7 @@ def test_slots_are_sorted_as_vllm_sorts_them(parallel: bool) -> None:
     for num_tokens in (1, 5, 300):
         chosen = torch.randint(0, 6, (num_tokens, 2), dtype=torch.int32, device="cuda")
         ours = sort_slots(chosen, 16, 6, expert_map)
-        theirs = moe_align_block_size(chosen, 16, 6, expert_map)
+        theirs = moe_align_block_size(chosen, 16, 6, expert_map, ignore_invalid_experts=True)
         used = int(ours.num_sorted)
         assert int(theirs[2]) == used
         experts = ours.experts[: used // 16]

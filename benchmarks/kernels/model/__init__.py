@@ -14,5 +14,7 @@ and numba is not among this project's packages. Everything else is Python:
     blocks        what launches have in common
     narrow, decode, rotation
                   launches of this project's kernels
-    report        tables
+    experts       launches of the kernel for mixtures of experts
+    report, mixtures
+                  tables
 """

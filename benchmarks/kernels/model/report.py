@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 
+from benchmarks.kernels.model import mixtures
 from benchmarks.kernels.model.assumptions import GPUS, TYPICAL, Gpu, Machine, bf16_seconds
 from benchmarks.kernels.model.blocks import PROCESSOR
 from benchmarks.kernels.model.narrow import narrow_launch
@@ -120,7 +121,7 @@ def speed_up(rows: Iterable[dict[str, Any]]) -> float:
 
 
 def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """Figures of every product; the simulator runs once for each core at a time."""
+    """Figures of every product."""
     keys = [
         (name, tokens, bits, gpu)
         for tokens in all_tokens
@@ -132,9 +133,14 @@ def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
     for name, tokens, bits, _ in keys:
         if tokens <= wide.MAX_TOKENS:
             packed_launch(SHAPES[name], tokens, bits, TYPICAL)
+    return replay(row, keys)
+
+
+def replay(make: Callable[..., dict[str, Any]], keys: Sequence[Any]) -> list[dict[str, Any]]:
+    """``make`` of all keys, printed as they come; the simulator runs once for each core."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = []
-        for made in pool.map(lambda key: row(*key), keys):
+        for made in pool.map(lambda key: make(*key), keys):
             print(made, flush=True)
             found.append(made)
     return found
@@ -165,10 +171,12 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     found = rows([int(argument) for argument in sys.argv[1:]] or TOKENS)
-    data = {"triton": triton.__version__, "modelled": True, "rows": found}
+    mixtures.compile_all()
+    experts = replay(mixtures.row, mixtures.KEYS)
+    data = {"triton": triton.__version__, "modelled": True, "rows": found, "experts": experts}
     text = json.dumps(data).replace('{"gpu"', '\n{"gpu"')
     (RESULTS / "model.json").write_text(text + "\n")
-    (RESULTS / "model.md").write_text(markdown(found))
+    (RESULTS / "model.md").write_text(markdown(found) + mixtures.markdown(experts))
 
 
 if __name__ == "__main__":

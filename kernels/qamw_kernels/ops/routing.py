@@ -2,7 +2,8 @@
 
 Token t sent to top_k experts fills the slots t * top_k .. t * top_k + top_k - 1. They are sorted by
 expert and each expert's slots padded to whole blocks, so that every block belongs to one expert.
-The result is that of vLLM's ``moe_align_block_size``, which is one kernel on CUDA.
+Slots of experts of other ranks are left out. The result is that of vLLM's ``moe_align_block_size``
+with ``ignore_invalid_experts``, which is one kernel on CUDA.
 """
 
 from typing import NamedTuple
@@ -15,7 +16,8 @@ class Routing(NamedTuple):
 
     Attributes:
         slots: int32, block after block, T * top_k where a block is not full.
-        experts: int32, of each block, numbered on this rank; -1 for one of another rank.
+        experts: int32, of each block, numbered on this rank; anything behind the last block in use,
+            and -1 for a block that is to be left out.
         num_sorted: [1] int32, slots and padding that are in use: the tensors are as long as any
             routing needs.
         block_size: slots in a block.
@@ -43,6 +45,8 @@ def sort_slots(
     """
     flat, device = top_k_index.flatten().long(), top_k_index.device
     blocks = -(-flat.numel() // block_size) + num_experts
+    if expert_map is not None:  # the last of all numbers for experts that are not here
+        flat = torch.where(expert_map[flat] < 0, num_experts, expert_map[flat]).long()
     counts = (flat[:, None] == torch.arange(num_experts, device=device)).sum(0)
     own_blocks = (counts + block_size - 1) // block_size
     ends = own_blocks.cumsum(0)
@@ -50,9 +54,10 @@ def sort_slots(
     expert = flat[order]
     # slots of padding before those of an expert
     padding = (ends - own_blocks) * block_size - (counts.cumsum(0) - counts)
-    slots = torch.full((blocks * block_size,), flat.numel(), device=device)
-    slots[torch.arange(len(flat), device=device) + padding[expert]] = order
+    places = torch.arange(len(flat), device=device) + torch.cat([padding, ends[-1:]])[expert]
+    places = torch.where(expert < num_experts, places, blocks * block_size)
+    slots = torch.full((blocks * block_size + 1,), flat.numel(), device=device)
+    slots[places] = order
     experts = torch.searchsorted(ends, torch.arange(blocks, device=device), right=True)
-    here = torch.arange(num_experts, device=device) if expert_map is None else expert_map.long()
-    experts = torch.cat([here, here.new_full((1,), -1)])[experts]
-    return Routing(slots.int(), experts.int(), (ends[-1:] * block_size).int(), block_size)
+    experts = torch.where(experts < num_experts, experts, -1)
+    return Routing(slots[:-1].int(), experts.int(), (ends[-1:] * block_size).int(), block_size)

@@ -44,14 +44,12 @@ class _Warmer:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
         launch.dequantize(self._weight(index_bits, rotation_block_size), self.dtype, self.launcher)
 
-    def routed(self, index_bits: int, rotation_block_size: int, num_tokens: int) -> None:
+    def routed(self, index_bits: int, rotation_block_size: int, block_size: int) -> None:
         weight = self._weight(index_bits, rotation_block_size)
         expert = weight._replace(tiles=weight.tiles[None], row_norms=weight.row_norms[None])
-        block_size = launch.routed_block_size(num_tokens, 1, self.dtype)
-        chosen = torch.zeros(num_tokens, 1, dtype=torch.int32, device=self.device)
+        chosen = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         routing = sort_slots(chosen, block_size, 1)
-        x = self._tokens(weight, num_tokens)
-        launch.routed_linear(x, expert, routing, num_tokens, self.launcher)
+        launch.routed_linear(self._tokens(weight, 1), expert, routing, 1, self.launcher)
 
     def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""
@@ -101,7 +99,6 @@ def warm_up(
         launcher: what launches; a test passes one that notes what would be compiled.
     """
     warmer = _Warmer(dtype, device, launcher)
-    skinny_and_wide = (launch.SKINNY_MAX_TOKENS, launch.SKINNY_MAX_TOKENS + 1)
     processor, least = launcher.processor(device), min(rotation_block_sizes)
     few = {bits: packed_tokens(gemm_max_tokens(device, dtype, bits, processor)) for bits in rates}
     # One after the other, and first: all jobs below need these rotations.
@@ -117,7 +114,7 @@ def warm_up(
                 jobs.append(pool.submit(warmer.dequantized, bits, size))
         if experts:
             for bits in rates:
-                for num_tokens in skinny_and_wide:
-                    jobs.append(pool.submit(warmer.routed, bits, least, num_tokens))
+                for block_size in launch.routed_block_sizes(dtype, bits, processor):
+                    jobs.append(pool.submit(warmer.routed, bits, least, block_size))
         for job in jobs:
             job.result()

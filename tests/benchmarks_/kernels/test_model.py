@@ -10,6 +10,12 @@ import pytest
 
 from benchmarks.kernels.model import simulate as simulation
 from benchmarks.kernels.model.assumptions import H100, H200, TYPICAL, bf16_seconds
+from benchmarks.kernels.model.experts import (
+    QWEN3_30B_A3B,
+    bf16_grouped_seconds,
+    slots_of_experts,
+    turns_of_programs,
+)
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop
 from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simulate
@@ -127,3 +133,24 @@ def test_every_unit_of_a_weight_is_multiplied_once(num_tokens: int, groups: int)
     assert len({first for first, _ in launch.programs}) == groups
     bulk = [x for b in launch.blocks for x in b if x.unit == Unit.BULK_COPY]
     assert bulk and all(x.bytes > 0 for x in bulk)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 8, 32, 128])
+@pytest.mark.parametrize("name", ["w13", "w2"])
+def test_programs_share_the_blocks_of_experts(num_tokens: int, name: str) -> None:
+    """All turns are there once; no program has more than one above its share, or spare blocks."""
+    shape, slots = QWEN3_30B_A3B.shapes[name], slots_of_experts(QWEN3_30B_A3B, num_tokens)
+    assert sum(slots) == 8 * num_tokens and max(slots) <= num_tokens
+    programs = turns_of_programs(shape, slots, ALL)
+    of_block = -(-shape[0] // 16 // (2 if name == "w13" else 5))  # row tiles at once
+    turns = sum(-(-count // 8) for count in slots) * of_block
+    assert sum(map(sum, programs)) == turns and len(programs) <= ALL
+    assert max(map(sum, programs)) <= -(-turns // ALL) + 1
+    assert all(0 < own <= of_block for program in programs for own in program)
+
+
+def test_a_grouped_product_reads_the_experts_that_are_hit() -> None:
+    """Twice the experts, twice the bytes; the fixed time stays."""
+    one, two = (bf16_grouped_seconds((1536, 2048), [1] * hit, 1, H100) - 2e-6 for hit in (1, 2))
+    assert 1.9 < two / one < 2.0
+    assert one == pytest.approx(2 * (1536 * 2048 + 2048 + 1536) / H100.copy)

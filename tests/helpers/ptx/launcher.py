@@ -48,7 +48,7 @@ class PtxLauncher:
         machine.run(
             list(memory.items()),
             flat,
-            (grid[0], grid[1]),
+            (grid[0], grid[1] if len(grid) > 1 else 1),
             compiled.metadata.shared,
             128 << (constants.get("INDEX_BITS", 2) - 2),
             self._seed,

@@ -70,6 +70,14 @@ def packed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     return {"narrow_gemm_kernel", "decode_gemm_kernel"}
 
 
+def routed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
+    """Names of the kernels for mixtures of experts."""
+    processor = recorder.processor(torch.device("cpu"))
+    if processor is None or dtype not in table.DTYPES:
+        return {"routed_gemm_kernel"}
+    return {"routed_narrow_gemm_kernel", "routed_gemm_kernel"}
+
+
 def zero_weight(
     index_bits: int, size: int, num_rows: int, num_inputs: int, experts: tuple[int, ...] = ()
 ) -> TiledWeight:
@@ -101,7 +109,7 @@ def routed_linear(
     recorder: Recorder, weight: TiledWeight, dtype: torch.dtype, num_tokens: int
 ) -> None:
     num_slots = TOP_K * num_tokens
-    block_size = launch.routed_block_size(num_slots, NUM_EXPERTS, dtype)
+    block_size = launch.routed_block_size(num_slots, NUM_EXPERTS, dtype, [weight], recorder)
     chosen = torch.zeros(num_tokens, TOP_K, dtype=torch.int32)
     routing = sort_slots(chosen, block_size, NUM_EXPERTS)
     x = torch.zeros(num_tokens, weight.num_inputs, dtype=dtype)
@@ -118,7 +126,7 @@ def test_warm_up_compiles_everything(
         warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True, launcher=recorder)
     ready = set(recorder.seen)
     names = {line.split(":")[0] for line in ready}
-    others = {"rotate_kernel", "dequantize_kernel", "routed_gemm_kernel"}
+    others = {"rotate_kernel", "dequantize_kernel", *routed_kernels(recorder, dtype)}
     assert names == others | packed_kernels(recorder, dtype)
     shapes = (
         (1, 128, 128),

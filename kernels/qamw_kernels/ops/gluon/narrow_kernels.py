@@ -7,13 +7,9 @@ program has a multiprocessor, and so one table and one copy of the activations. 
 tile: the same 256 inputs of all row tiles of its program, whose activations it keeps in its
 registers. Nothing but index words is read in the loop, and those are fetched into L2 turns before.
 What the warps have summed is added up once for many row tiles, so that they seldom wait for each
-other.
-
-These go together through the functions below:
-
-- ``turn``: of the loop: (row tile, slice of the inputs, first row tile of the batch).
-- ``weight``: (at its tiles, input tiles, slices, row tiles of a batch, end of the row tiles).
-- ``place``: of a thread: (in a tile, at its token, warp, half of a tile, 4 * lane).
+other. Experts have fewer inputs: with :mod:`qamw_kernels.ops.gluon.routed_kernels` warps multiply
+several row tiles at once. What goes through the functions below together is explained in
+:mod:`qamw_kernels.ops.gluon.turns`.
 """
 
 from triton.experimental import gluon
@@ -21,7 +17,14 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
-from qamw_kernels.ops.gluon.prefetch import prefetch, prefetch_bytes, prefetch_rows
+from qamw_kernels.ops.gluon.prefetch import prefetch_rows
+from qamw_kernels.ops.gluon.turns import (
+    next_turn,
+    prefetch_turn,
+    seat_of,
+    tile_of_seat,
+    tiles_of_turn,
+)
 
 CHUNKS = gl.constexpr(8)  # of half a tile
 
@@ -41,55 +44,29 @@ else:  # Triton 3.8 and older
 
 
 @gluon.jit
-def next_turn(turn, weight):
-    """The turn after this one."""
-    row_tile, s, first = turn
-    _, _, slices, batch, end = weight
-    stop = gl.minimum(first + batch, end)
-    row_tile += 1
-    s = gl.where(row_tile == stop, s + 1, s)
-    row_tile = gl.where((row_tile == stop) & (s < slices), first, row_tile)
-    first = gl.where(s == slices, stop, first)
-    s = gl.where(s == slices, 0, s)
-    return row_tile, s, first
-
-
-@gluon.jit
-def prefetch_turn(turn, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
-    """The tiles of a turn, if there is one; every other warp asks for one."""
-    p_tiles, input_tiles, _, _, end = weight
-    thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    tile = turn[1] * (WARPS // 2) + thread // 64
-    m_thread = (thread % 64 == 0) & (turn[0] < end) & (tile < input_tiles)
-    p_tile = p_tiles + (turn[0].to(gl.int64) * input_tiles + tile) * (INDEX_BITS * 128)
-    prefetch(p_tile, m_thread, prefetch_bytes(INDEX_BITS * 512))
-
-
-@gluon.jit
 def load_words(turn, weight, place, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
     """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
 
-    They are read once, and take no room in L1 (.cg). Tiles past the end are read as the last ones:
-    the activations of those inputs are zeros, and such rows are not written.
+    They are read once, and take no room in L1 (.cg).
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    p_tiles, input_tiles, _, _, end = weight
-    word, _, warp, half, _ = place
-    row_tile = gl.minimum(turn[0], end - 1).to(gl.int64)
-    tile = gl.minimum(turn[1] * (WARPS // 2) + warp // 2, input_tiles - 1)
-    p_words = p_tiles + word + (row_tile * input_tiles + tile) * (INDEX_BITS * 128)
-    p_half = p_words + half * (ENTRY_BITS // 2 * 128)
+    word, _, sub, half, _ = place
+    p_row_tile = tiles_of_turn(turn, weight, INDEX_BITS)
+    o_tile = word + tile_of_seat(turn, sub, half, weight, INDEX_BITS, WARPS)
+    # One sum of 32 bits for each pointer: parts that stay would take two registers each.
+    p_half = p_row_tile + (o_tile + (half & 1) * (ENTRY_BITS // 2 * 128))
+    p_signs = p_row_tile + (o_tile + (ENTRY_BITS + (half & 1)) * 128)
     words = ()
     for j in gl.static_range((ENTRY_BITS + 1) // 2):
         words = words + (gl.load(p_half + j * 128, cache_modifier=".cg"),)
-    return words + (gl.load(p_words + (ENTRY_BITS + half) * 128, cache_modifier=".cg"),)
+    return words + (gl.load(p_signs, cache_modifier=".cg"),)
 
 
 @gluon.jit
 def half_tile(place, s, K, WARPS: gl.constexpr):
     """Where the activations of half a tile of a slice are, and how many chunks of them exist."""
-    _, p_token, warp, _, _ = place
-    first = (s * WARPS + warp) * CHUNKS
+    _, p_token, _, half, _ = place
+    first = (s * WARPS + half) * CHUNKS
     return p_token + first * 16, K // 32 - first
 
 
@@ -160,7 +137,7 @@ def multiply_half(
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     _, _, _, half, lane4 = place
-    words = align(raw, half, ENTRY_BITS)
+    words = align(raw, half & 1, ENTRY_BITS)
     signs = raw[(ENTRY_BITS + 1) // 2]
     p_half, chunks = half_tile(place, turn[1], K, WARPS)
     new_chunks = gl.where(turn[1] != s, chunks, 0)
@@ -177,36 +154,143 @@ def multiply_half(
 
 
 @gluon.jit
+def row_of_y(m, tokens):
+    """The row of y that token ``m`` of a program has, and whether there is such a token."""
+    p_slots, M = tokens
+    if p_slots is None:
+        row = m
+    else:
+        row = gl.load(p_slots + m)
+    return row, row < M
+
+
+@gluon.jit
 def write_sums(
     slots,
     row_tiles,
-    slices,
+    weight,
     first_row_tile,
+    tokens,
     output,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """y of ``row_tiles`` row tiles: what all warps have in ``slices`` slots each.
+    """y of ``row_tiles`` row tiles: what their warps have in as many slots as there are slices.
 
     slots: [slot, warp, row, token], one after the other.
     output: the kernel's arguments of these names.
     """
-    p_row_norms, p_bias, p_y, M, N, has_bias = output
+    p_row_norms, p_bias, p_y, N, has_bias = output
+    _, _, slices, each, at_once, _, _ = weight
     OUT: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    slots_of_slice = (row_tiles + at_once - 1) // at_once
     for first in range(0, row_tiles * 128, 32 * WARPS):
         e = first + gl.arange(0, 32 * WARPS, OUT)
-        row_tile, row, m = e // 128, e // 8 % 16, e % 8
+        row_tile, row = e // 128, e // 8 % 16
+        row_of_m, m_token = row_of_y(e % 8, tokens)
         n = (first_row_tile + row_tile) * 16 + row
-        m_out = (row_tile < row_tiles) & (n < N) & (m < M)
+        m_out = (row_tile < row_tiles) & (n < N) & m_token
         norm = gl.load(p_row_norms + n, mask=m_out, other=0.0)
         bias = gl.load(p_bias + n, mask=m_out & (has_bias != 0), other=0.0).to(gl.float32)
-        at = gl.minimum(row_tile, row_tiles - 1) * (slices * WARPS * 128) + e % 128
+        row_tile = gl.minimum(row_tile, row_tiles - 1)
+        at = (row_tile // at_once * WARPS + row_tile % at_once * each) * 128 + e % 128
         total = gl.zeros([32 * WARPS], gl.float32, OUT)
         for s in range(slices):
-            for warp in gl.static_range(WARPS):
-                total += slots.gather(at + (s * WARPS + warp) * 128, 0)
-        o_y = m.to(gl.int64) * N + n
+            for warp in range(each):
+                total += slots.gather(at + (s * slots_of_slice * WARPS + warp) * 128, 0)
+        o_y = row_of_m.to(gl.int64) * N + n
         gl.store(p_y + o_y, (total * norm + bias).to(DTYPE), mask=m_out)
+
+
+@gluon.jit
+def make_shared(SLOTS: gl.constexpr, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+    """Shared memory of the table and of the slots, and the latter one after the other."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+    table = gl.allocate_shared_memory(gl.int32, [32 << (INDEX_BITS - 2)], FLAT)
+    slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
+    return table, slots, reinterpret(slots, gl.float32, [SLOTS * WARPS * 128], FLAT)
+
+
+@gluon.jit
+def prefetch_run(
+    begin,
+    weight,
+    p_row_norms,
+    N,
+    K,
+    INDEX_BITS: gl.constexpr,
+    WARPS: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """What the first AHEAD turns read, and the row norms of all."""
+    turn = (begin, gl.to_tensor(0), begin)
+    for _ in gl.static_range(AHEAD):
+        prefetch_turn(turn, weight, K, INDEX_BITS, WARPS)
+        turn = next_turn(turn, weight)
+    prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[6] * 16, N), WARPS)
+
+
+@gluon.jit
+def multiply_run(
+    shared,
+    begin,
+    weight,
+    p_x,
+    tokens,
+    slots_per_token,
+    output,
+    K,
+    INDEX_BITS: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARP_BASES: gl.constexpr,
+    AHEAD: gl.constexpr,
+):
+    """y of the row tiles from ``begin`` to the weight's end.
+
+    tokens: (at the rows of y that tokens have, or None where they are in order; number of rows).
+    """
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
+    )
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
+    )
+    table, slots, flat = shared
+    _, _, slices, _, at_once, batch, end = weight
+    index = gl.arange(0, WARPS * 128, WORDS)
+    slot, lane = index % 4, index // 4 % 32
+    row_of_m, _ = row_of_y(lane // 4, tokens)
+    token = (gl.minimum(row_of_m, tokens[1] - 1) // slots_per_token).to(gl.int64)
+    p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
+    sub, half = seat_of(index // 128, weight, WARPS)
+    place = (lane * 4 + slot, p_token, sub, half, lane * 4)
+    x = load_tokens(place, K, WARPS)
+    turn = (begin, gl.to_tensor(0), begin)
+    raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
+    for first in range(begin, end, batch):
+        stop = gl.minimum(first + batch, end)
+        at = 0
+        for s in range(slices):
+            if slices > 1:
+                x = zero_rest(x, place, s, K, WARPS)
+            for _row_tile in range(first, stop, at_once):
+                turn = next_turn(turn, weight)
+                if AHEAD:
+                    ahead = turn
+                    for _turn in gl.static_range(AHEAD - 1):
+                        ahead = next_turn(ahead, weight)
+                    prefetch_turn(ahead, weight, K, INDEX_BITS, WARPS)
+                acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
+                acc, raw, x = multiply_half(
+                    acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
+                )
+                slots.index(at).store(acc)
+                at += 1
+        gl.barrier()
+        write_sums(flat, stop - first, weight, first, tokens, output, DTYPE, WARPS)
+        gl.barrier()
 
 
 @gluon.jit(
@@ -236,66 +320,39 @@ def narrow_gemm_kernel(
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, M <= 8.
 
-    A program has the row tiles from program_id * R / num_programs on, of R. All inputs of a slice,
-    256 for every warp, are multiplied with as many row tiles as there are slots for, before the
-    next slice is.
+    Program i has the row tiles from i * run on. All inputs of a slice, 256 for every warp, are
+    multiplied with as many row tiles as there are slots for, before the next slice is.
 
     p_x: [M, K / 2] int32, two activations per word.
-    SLOTS: row tiles x slices whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
+    batch: row tiles whose sums fit into the slots.
+    SLOTS: turns whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
     AHEAD: turns that tiles are prefetched before they are decoded; 0: they are not.
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
-    )
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
-    )
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << (INDEX_BITS - 2)], FLAT)
-    slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
-    flat = reinterpret(slots, gl.float32, [SLOTS * WARPS * 128], FLAT)
-
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
     end = gl.minimum(begin + run, (N + 15) // 16)
-    weight = (p_tiles, input_tiles, slices, batch, end)
-    turn = (begin, gl.to_tensor(0), begin)
-    ahead = turn
-    for _ in gl.static_range(AHEAD):
-        prefetch_turn(ahead, weight, INDEX_BITS, WARPS)
-        ahead = next_turn(ahead, weight)
-    prefetch_rows(p_row_norms, begin * 16, gl.minimum(end * 16, N), WARPS)
+    weight = (p_tiles, input_tiles, slices, WARPS, 1, batch, end)
+    prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, AHEAD)
     prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
-    table.store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
+    shared = make_shared(SLOTS, INDEX_BITS, WARPS)
+    shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
     gl.barrier()
     if DEPENDENT:
         gdc_wait()
-
-    index = gl.arange(0, WARPS * 128, WORDS)
-    slot, lane, warp = index % 4, index // 4 % 32, index // 128
-    p_token = p_x + gl.minimum(lane // 4, M - 1) * (K // 2) + lane % 4 * 4 + slot
-    place = (lane * 4 + slot, p_token, warp, warp % 2, lane * 4)
-    x = load_tokens(place, K, WARPS)
-    raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
-    for first in range(begin, end, batch):
-        stop = gl.minimum(first + batch, end)
-        for s in range(slices):
-            if slices > 1:
-                x = zero_rest(x, place, s, K, WARPS)
-            for row_tile in range(first, stop):
-                if AHEAD:
-                    prefetch_turn(ahead, weight, INDEX_BITS, WARPS)
-                    ahead = next_turn(ahead, weight)
-                turn = next_turn(turn, weight)
-                acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
-                acc, raw, x = multiply_half(
-                    acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
-                )
-                slots.index((row_tile - first) * slices + s).store(acc)
-        gl.barrier()
-        output = (p_row_norms, p_bias, p_y, M, N, has_bias)
-        write_sums(flat, stop - first, slices, first, output, DTYPE, WARPS)
-        gl.barrier()
+    multiply_run(
+        shared,
+        begin,
+        weight,
+        p_x,
+        (None, M),
+        1,
+        (p_row_norms, p_bias, p_y, N, has_bias),
+        K,
+        INDEX_BITS,
+        DTYPE,
+        WARPS,
+        WARP_BASES,
+        AHEAD,
+    )

@@ -5,15 +5,17 @@ checked again.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
-from qamw_kernels.ops.gluon import narrow_launch, wide_launch
+from qamw_kernels.ops.gluon import narrow_launch, routed_launch, wide_launch
 from qamw_kernels.ops.gluon.products import product_for
-from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher
+from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.triton.kernels import (
@@ -182,10 +184,37 @@ def multiply_dequantized(
     return y
 
 
-def routed_block_size(num_slots: int, num_experts: int, dtype: torch.dtype) -> int:
-    """Slots of one expert that a program takes: more, where experts have more on average."""
+def routed_block_size(
+    num_slots: int,
+    num_experts: int,
+    dtype: torch.dtype,
+    weights: Sequence[TiledWeight],
+    launcher: Launcher = ON_DEVICE,
+) -> int:
+    """Slots of one expert that a program takes: more, where experts have more on average.
+
+    Args:
+        num_experts: that slots are sent to, on all ranks.
+        weights: all that will be multiplied with these slots.
+    """
+    processor = launcher.processor(weights[0].tiles.device)
+    size = routed_launch.block_size(num_slots, num_experts)
+    if all(routed_launch.fits(size, w.num_inputs, dtype, w.index_bits, processor) for w in weights):
+        return size
     kind = "skinny" if num_slots <= SKINNY_MAX_TOKENS * num_experts else "wide"
     return GEMM_TILES[kind, dtype.itemsize].BLOCK_M
+
+
+def routed_block_sizes(
+    dtype: torch.dtype, index_bits: int, processor: Processor | None
+) -> set[int]:
+    """All that :func:`routed_block_size` may give."""
+    plain = {GEMM_TILES[kind, dtype.itemsize].BLOCK_M for kind in ("skinny", "wide")}
+    return plain | {
+        size
+        for size in routed_launch.BLOCK_SIZES
+        if routed_launch.fits(size, UNIT_INPUTS, dtype, index_bits, processor)
+    }
 
 
 def routed_linear(
@@ -196,22 +225,37 @@ def routed_linear(
     launcher: Launcher = ON_DEVICE,
 ) -> torch.Tensor:
     """The op ``qamw::routed_linear``; the block size is one of :func:`routed_block_size`."""
-    num_rows, num_inputs = weight.num_rows, x.shape[1]
-    y = torch.zeros(num_slots, num_rows, dtype=x.dtype, device=x.device)
+    y = torch.zeros(num_slots, weight.num_rows, dtype=x.dtype, device=x.device)
     if num_slots == 0:
         return y
-    weight = weight.contiguous()
+    weight, processor = weight.contiguous(), launcher.processor(x.device)
     rotated = rotate(x.contiguous(), weight.input_scales, weight.rotation_block_size, launcher)
+    size, num_inputs, index_bits = routing.block_size, weight.num_inputs, weight.index_bits
+    if processor and routed_launch.fits(size, num_inputs, x.dtype, index_bits, processor):
+        routed_launch.gemm(rotated, weight, routing, y, processor, launcher)
+    else:
+        routed_gemm(rotated, weight, routing, y, launcher)
+    return y
+
+
+def routed_gemm(
+    rotated: torch.Tensor,
+    weight: TiledWeight,
+    routing: Routing,
+    y: torch.Tensor,
+    launcher: Launcher = ON_DEVICE,
+) -> None:
+    """Launch the plain kernel: the rows of y [slots, N] whose experts are here."""
     kind = next(
         kind
         for kind in ("skinny", "wide")
-        if routing.block_size == GEMM_TILES[kind, x.dtype.itemsize].BLOCK_M
+        if routing.block_size == GEMM_TILES[kind, y.dtype.itemsize].BLOCK_M
     )
-    constants = gemm_constants(weight.index_bits, x.dtype, kind)
-    grid = (triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]), len(routing.experts))
+    constants = gemm_constants(weight.index_bits, y.dtype, kind)
+    row_blocks = triton.cdiv(weight.num_rows, TILE_ROWS * constants["ROW_TILES"])
     launcher.launch(
         routed_gemm_kernel,
-        grid,
+        (row_blocks, len(routing.experts)),
         rotated,
         weight.tiles,
         weight.row_norms,
@@ -220,13 +264,12 @@ def routed_linear(
         routing.experts,
         routing.num_sorted,
         y,
-        num_slots,
-        num_slots // len(x),
-        num_rows,
-        num_inputs,
+        len(y),
+        len(y) // len(rotated),
+        weight.num_rows,
+        weight.num_inputs,
         **constants,
     )
-    return y
 
 
 def rotate(

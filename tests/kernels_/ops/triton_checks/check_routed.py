@@ -49,9 +49,9 @@ def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) 
     here = [e for e in range(NUM_EXPERTS) if not parallel or e % 2]
     numbers = [here.index(e) if e in here else -1 for e in range(NUM_EXPERTS)]
     expert_map = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
-    block_size = launch.routed_block_size(num_tokens * TOP_K, 1, dtype)
-    routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map if parallel else None)
     tiled = TiledWeight.of_experts([weights[e] for e in here])
+    block_size = launch.routed_block_size(num_tokens * TOP_K, 1, dtype, [tiled])
+    routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map if parallel else None)
     # Behind the first layer of an expert, each slot has an activation of its own.
     for num_activations in (num_tokens, num_tokens * TOP_K):
         x = random(num_activations, num_inputs, dtype=dtype)
