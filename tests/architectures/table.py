@@ -26,7 +26,8 @@ through every stage on the CPU and writes this page.
 - offline: planned, quantized without calibration, verified, dequantized, read by transformers
 - calibrated: quantized with a few tokens, verified
 - transformers: `from_pretrained` of the quantized checkpoint computes what the dequantized one does
-- vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one
+- vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one;
+  models that read images get text alone, but qwen2_vl an image too
 - while loading: the CPU engine quantizes the plain checkpoint, and computes the same as above
 
 "n/a": without this project it does not work either. "–": not reached, as an earlier stage did not
