@@ -173,7 +173,8 @@ class QamwFormat:
                     f"expected {dtype} {list(shape)}"
                 )
         block_size = self.rotation_block_size_of(module, len(tensors["input_scales"]))
-        return QuantizedWeight(*(tensors[x] for x in LAYER_TENSORS), block_size)
+        planes, norms, scales = (tensors[suffix] for suffix in LAYER_TENSORS)
+        return QuantizedWeight(planes, norms, scales, block_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json's ``quantization_config``."""
