@@ -42,7 +42,6 @@ from offline_quantize.progress import Progress, silent
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.format.config import LAYER_TENSORS
-from qamw_kernels.format.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
@@ -336,10 +335,6 @@ def _decoded(
     """The weights that the output tensors of a decoder layer stand for."""
     weights = dict(tensors)
     for linear in layer.linears():
-        qweight, row_norms, input_scales = (
-            weights.pop(f"{linear.name}.{suffix}") for suffix in LAYER_TENSORS
-        )
-        block_size = plan.format.rotation_block_size_of(linear.name, linear.num_inputs)
-        quantized = QuantizedWeight(qweight, row_norms, input_scales, block_size)
-        weights[linear.weight_name] = decode_weight(quantized)
+        stored = {suffix: weights.pop(f"{linear.name}.{suffix}") for suffix in LAYER_TENSORS}
+        weights[linear.weight_name] = decode_weight(plan.format.weight_of(linear.name, stored))
     return weights

@@ -11,7 +11,7 @@ from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_qua
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.files import BASE_CARD, CARD, PLOT, REPORT, check_space
 from offline_quantize.model.analysis import find_structure
-from offline_quantize.model.checkpoint import TensorInfo
+from offline_quantize.model.checkpoint import TensorInfo, without_quantization
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
 from offline_quantize.planning.shards import MAX_SHARD_BYTES, make_shards
@@ -110,6 +110,6 @@ def _copy_other_files(source: QuantizedCheckpoint, output: Output) -> None:
 
 
 def _plain_config(source: QuantizedCheckpoint, dtype: torch.dtype) -> dict[str, object]:
-    dropped = ("quantization_config", "torch_dtype")
-    config = {key: value for key, value in source.checkpoint.config.items() if key not in dropped}
+    config = without_quantization(source.checkpoint.config)
+    config.pop("torch_dtype", None)
     return config | {"dtype": str(dtype).removeprefix("torch.")}

@@ -43,12 +43,12 @@ class QuantizedCheckpoint:
                 :func:`~offline_quantize.checkpoints.headers.header_faults` finds, one per line.
         """
         config_file = checkpoint.directory / CONFIG
-        if not checkpoint.config.get("quantization_config"):
+        if not checkpoint.quantization:
             raise QuantizeError(
                 f"{config_file}: no quantization_config, this is not a QAM-W checkpoint"
             )
         try:
-            fmt = QamwFormat.from_dict(checkpoint.config["quantization_config"])
+            fmt = QamwFormat.from_dict(checkpoint.quantization)
         except FormatError as error:
             raise QuantizeError(f"{config_file}: {error}") from None
         modules = find_modules(checkpoint, fmt)
@@ -116,8 +116,7 @@ class QuantizedCheckpoint:
         if not planes:
             planes_shape = packed_shape(shape.num_rows, shape.num_inputs, shape.index_bits)
             tensors["qweight"] = torch.empty(planes_shape, dtype=torch.int32, device="meta")
-        block_size = self.format.rotation_block_size_of(module, shape.num_inputs)
-        return QuantizedWeight(**tensors, rotation_block_size=block_size)
+        return self.format.weight_of(module, tensors)
 
 
 def open_quantized(directory: Path) -> QuantizedCheckpoint:

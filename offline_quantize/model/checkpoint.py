@@ -273,6 +273,14 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy of config.json that does not say how a checkpoint is quantized."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    if isinstance(plain.get("text_config"), dict):
+        plain["text_config"] = without_quantization(plain["text_config"])
+    return plain
+
+
 def _dtype(config: dict[str, Any]) -> torch.dtype:
     """Of the model: of 16 bits, bfloat16 where config.json does not say float16."""
     for section in (config, config.get("text_config") or {}):

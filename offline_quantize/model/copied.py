@@ -12,7 +12,9 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, WEIGHT_SUFFIXES
 
 MAX_DEPTH = 16  # of folders inside each other
-ADAPTER_CONFIG = "adapter_config.json"  # of weights that are not read, nor part of the result
+# Of weights that are not part of the result: an adapter's, and those that ModelOpt quantized. vLLM
+# would believe the latter of the plain checkpoint that ours is dequantized to.
+WEIGHT_CONFIGS = ("adapter_config.json", "hf_quant_config.json")
 
 _TRAINING_STATE = re.compile(r"checkpoint-\d+")  # a folder that a trainer leaves
 
@@ -49,7 +51,7 @@ def copied_files(directory: Path) -> list[str]:
 def _is_weights(file: str) -> bool:
     """Whether a file has weights, belongs to some that have, or is an index, in any format."""
     is_index = any(file.endswith(f"{suffix}.index.json") for suffix in WEIGHT_SUFFIXES)
-    return is_index or file.endswith(WEIGHT_SUFFIXES) or file == ADAPTER_CONFIG
+    return is_index or file.endswith(WEIGHT_SUFFIXES) or file in WEIGHT_CONFIGS
 
 
 def _check_name(path: Path, relative: str) -> None:

@@ -227,10 +227,9 @@ def plain_shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
             shapes[f"{module}.weight"] = unpacked_shape(info.shape)
         elif suffix not in LAYER_TENSORS or f"{module}.qweight" not in checkpoint.tensors:
             shapes[name] = info.shape
-    quantization = checkpoint.config.get("quantization_config")
-    if not quantization or quantization.get("quant_method") != QUANT_METHOD:
+    if checkpoint.quantization.get("quant_method") != QUANT_METHOD:
         return shapes
-    stacks = QamwFormat.from_dict(quantization).stacks
+    stacks = QamwFormat.from_dict(checkpoint.quantization).stacks
     blocks = tuple(block_of(name) for name in stacks)
     apart = {name for name in shapes if name.startswith(blocks) and role_of(name) != name}
     return {name: shape for name, shape in shapes.items() if name not in apart} | dict(stacks)

@@ -19,6 +19,7 @@ def unwanted(model: Any, tensor_map: TensorMap) -> tuple[str, ...]:
         *(model._keys_to_ignore_on_load_unexpected or ()),
         r"rotary_emb\.inv_freq$",
         r"(^|\.)position_ids$",
+        r"\.attn\.(masked_)?bias$",  # masks of GPT-2 and GPT-J, which vLLM skips too
     ]
 
     def left_out(name: str) -> bool:

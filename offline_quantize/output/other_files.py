@@ -18,6 +18,7 @@ from offline_quantize.files import (
     existing_parent,
     json_bytes,
 )
+from offline_quantize.model.checkpoint import without_quantization
 from offline_quantize.model.tied import any_differ
 from offline_quantize.output.card import model_card
 from offline_quantize.output.directory import Output
@@ -99,10 +100,8 @@ def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
 
 def _output_config(plan: Plan) -> dict[str, Any]:
     """The content of config.json."""
-    config = plan.checkpoint.config | {"quantization_config": plan.format.to_dict()}
-    if "quantization_config" in (config.get("text_config") or {}):
-        config["text_config"] = dict(config["text_config"])
-        del config["text_config"]["quantization_config"]
+    config = without_quantization(plan.checkpoint.config)
+    config["quantization_config"] = plan.format.to_dict()
     if plan.head or any_differ(plan.checkpoint, plan.structure.stored_twice):
         config["tie_word_embeddings"] = False  # the head has a weight of its own
         if isinstance(config.get("text_config"), dict):

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from qamw_kernels.errors import FormatError
+from qamw_kernels.errors import FormatError, TensorError
 from qamw_kernels.format.codebook import INDEX_BITS, codebook_name, codebook_sha256
 from qamw_kernels.format.packing import UNIT_INPUTS, packed_shape
+from qamw_kernels.format.weight import QuantizedWeight
 
 QUANT_METHOD = "qamw"
 FORMAT_VERSION = 1
@@ -153,6 +154,27 @@ class QamwFormat:
                 f"only for {sorted(self.rotation_block_sizes)}"
             )
         return size
+
+    def weight_of(self, module: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
+        """The weight that a module's tensors stand for; their values are not looked at.
+
+        Args:
+            tensors: by suffix, those of ``LAYER_TENSORS``.
+        Raises:
+            TensorError: one has another shape or dtype than the others want.
+            FormatError: the checkpoint has no rotation width for this number of inputs.
+        """
+        sizes = [len(tensors[suffix]) for suffix in ("row_norms", "input_scales", "qweight")]
+        for suffix, (shape, dtype) in layer_tensors(*sizes).items():
+            found = tensors[suffix]
+            if (found.shape, found.dtype) != (shape, dtype):
+                raise TensorError(
+                    f"{module}.{suffix} is {found.dtype} {list(found.shape)}, "
+                    f"expected {dtype} {list(shape)}"
+                )
+        block_size = self.rotation_block_size_of(module, len(tensors["input_scales"]))
+        planes, norms, scales = (tensors[suffix] for suffix in LAYER_TENSORS)
+        return QuantizedWeight(planes, norms, scales, block_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json's ``quantization_config``."""

@@ -142,10 +142,13 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
 def check_plain(tensor: torch.Tensor, name: str) -> None:
     """Check a tensor of a checkpoint that is not quantized; buffers may be integers.
 
+    One of them is called ``bias``: the causal mask [1, 1, n, n] in old checkpoints (GPT-2, Pythia).
+
     Raises:
         TensorError: a weight or bias that is not of floating point, or a value that is not finite.
     """
-    if not tensor.is_floating_point() and name.endswith((".weight", ".bias")):
+    mask = name.endswith(".bias") and tensor.ndim == 4
+    if not (tensor.is_floating_point() or mask) and name.endswith((".weight", ".bias")):
         raise TensorError(f"{name} is {tensor.dtype}, expected floating point")
     if tensor.dtype.itemsize > 1:  # 8 bits have no infinity
         check_finite(tensor, name)

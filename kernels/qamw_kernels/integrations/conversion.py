@@ -6,7 +6,7 @@ they get the same matrices as from a plain checkpoint, on the device that the pa
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,9 +21,8 @@ from transformers.core_model_loading import (
 
 from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import TensorError
-from qamw_kernels.format.config import LAYER_TENSORS
+from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat
 from qamw_kernels.format.stacks import Slice, Stack, name_apart
-from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.integrations.experts import are_fused_experts, is_bias, pieces, transposed
 
 _WEIGHT = re.compile(r"(?<=\.)weight\$?$")  # how the pattern of a matrix ends
@@ -40,17 +39,17 @@ class DecodingConverter(WeightConverter):
 
     Args:
         plain: the converter, see :func:`takes_matrices`.
-        rotation_block_sizes: of the format, by the number of inputs.
+        fmt: of the checkpoint.
     """
 
-    def __init__(self, plain: WeightConverter, rotation_block_sizes: Mapping[int, int]) -> None:
+    def __init__(self, plain: WeightConverter, fmt: QamwFormat) -> None:
         # One pattern for a matrix in all its forms: the number of sources stays what it was.
         sources = [_WEIGHT.sub(_PLAIN_OR_PACKED, pattern) for pattern in plain.source_patterns]
         super().__init__(sources, list(plain.target_patterns), plain.operations)
         for option in ("scope_prefix", "base_model_prefix", "force_cpu"):
             if hasattr(plain, option):  # not every version of transformers has all
                 setattr(self, option, getattr(plain, option))
-        self._rotation_block_sizes = rotation_block_sizes
+        self._format = fmt
         self._names: dict[str, list[str]] = {}  # source pattern -> tensors
 
     def add_tensor(
@@ -112,12 +111,9 @@ class DecodingConverter(WeightConverter):
     def _decoded_matrix(
         self, tensors: dict[str, torch.Tensor], module: str, dtype: torch.dtype
     ) -> torch.Tensor:
-        planes, norms, scales = (tensors.pop(f"{module}.{name}") for name in LAYER_TENSORS)
-        if (norms.dtype, scales.dtype) != (torch.float32, torch.float16):
-            raise TensorError(f"{module}: transformers has rounded its row norms or input scales")
-        block_size = self._rotation_block_sizes[len(scales)]
-        weight = QuantizedWeight(planes, norms, scales, block_size)
-        return decode_checked(weight, module, dtype)
+        stored = {suffix: tensors.pop(f"{module}.{suffix}") for suffix in LAYER_TENSORS}
+        # Of other dtypes they are where a version of transformers rounds all that it reads.
+        return decode_checked(self._format.weight_of(module, stored), module, dtype)
 
 
 def _check_shape(model: Any, name: str, value: torch.Tensor) -> None:

@@ -189,9 +189,9 @@ class QamwHfQuantizer(HfQuantizer):
         Args:
             _: the model, in newer versions of transformers.
         """
-        block_sizes = self.quantization_config.format.rotation_block_sizes
+        fmt = self.quantization_config.format
         return [
-            DecodingConverter(transform, block_sizes)
+            DecodingConverter(transform, fmt)
             if isinstance(transform, WeightConverter) and takes_matrices(transform)
             else transform
             for transform in (*weight_conversions, *self._expert_converters)

@@ -6,8 +6,9 @@ import math
 from typing import Any
 
 import pytest
+import torch
 
-from qamw_kernels.errors import FormatError, QamwError
+from qamw_kernels.errors import FormatError, QamwError, TensorError
 from qamw_kernels.format.config import QamwFormat, layer_tensors
 
 GOOD = QamwFormat(11, {576: 64, 1536: 128}, {"model.layers.0.mlp.down_proj": 8}, ("lm_head",))
@@ -95,6 +96,23 @@ def test_unknown_width_names_the_module() -> None:
     message = r"o_proj: config\.json has no rotation block size for 640 inputs"
     with pytest.raises(FormatError, match=message):
         GOOD.rotation_block_size_of("o_proj", 640)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "wrong"),
+    [
+        ("row_norms", torch.ones(64, dtype=torch.bfloat16)),
+        ("input_scales", torch.ones(128)),
+        ("qweight", torch.ones(10, 63, 2, dtype=torch.int32)),
+        ("qweight", torch.ones(10, 64, 3, dtype=torch.int32)),
+    ],
+)
+def test_tensors_of_a_weight_fit_together(suffix: str, wrong: torch.Tensor) -> None:
+    tensors = {x: torch.empty(y, dtype=z) for x, (y, z) in layer_tensors(64, 128, 10).items()}
+    fmt = dataclasses.replace(GOOD, rotation_block_sizes={128: 64})
+    assert fmt.weight_of("up_proj", tensors).shape == (64, 128)
+    with pytest.raises(TensorError, match=rf"^up_proj\.{suffix} is torch\..*, expected torch\."):
+        fmt.weight_of("up_proj", tensors | {suffix: wrong})
 
 
 def test_a_format_error_is_for_users_and_a_value_error() -> None:

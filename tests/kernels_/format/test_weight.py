@@ -65,6 +65,7 @@ def test_plain_weights_are_of_floating_point_and_finite(name: str) -> None:
     for dtype in (torch.bfloat16, torch.float64, torch.float8_e4m3fn):
         check_plain(torch.ones(3).to(dtype), name)
     check_plain(torch.ones(3, dtype=torch.int64), "rotary.position_ids")
+    check_plain(torch.ones(1, 1, 8, 8, dtype=torch.bool), "attn.bias")
     with pytest.raises(TensorError, match=rf"{name} is torch\.int8, expected floating point"):
         check_plain(torch.ones(3, dtype=torch.int8), name)
     with pytest.raises(TensorError, match=rf"{name}\[1\] is nan"):

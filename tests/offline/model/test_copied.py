@@ -21,6 +21,7 @@ def test_what_holds_no_weights_is_copied(tmp_path: Path) -> None:
     others = [
         "config.json",
         "adapter_config.json",
+        "hf_quant_config.json",
         "lora/adapter_config.json",
         "lora/adapter_model.safetensors",
         "checkpoint-500/trainer_state.json",

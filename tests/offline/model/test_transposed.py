@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import offline_quantize.transformers_quantizer  # noqa: F401  (registers the method)
 from offline_quantize.checkpoints.dequantize import dequantize
@@ -18,6 +18,7 @@ from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tests.architectures.build import build
 from tests.helpers.checkpoints import decoded, tensors_of
+from tests.helpers.models import copy_model
 
 IDS = torch.arange(20, 44).reshape(2, 12)
 PROJECTION = "transformer.h.1.attn.c_proj"  # as many inputs as rows
@@ -43,6 +44,24 @@ def in_transformers(directory: Path, dtype: torch.dtype) -> Any:
 def test_the_model_is_that_of_transformers(gpt2: Path) -> None:
     expected = logits(in_transformers(gpt2, torch.float32))
     torch.testing.assert_close(logits(load_model(gpt2)), expected)
+
+
+def test_the_form_that_is_published(gpt2: Path, tmp_path: Path) -> None:
+    """Without the names' first part, and with causal masks that no version of today reads."""
+    source = copy_model(gpt2, tmp_path / "source")
+    shard = source / "model.safetensors"
+    tensors = {k.removeprefix("transformer."): v for k, v in load_file(shard).items()}
+    tensors |= {f"h.{i}.attn.bias": torch.ones(1, 1, 8, 8).bool() for i in range(2)}
+    tensors |= {f"h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)}
+    save_file(tensors, shard)
+    request = QuantizeRequest(calibration=None)
+    quantize(source, tmp_path / "published", request)
+    quantize(gpt2, tmp_path / "saved", request)
+    expected = tensors_of(tmp_path / "saved")
+    found = tensors_of(tmp_path / "published")
+    assert len(found) == len(expected) + 4
+    for name, tensor in expected.items():
+        assert torch.equal(found[name.removeprefix("transformer.")], tensor), name
 
 
 @torch.no_grad()
