@@ -9,7 +9,7 @@ from benchmarks.kernels.model.blocks import TARGET, Blocks
 from benchmarks.kernels.model.listing import Listing, read_listing
 from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
-from benchmarks.kernels.model.trace import NOTHING, Request, Source
+from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.triton import kernels, launch
 
@@ -33,7 +33,8 @@ def rotate_launch(
     constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=True)
     listing = rotate_listing(rotation_block_size)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]
-    records, paths = [], []
+    records: list[list[Record]] = []
+    paths: list[list[tuple[BlockStep, ...]]] = []
     for scales in (Source.HBM, Source.L2):
         requests = [NOTHING] * len(listing.code)
         for n, i in enumerate(loads):

@@ -60,6 +60,7 @@ def _requests(listing: Listing, index_bits: int, halves: int, copy_bytes: int) -
     Args:
         copy_bytes: of a block of activations.
     """
+    assert kernel.kernels is not None
     row_blocks, units = _nest(listing)
     requests, prefetches, loads = [NOTHING] * len(listing.code), 0, 0
     late = sum(kernel.kernels.is_late(word, index_bits - 2) for word in range(index_bits))

@@ -352,8 +352,7 @@ def wide_gemm_kernel(
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
     slot = gl.arange(0, WARPS * 128, WORDS)
     p_tile = tile_pointers(weight, place, slot // 128, 0, HALVES, SHAPE)
-    words = no_words(slot, INDEX_BITS)
-    words = renew_words(words, p_tile + slot % 128, True, False)
+    words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, False)
     gl.barrier()
     gdc_wait()
 
