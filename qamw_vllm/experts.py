@@ -300,9 +300,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
             stem: tiled_weight_of(layer, self.rotation_block_sizes[stem], f"{stem}_")
             for stem in MATRICES
         }
-        routing = _route(
-            topk_ids, layer.global_num_experts, layer.expert_map, x.dtype, [*weights.values()]
-        )
+        routing = _route(topk_ids, layer, x.dtype, list(weights.values()))
         both = self._multiply("w13", layer, weights["w13"], x, routing, topk_ids)
         inner = torch.empty(num_slots, both.shape[1] // 2, dtype=x.dtype, device=x.device)
         self._activate(layer, inner, both)
@@ -381,11 +379,7 @@ def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:
 
 
 def _route(
-    topk_ids: torch.Tensor,
-    num_experts: int,
-    expert_map: torch.Tensor | None,
-    dtype: torch.dtype,
-    weights: Sequence[TiledWeight],
+    topk_ids: torch.Tensor, layer: Any, dtype: torch.dtype, weights: Sequence[TiledWeight]
 ) -> Routing:
     """The slots in blocks; on CUDA by vLLM's kernel, whose reference is :func:`sort_slots`.
 
@@ -393,6 +387,7 @@ def _route(
     """
     from qamw_kernels.ops.triton.launch import routed_block_size
 
+    num_experts, expert_map = layer.global_num_experts, layer.expert_map
     block_size = routed_block_size(topk_ids.numel(), num_experts, dtype, weights)
     if not topk_ids.is_cuda:
         return sort_slots(topk_ids, block_size, num_experts, expert_map)
