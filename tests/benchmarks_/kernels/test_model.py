@@ -91,8 +91,10 @@ def test_barriers_and_products() -> None:
     late = [block(*[instruction("LOP3.LUT", stall=10)] * 10)]
     meeting = [*late, block(instruction("BAR.SYNC.DEFER_BLOCKING"))]
     assert cycles(meeting, 8) >= cycles(late, 8) + MACHINE.barrier_latency - 10
-    complete = (instruction("WARPGROUP.DEPBAR.LE", "gsb0, 0x0"), instruction("NOP"))
-    wgmma = [block(*[instruction("HGMMA.64x128x16.F32.BF16")] * 50, *complete)]
+    product = "HGMMA.64x128x16.F32.BF16"
+    ends_group = instruction(product, "R24, gdesc[UR4], R24, gsb0")
+    complete = (ends_group, instruction("WARPGROUP.DEPBAR.LE", "gsb0, 0x0"), instruction("NOP"))
+    wgmma = [block(*[instruction(product)] * 49, *complete)]
     assert cycles(wgmma, 4) == pytest.approx(50 * 64, rel=0.05)
     mma = [block(*[instruction("HMMA.16816.F32.BF16")] * 50)]
     assert cycles(mma, 4) == pytest.approx(50 * 8, rel=0.05)
@@ -124,12 +126,17 @@ def test_paths_go_round_loops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather")
-@pytest.mark.parametrize("num_tokens, groups", [(20, 1), (130, 2)])
-def test_every_unit_of_a_weight_is_multiplied_once(num_tokens: int, groups: int) -> None:
-    """By one program of every group of tokens: 3 row blocks of 4 tiles."""
+@pytest.mark.parametrize("num_tokens, groups, row_tiles", [(20, 1, 24), (130, 2, 32)])
+def test_every_tile_of_a_weight_is_multiplied_once(
+    num_tokens: int, groups: int, row_tiles: int
+) -> None:
+    """By one program of every group of tokens: row blocks of 8 or 16 row tiles, 4 tiles long.
+
+    A turn is a tile of each of 8 warps.
+    """
     launch = wide_launch(300, 1600, num_tokens, 11, TYPICAL)
     turns = [1 + max(step.turn for step in warps[0]) for _, warps in launch.programs]
-    assert sum(turns) == groups * 3 * 4
+    assert sum(turns) == groups * row_tiles // 8 * 4
     assert len({first for first, _ in launch.programs}) == groups
     bulk = [x for b in launch.blocks for x in b if x.unit == Unit.BULK_COPY]
     assert bulk and all(x.bytes > 0 for x in bulk)
