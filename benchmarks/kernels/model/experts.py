@@ -14,7 +14,7 @@ from benchmarks.kernels.model.listing import Instruction, Listing, Loop, read_li
 from benchmarks.kernels.model.narrow import CHUNKS, HALF_TILE_PRODUCTS
 from benchmarks.kernels.model.paths import Turns, walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simulate
-from benchmarks.kernels.model.trace import NOTHING, Request, Source
+from benchmarks.kernels.model.trace import NEVER, NOTHING, Request, Source
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import narrow_launch, routed_launch
 
@@ -40,9 +40,6 @@ class Mixture(NamedTuple):
 
 
 QWEN3_30B_A3B = Mixture(experts=128, top_k=8, hidden=2048, inner=768)
-
-
-NEVER = 1 << 20  # turns ahead
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, TILE_BYTES, Block
 from benchmarks.kernels.model.listing import Listing, Loop, read_listing
 from benchmarks.kernels.model.paths import Turns, walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
-from benchmarks.kernels.model.trace import NOTHING, Request, Source
+from benchmarks.kernels.model.trace import NEVER, NOTHING, Request, Source
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import narrow_launch as kernel
 
@@ -40,13 +40,16 @@ def _requests(listing: Listing) -> list[Request]:
     """Of every instruction.
 
     The words of a turn are loaded in the turn before, those of the first before the loops.
+    Prefetches come in pairs, of a whole tile and of half of one, which the layers here do not have.
     """
     batches = _nest(listing)[0]
-    requests, ahead, chunk = [NOTHING] * len(listing.code), 0, 0
+    requests, prefetches, chunk = [NOTHING] * len(listing.code), 0, 0
     for i, x in enumerate(listing.code):
         if x.name == "UBLKPF":
-            ahead += i < batches.first  # before the loops, one for every turn of the distance
-            requests[i] = Request(Source.WORDS, ahead=ahead)
+            # Before the loops, one pair for every turn of the distance.
+            ahead = min(1 + prefetches // 2, kernel.AHEAD) if i < batches.first else kernel.AHEAD
+            requests[i] = Request(Source.WORDS, ahead=NEVER if prefetches % 2 else ahead)
+            prefetches += 1
         elif x.name == "LDG" and goes_past_l1(x):
             requests[i] = Request(Source.WORDS, 512, ahead=1, bypass=True)
         elif x.name == "LDG" and ".128" in x.opcode:
@@ -54,6 +57,7 @@ def _requests(listing: Listing) -> list[Request]:
             chunk += 1
         elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
             requests[i] = Request(Source.L2, 32)
+    assert prefetches == 2 * (kernel.AHEAD + 1)
     assert chunk == 2 * CHUNKS, "activations before the loops, and in the last turn of a slice"
     return requests
 

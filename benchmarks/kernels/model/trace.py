@@ -43,6 +43,8 @@ Classify = Callable[[Instruction], Request]
 """What of global memory an instruction asks for; only kernels know."""
 
 NOTHING = Request(Source.NOWHERE)
+NEVER = 1 << 20
+"""Turns ahead: of a request for what comes behind everything that there is."""
 INTEGER = re.compile(
     "LOP3|SHF|ISETP|SEL|VIMNMX|VIADDMNMX|PRMT|IADD3|LEA|SGXT|PLOP3|VIADD|FSETP|FMNMX|F2FP|POPC|I2FP?"
     "|MOV"
