@@ -128,14 +128,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     logprobs = None
     if job.get("logprobs", True):
         logprobs = [prompt_logprobs(p, out) for p, out in zip(job["prompts"], outputs, strict=True)]
-    counted = not job.get("options", {}).get("disable_log_stats", True)
-    return {
+    options = job.get("options", {})
+    counted = not options.get("disable_log_stats", True)
+    result = {
         "accepted": accepted_drafts(llm) if counted else None,
         "logprobs": logprobs,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
     }
+    if options.get("distributed_executor_backend") == "mp":
+        llm.llm_engine.engine_core.shutdown()  # else its other processes outlive this one
+    return result
 
 
 def results_of(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
