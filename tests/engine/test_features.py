@@ -112,7 +112,13 @@ def test_ngram_speculation(run, checkpoint, tiny_results):
 
 
 def test_example_of_generation(environment, checkpoint):
-    command = [sys.executable, "-m", "examples.generate", str(checkpoint("llama")), "A", "B C"]
+    options = "dtype='float32', enforce_eager=True, gpu_memory_utilization=0.1"
+    script = (
+        "from examples.generate import main\n"
+        "if __name__ == '__main__':\n"
+        f"    main({str(checkpoint('llama'))!r}, ['A', 'B C'], {options})\n"
+    )
+    command = [sys.executable, "-c", script]
     printed = subprocess.run(
         command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
