@@ -33,7 +33,7 @@ large launches a twelfth is replayed, on a twelfth of the GPU.
 
 @functools.cache
 def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine) -> float:
-    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, True, machine)
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine)
     return simulate(launch, gpu, machine).seconds
 
 
