@@ -43,8 +43,8 @@ def test_triton_kernels_in_the_engine(cases, run, checkpoint):
     assert "They stay packed; Triton kernels run in the interpreter" in printed
     for (architecture, dtype, options), result in zip(cases, results, strict=True):
         assert_matches(result, checkpoint(architecture), 1e-3 if dtype == "float32" else 0.1)
-        if options == COMPILED:
-            assert (result["graphs"], result["graph_breaks"]) == (1, 0)
+        if options == COMPILED:  # its model, beside the sampler that every engine compiles
+            assert (result["graphs"] - results[0]["graphs"], result["graph_breaks"]) == (1, 0)
 
 
 @pytest.mark.matrix
