@@ -127,7 +127,8 @@ class Soak:
             " ".join(chooser.choices(WORDS, k=chooser.randrange(4, 60)))
             for _ in range(3 * self.clients // 4)
         ]
-        limits = httpx.Limits(max_connections=self.clients)
+        # The server closes connections that were idle for 5 seconds: ours end before that.
+        limits = httpx.Limits(max_connections=self.clients, keepalive_expiry=2)
         address = self.server.address
         async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
             self.alone = {
