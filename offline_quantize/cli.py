@@ -225,7 +225,7 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         default="normal",
         help="how long to look for good codings, of the same size and speed: fast is --rates "
         "uniform in half the time, best is --encoder beam with 4 times the calibration tokens, in "
-        "4 times the time (default normal)",
+        "several times the time (default normal)",
     )
     add(
         "--encoder",
