@@ -45,6 +45,11 @@ def fits(
     return early and narrow_launch.fits(NARROW_SLOTS, num_inputs, dtype, index_bits, processor)
 
 
+def row_tiles_at_once(num_inputs: int) -> int:
+    """Row tiles that have warps of their own, one for every half tile along the inputs."""
+    return max(narrow_launch.WARPS // int(triton.cdiv(num_inputs, TILE_INPUTS // 2)), 1)
+
+
 def gemm(
     rotated: torch.Tensor,
     weight: TiledWeight,
@@ -53,28 +58,11 @@ def gemm(
     processor: Processor,
     launcher: Launcher,
 ) -> None:
-    """Launch the kernel for blocks of this size: the rows of y [slots, N] whose experts are here.
+    """Launch the kernel for blocks of 8 slots: the rows of y [slots, N] whose experts are here.
 
     Args:
         rotated: [tokens, K]; the number of slots is a multiple of that of tokens.
     """
-    gemm_narrow(rotated, weight, routing, y, processor, launcher)
-
-
-def row_tiles_at_once(num_inputs: int) -> int:
-    """Row tiles that have warps of their own, one for every half tile along the inputs."""
-    return max(narrow_launch.WARPS // int(triton.cdiv(num_inputs, TILE_INPUTS // 2)), 1)
-
-
-def gemm_narrow(
-    rotated: torch.Tensor,
-    weight: TiledWeight,
-    routing: Routing,
-    y: torch.Tensor,
-    processor: Processor,
-    launcher: Launcher,
-) -> None:
-    """Launch the kernel: rows of y [slots, N] of experts that are here; blocks have 8 slots."""
     num_inputs, (num_row_tiles, num_input_tiles) = weight.num_inputs, weight.tiles.shape[1:3]
     at_once = row_tiles_at_once(num_inputs)
     fixed = narrow_launch.constants(weight.index_bits, rotated.dtype, processor)
