@@ -111,9 +111,11 @@ attack: setup
 	$(BIN)/python -m tools.attack
 
 # A minute of random bytes at the parsers, led by the code that they reach; faults in build/fuzz.
+# The same bytes every time, so that a fault is due to a change; other ones: make fuzz SEED=0.
+SEED ?= 1
 fuzz: $(VENV)/.fuzz
-	$(BIN)/python -m tools.fuzz --seconds 45
-	$(BIN)/python -m tools.fuzz --seconds 15 --target config
+	$(BIN)/python -m tools.fuzz --seed $(SEED) --seconds 45
+	$(BIN)/python -m tools.fuzz --seed $(SEED) --seconds 15 --target config
 
 $(VENV)/.fuzz: $(VENV)/.ready
 	$(BIN)/pip install --quiet --editable '.[fuzz]'

@@ -1,7 +1,7 @@
 """A model without its weights: built from config.json, and given parameters one part at a time."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
 from typing import Any
@@ -14,7 +14,7 @@ from offline_quantize.errors import QuantizeError, explained
 from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
-from offline_quantize.model.tensor_map import TensorMap, plain_shapes
+from offline_quantize.model.tensor_map import Shape, TensorMap, plain_shapes
 from offline_quantize.model.transposed import straighten
 
 # Of layers and experts, which have tensors of their own: the names in config.json.
@@ -28,7 +28,9 @@ _COUNTS = frozenset(
 # What any config.json may have of these, and of parameters: that many are built in seconds.
 _FEW_COUNTED, _FEW_PARAMETERS = 1000, 10_000
 _PARAMETERS_PER_TENSOR = 8  # one tensor may be split into some parameters
-_SMALL_BUFFERS = 2**30  # bytes
+# What any config.json may have of these: a model of this size is run in little memory.
+_FEW_WEIGHTS, _SMALL_BUFFERS = 2**24, 2**28  # numbers, bytes
+_MOST_TIMES = 2  # a model may be larger than its checkpoint: tensors can be missing, or be tied
 
 # transformers changes settings of the whole process while it builds a model.
 _BUILDING = Lock()
@@ -73,8 +75,10 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
     with explained(unsupported), _BUILDING:
         with torch.device("meta"), _few_parameters(checkpoint):
             model = model_class._from_config(config)
+        shapes = plain_shapes(checkpoint)
+        tensor_map = TensorMap(model, shapes)
+        _check_weights(model, tensor_map, shapes, checkpoint)
         _compute_buffers(model, checkpoint)
-        tensor_map = TensorMap(model, plain_shapes(checkpoint))
         unfuse_experts(model, tensor_map)
         straighten(model, tensor_map)
     return model.eval(), tensor_map
@@ -97,6 +101,34 @@ def _model_class(config: Any) -> Any:
         if type(config) in mapping:
             return mapping[type(config)]
     return None
+
+
+def _check_weights(
+    model: Any, tensor_map: TensorMap, shapes: Mapping[str, Shape], checkpoint: Checkpoint
+) -> None:
+    """Refuse a model with far more weights than its checkpoint, before anything has their size.
+
+    Args:
+        shapes: of the tensors of the checkpoint.
+    Raises:
+        QuantizeError: names the first tensor that has another shape than the model wants.
+    """
+    num_weights = sum(parameter.numel() for parameter in model.parameters())
+    num_stored = sum(math.prod(shape) for shape in shapes.values())
+    if num_weights <= max(_FEW_WEIGHTS, _MOST_TIMES * num_stored):
+        return
+    example = next(
+        (
+            f": {name} has shape {list(shapes[name])}, expected {list(shape)}"
+            for name, shape in tensor_map.expected.items()
+            if shapes.get(name, shape) != shape
+        ),
+        "",
+    )
+    raise QuantizeError(
+        f"{checkpoint.directory / CONFIG}: the model would have {num_weights / 1e6:.0f} million "
+        f"weights, but the checkpoint has {num_stored / 1e6:.0f}{example}"
+    )
 
 
 def _compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
