@@ -26,6 +26,7 @@ from benchmarks.study.integers import (
     smoothing_factors,
 )
 from offline_quantize.model.structure import Structure
+from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.format.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 NORM_BITS, SCALE_BITS = 32, 16  # what is stored of every row norm, and of every scale
@@ -61,6 +62,19 @@ def num_weights(structure: Structure) -> int:
     return sum(linear.num_weights for linear in structure.linears())
 
 
+def rotation_block_sizes(structure: Structure) -> dict[int, int]:
+    """QAM-W's choice for every number of inputs."""
+    sizes = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads)
+    layers = ((linear.num_inputs, linear.row_parallel) for linear in structure.linears())
+    return choose_rotation_block_sizes(layers, sizes)
+
+
+def rotation(structure: Structure, rotated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What rotates the inputs of a matrix [N, K], and is its own inverse; or does nothing."""
+    sizes = rotation_block_sizes(structure)
+    return (lambda x: rotate(x, sizes[x.shape[1]])) if rotated else lambda x: x
+
+
 @torch.no_grad()
 def code_weights(model: Any, structure: Structure, code: Code, shared_bits: float = 0) -> float:
     """Replace the weight of every decoder linear by what ``code`` makes of it.
@@ -94,12 +108,18 @@ def quantize_rtn(
     bits: int,
     group: int,
     symmetric: bool = False,
+    rotated: bool = False,
 ) -> float:
-    """Round to nearest, in groups."""
+    """Round to nearest, in groups.
+
+    Args:
+        rotated: whether the inputs are rotated first, in the blocks of QAM-W.
+    """
+    turn = rotation(structure, rotated)
 
     def code(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         stored = len(weight) * grouped_bits(weight.shape[1], bits, group, symmetric)
-        return round_to_nearest(weight, bits, group, symmetric), stored
+        return turn(round_to_nearest(turn(weight), bits, group, symmetric)), stored
 
     return code_weights(model, structure, code)
 
@@ -112,14 +132,21 @@ def quantize_gptq(
     bits: int,
     group: int,
     symmetric: bool = False,
+    rotated: bool = False,
 ) -> float:
-    """Layer by layer; each layer reads what the quantized layers before it put out."""
-    stored = 0.0
+    """Layer by layer; each layer reads what the quantized layers before it put out.
+
+    Args:
+        rotated: whether the inputs are rotated first, in the blocks of QAM-W.
+    """
+    turn, stored = rotation(structure, rotated), 0.0
     for groups in layer_statistics(model, structure, tokens, products):
         for linears, hessian in groups:
+            hessian = turn(turn(hessian).T)
             for linear in linears:
                 weight = model.get_submodule(linear.name).weight
-                weight.copy_(gptq(weight.float(), hessian, bits, group, symmetric))
+                decoded = gptq(turn(weight.float()), hessian, bits, group, symmetric)
+                weight.copy_(turn(decoded))
                 stored += linear.num_rows * grouped_bits(linear.num_inputs, bits, group, symmetric)
     return stored / num_weights(structure)
 
@@ -162,9 +189,7 @@ def quantize_rotated(
     else:
         code = partial(code_polar, index_bits=pair_bits)
         table_length = 2 ** best_amplitude_bits(pair_bits)
-    sizes = possible_tensor_parallel_sizes(structure.num_heads, structure.num_kv_heads)
-    layers = ((linear.num_inputs, linear.row_parallel) for linear in structure.linears())
-    block_sizes = choose_rotation_block_sizes(layers, sizes)
+    block_sizes = rotation_block_sizes(structure)
 
     def code_weight(weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         num_rows, num_inputs = weight.shape
@@ -211,6 +236,22 @@ def _integers() -> Iterator[Baseline]:
 
 
 def _rotated() -> Iterator[Baseline]:
+    for group in (64, 128):
+        yield Baseline(
+            f"hadamard-int6-g{group}",
+            f"Hadamard, RTN g{group}",
+            6,
+            f"QAM-W's rotation, then int6-g{group}",
+            partial(quantize_rtn, bits=6, group=group, rotated=True),
+        )
+        yield Baseline(
+            f"hadamard-gptq-int6-g{group}",
+            f"Hadamard, GPTQ g{group}",
+            6,
+            f"QAM-W's rotation, then GPTQ, asymmetric, groups of {group}",
+            partial(quantize_gptq, bits=6, group=group, rotated=True),
+            calibrated=True,
+        )
     for bits in (3, 4, 5, 6):
         yield Baseline(
             f"scalar-{bits}",

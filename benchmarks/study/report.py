@@ -27,12 +27,16 @@ README_METHODS = {
     "qamw-5.5": "**QAM-W, 5.5 bits**",
 }
 METHODS = (
-    *("int8", "smoothquant", "int6-g64", "int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m"),
-    *("polar-11", "qamw-plain-5.5"),
-    *("qamw-6", "qamw-5.5", "qamw-5", "qamw-4.5", "qamw-4", "qamw-3.5"),
+    *("int8", "smoothquant", "int6-g64", "hadamard-int6-g64", "hadamard-gptq-int6-g64"),
+    *("int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m", "polar-11", "qamw-plain-5.5"),
+    *("qamw-best-6", "qamw-6", "qamw-best-5.5", "qamw-5.5", "qamw-5", "qamw-4.5"),
+    *("qamw-best-4", "qamw-4", "qamw-3.5"),
 )
 COLORS = {
     "qamw": "tab:red",
+    "qamw-best": "darkred",
+    "qamw-beam": "salmon",
+    "qamw-mlp": "peru",
     "qamw-plain": "tab:orange",
     "qamw-both": "tab:brown",
     "qamw-feedback": "tab:pink",
@@ -44,6 +48,10 @@ COLORS = {
     "RTN g64": "tab:blue",
     "RTN g128": "tab:cyan",
     "GPTQ g128": "navy",
+    "Hadamard, RTN g64": "skyblue",
+    "Hadamard, RTN g128": "turquoise",
+    "Hadamard, GPTQ g64": "royalblue",
+    "Hadamard, GPTQ g128": "slateblue",
     "llama.cpp": "tab:purple",
 }
 """Of a family, in every panel."""
@@ -51,6 +59,7 @@ COLUMNS = (
     *("method", "effective bpw", "perplexity", "change, %", "mean KL", "99.9 % KL"),
     "same top-1, %",
 )
+FRONTIER = "frontier"
 Row = dict[str, Any]
 """What run.py appends to results/MODEL.jsonl."""
 
@@ -136,6 +145,15 @@ def joint_against_polar(rows: list[Row]) -> list[tuple[float, float, float]]:
     return comparisons
 
 
+def frontier(rows: list[Row]) -> list[Row]:
+    """The rows of one model that no other one beats in both rate and KL, by effective rate."""
+    best: list[Row] = []
+    for row in sorted(rows, key=lambda row: (effective_rate(row), row["kl"]["mean"])):
+        if not best or row["kl"]["mean"] < best[-1]["kl"]["mean"]:
+            best.append(row)
+    return best
+
+
 def plot(rows: list[Row], file: Path) -> None:
     """KL and perplexity change against the effective rate, a color for every family."""
     models = by_model(rows)
@@ -154,13 +172,21 @@ def plot(rows: list[Row], file: Path) -> None:
                 rates, [row["kl"]["mean"] for row in line], **style
             )
             axes[1][column].plot(rates, changes, **style)
+        best = frontier([row for row in own if row["method"] != "bf16"])
+        lines[FRONTIER], *_ = axes[0][column].plot(
+            [effective_rate(row) for row in best],
+            [row["kl"]["mean"] for row in best],
+            color="0.85",
+            linewidth=12,
+            zorder=0,
+        )
         for axis, label in zip(axes[:, column], labels, strict=True):
             axis.set(title=model, xlabel="effective bits per weight", yscale="log")
             axis.set(ylabel=label if column == 0 else None, xlim=(2.9, 8.6))
             axis.grid(True, which="both", alpha=0.3)
-    families = [family for family in COLORS if family in lines]
+    families = [family for family in (*COLORS, FRONTIER) if family in lines]
     handles = [lines[family] for family in families]
-    figure.legend(handles, families, loc="outside lower center", ncols=7, fontsize="large")
+    figure.legend(handles, families, loc="outside lower center", ncols=6, fontsize="large")
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
 

@@ -41,14 +41,21 @@ from tools.real_models import real_model
 CONVENTION = "gptq-2048"
 NUM_WINDOWS = {"smollm2-135m": 16, "gemma3-270m": 8, "qwen2.5-coder-0.5b": 8}
 RATES = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
+SOME_RATES = (4.0, 5.5, 6.0)  # of what takes long
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to quantize with QAM-W: its description, and fields of QuantizeRequest."""
+    """A way to quantize with QAM-W.
+
+    Attributes:
+        fields: of QuantizeRequest.
+        rates: bits per weight at which it is measured.
+    """
 
     description: str
     fields: dict[str, Any]
+    rates: tuple[float, ...] = RATES
 
 
 VARIANTS = {
@@ -63,6 +70,13 @@ VARIANTS = {
     ),
     "qamw-both": Variant("error feedback and scales", {"rates": "uniform"}),
     "qamw": Variant("error feedback, scales, mixed rates: the default", {}),
+    "qamw-beam": Variant("beam instead of feedback", {"encoder": "beam"}, SOME_RATES),
+    "qamw-best": Variant("beam, more tokens: --effort best", {"effort": "best"}, SOME_RATES),
+    "qamw-mlp": Variant(
+        "the default, attention left in 16 bits",
+        {"ignore": ("*.self_attn.*",), "allow_partial": True},
+        (5.5,),
+    ),
 }
 
 
@@ -113,8 +127,8 @@ def methods(directory: Path) -> Iterator[Method]:
             baseline.description,
             partial(with_baseline, directory, baseline.quantize),
         )
-    for rate in RATES:
-        for name, variant in VARIANTS.items():
+    for name, variant in VARIANTS.items():
+        for rate in variant.rates:
             request = QuantizeRequest(bpw=rate, **variant.fields)
             yield Method(
                 f"{name}-{rate:g}",

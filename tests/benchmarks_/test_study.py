@@ -60,6 +60,15 @@ def test_claims_are_computed_from_rows() -> None:
     assert "On 0 of 1 models: one +0.50 ± 0.10 %" in text
 
 
+def test_frontier() -> None:
+    """Fewest bits, and what has less KL than everything with as few bits."""
+    rows = [
+        row(name, kl, 0) | {"effective_bits_per_weight": rate}
+        for name, rate, kl in [("d", 8, 0.1), ("c", 6, 0.3), ("b", 6, 0.2), ("a", 4, 0.2)]
+    ]
+    assert [r["method"] for r in report.frontier(rows)] == ["a", "d"]
+
+
 def test_results_page_shows_the_rows() -> None:
     page = (report.RESULTS / "README.md").read_text()
     assert report.results_page(report.load_rows()) == page, "make study-report"
