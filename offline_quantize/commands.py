@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_quantize.errors import Option, QuantizeError, printable
+from offline_quantize.errors import QuantizeError, printable
 from offline_quantize.files import PROGRESS, REPORT
 from offline_quantize.progress import Progress
 from qamw_kernels.files import write_atomically
@@ -73,13 +73,14 @@ def quantize(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """``qamw plan MODEL``."""
+    from offline_quantize.calibration.text import read_text
     from offline_quantize.model.checkpoint import resolve_model
     from offline_quantize.output.other_files import check_copies
     from offline_quantize.planning.plan import make_plan
 
     request = _request(args)
-    if request.calibration and not request.calibration.is_file():
-        raise QuantizeError(Option("calibration", str(request.calibration)), ": no such file")
+    if request.calibration:
+        read_text(request.calibration)  # or an error, as quantize would give
     made = make_plan(resolve_model(args.model), request)
     check_copies(made, made.checkpoint.directory)
     _print_table(made)

@@ -16,6 +16,8 @@ def usable_device(device: str, local: int = 0) -> torch.device:
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if name == "cuda" and local:
         name = f"cuda:{local}"
+    if name == "meta":  # torch can use it, but it holds no values
+        raise QuantizeError(Option("device", device), ": expected auto, cpu or cuda")
     try:
         return torch.empty(0, device=name).device
     except Exception as error:  # torch raises several kinds

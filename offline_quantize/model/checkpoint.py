@@ -298,10 +298,10 @@ def resolve_model(model: str) -> Path:
         QuantizeError: neither a directory nor a hub id that can be had.
     """
     path = Path(model)
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     if path.exists() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise QuantizeError(f"{model}: not a directory, nor a hub id of the form ORG/NAME")
+        raise QuantizeError(f"{model!r}: not a directory, nor a hub id of the form ORG/NAME")
     from huggingface_hub import snapshot_download  # slow to import
 
     others = [f"*{suffix}" for suffix in WEIGHT_SUFFIXES if suffix != ".safetensors"]

@@ -33,7 +33,9 @@ def test_plan(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[st
     assert main(["plan", model, "--bpw", "4", "--calibration", "none", "--quantize-lm-head"]) == 0
     assert ", and the head at 6" in capsys.readouterr().out
     assert main(["plan", model, "--calibration", str(tmp_path / "absent.txt")]) == 2
-    assert "absent.txt: no such file" in capsys.readouterr().err
+    assert "absent.txt: No such file" in capsys.readouterr().err
+    assert main(["plan", model, "--calibration", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
     assert main(["plan", model, "--bpw", "4.7", "--rates", "uniform"]) == 2
     error = capsys.readouterr().err
     assert "--bpw 4.7: uniform rates come in halves" in error and "--rates mixed" in error

@@ -143,6 +143,7 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("must not be the model's own directory", out=tiny_llama)
     refused("nor inside it", out=tiny_llama / "nested" / "out")
     refused("device='nonsense': ", device="nonsense")
+    refused("device='meta': expected auto, cpu or cuda", device="meta")
     refused("already quantized with qamw", model=calibrated)
     least = r"bpw=3.01: the least is 3\.\d+, 3 for indices and the rest for norms"
     refused(least, bpw=3.01, calibration=DEFAULT_TEXT)

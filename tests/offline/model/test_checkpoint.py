@@ -174,5 +174,7 @@ def test_models_are_directories_or_hub_ids(tmp_path: Path) -> None:
     assert resolve_model(str(tmp_path)) == tmp_path
     with pytest.raises(QuantizeError, match="not a directory, nor a hub id"):
         resolve_model(str(tmp_path / "absent"))
+    with pytest.raises(QuantizeError, match=r"^'': not a directory, nor a hub id"):
+        resolve_model("")
     with pytest.raises(QuantizeError, match="the hub answered"):
         resolve_model("no-such/model")
