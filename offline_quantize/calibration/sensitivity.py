@@ -27,7 +27,7 @@ from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import text_decoder
 from offline_quantize.model.products import quick_products
-from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner
+from offline_quantize.model.runner import BATCH, DTYPE, WINDOWS, LayerRunner
 from offline_quantize.model.structure import DecoderLayer, InputGroup
 from offline_quantize.model.tracing import constant_layers
 from offline_quantize.progress import Progress, silent
@@ -200,22 +200,22 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
     Args:
         own: the windows of ``tokens`` that this process has.
     Returns:
-        For every batch [batch, T, hidden size].
+        For every batch, in the shape of its hidden states.
     """
     generator = torch.Generator(runner.device).manual_seed(0)
     for window in tokens[: own.start]:
         _draw(runner.model, len(window), generator)
     gradients, start = [], own.start
     for batch in runner.hidden:
-        gradient = torch.empty_like(batch)
-        for i in range(len(batch)):  # by window: the logits are large
-            hidden = batch[i : i + 1].to(runner.device).requires_grad_()
-            window = tokens[start + i : start + i + 1].to(runner.device)
+        found = []
+        for states in batch.split(1, dim=WINDOWS):  # by window: the logits are large
+            hidden = states.to(runner.device).requires_grad_()
+            window = tokens[start : start + 1].to(runner.device)
             with constant_layers(runner.layers, runner.calls, hidden):
                 loss = _drawn_loss(runner.model, window, generator)
-            gradient[i] = torch.autograd.grad(loss, hidden)[0][0].cpu()
-        gradients.append(gradient)
-        start += len(batch)
+            found.append(torch.autograd.grad(loss, hidden)[0].cpu())
+            start += 1
+        gradients.append(torch.cat(found, dim=WINDOWS))
     return gradients
 
 

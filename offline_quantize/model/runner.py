@@ -22,6 +22,7 @@ from offline_quantize.model.tracing import LayerCall, record_layer_calls
 
 BATCH = 4  # windows per forward call
 DTYPE = torch.bfloat16  # as layers are served
+WINDOWS = -3  # the dimension of hidden states; Gemma 3n has several of each token before it
 
 
 class LayerRunner:
@@ -35,7 +36,7 @@ class LayerRunner:
         layers_name: module name of the list of decoder layers.
         layers: the decoder layers.
         calls: of the layers, with the last batch.
-        hidden: what the next layer reads, [batch, T, hidden size] in ``dtype`` for every batch.
+        hidden: what the next layer reads, [..., batch, T, hidden size] in ``dtype``, by batch.
     """
 
     def __init__(

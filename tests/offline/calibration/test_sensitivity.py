@@ -18,7 +18,7 @@ from offline_quantize.evaluation.engines import load_model
 from offline_quantize.model.structure import InputGroup
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.ranks import ALONE, Ranks
-from tests.helpers.models import tiny_model
+from tests.architectures.build import build
 from tests.helpers.ranks import in_ranks
 
 
@@ -99,9 +99,13 @@ def test_progress_and_state(tiny_llama: Path, tmp_path: Path) -> None:
     assert from_state({}) == []
 
 
-def test_processes_share_the_windows(tmp_path: Path) -> None:
-    """Labels are drawn alike, and the same batches make the Hessians, whoever has them."""
-    plan = make_plan(tiny_model(tmp_path / "model", "mixtral"))
+@pytest.mark.parametrize("architecture", ["mixtral", "gemma3n_text"])
+def test_processes_share_the_windows(architecture: str, tmp_path: Path) -> None:
+    """Labels are drawn alike, and the same batches make the Hessians, whoever has them.
+
+    Hidden states of Gemma 3n have another dimension before that of the windows.
+    """
+    plan = make_plan(build(tmp_path / "model", architecture))
     tokens = torch.randint(0, 300, (17, 32), generator=torch.Generator().manual_seed(9))
 
     def measure(ranks: Ranks) -> list[list[Sensitivity]]:
