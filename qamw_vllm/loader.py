@@ -11,7 +11,7 @@ the default loader.
 import logging
 import re
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Set
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +134,11 @@ class QamwModelLoader(DefaultModelLoader):
             for parameter, _ in module.named_parameters()
             if parameter not in EXPERT_BIASES
         }
+        loaded = loaded_weights | quantized
         try:
-            super().track_weights_loading(model, loaded_weights | quantized, *args, **options)
+            super().track_weights_loading(
+                model, loaded | _other_names(model, loaded), *args, **options
+            )
         except ValueError as error:
             for module in sorted(self._quantized):
                 layers = unserved_layers(model, module)
@@ -249,6 +252,13 @@ def is_packed_model(model_config: Any) -> bool:
 def is_packed(hf_config: Any) -> bool:
     """Whether a model's config.json is that of a QAM-W checkpoint, not of a plain one."""
     return "index_bits" in _settings(hf_config)
+
+
+def _other_names(model: torch.nn.Module, loaded: Set[str]) -> set[str]:
+    """All names of the parameters that were loaded under one: a router may also be its experts'."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    parameters = {id(parameter) for name, parameter in named if name in loaded}
+    return {name for name, parameter in named if id(parameter) in parameters}
 
 
 def format_of(hf_config: Any) -> QamwFormat:

@@ -208,7 +208,7 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
     gradients, start = [], own.start
     for batch in runner.hidden:
         found = []
-        for states in batch.split(1, dim=WINDOWS):  # by window: the logits are large
+        for states in torch.split(batch, 1, dim=WINDOWS):  # by window: the logits are large
             hidden = states.to(runner.device).requires_grad_()
             window = tokens[start : start + 1].to(runner.device)
             with constant_layers(runner.layers, runner.calls, hidden):

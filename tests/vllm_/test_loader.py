@@ -75,10 +75,21 @@ def settings(model: Path | str, method: dict[str, Any] | None = None, **changes:
     return SimpleNamespace(**{**fields, **changes})
 
 
-def load(config: Any, **options: Any) -> Model:
-    model = Model()
-    QamwModelLoader(LoadConfig(use_tqdm_on_load=False, **options)).load_weights(model, config)
-    return model
+class ModelWithSharedNorm(Model):
+    """The norm has another name before its own, as routers do that fused experts have too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = self.norm
+        del self.norm
+        self.experts = torch.nn.Module()
+        self.experts.norm = self.norm = norm
+
+
+def load(config: Any, model: type[Model] = Model, **options: Any) -> Model:
+    made = model()
+    QamwModelLoader(LoadConfig(use_tqdm_on_load=False, **options)).load_weights(made, config)
+    return made
 
 
 def test_whole_checkpoints_load(tmp_path: Path) -> None:
@@ -101,6 +112,13 @@ def test_incomplete_checkpoints_are_refused(
     load(config, model_loader_extra_config={"enable_weights_track": False})
     config.runner_type = "draft"  # shares weights with another model
     load(config)
+
+
+def test_a_weight_with_two_names_is_loaded_under_one(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole", "embed.weight", "norm.weight")
+    assert (load(settings(whole), ModelWithSharedNorm).norm.weight == 1).all()
+    with pytest.raises(TensorError, match=r"not initialized from checkpoint.*norm\.weight"):
+        load(settings(write(tmp_path / "part", "embed.weight")), ModelWithSharedNorm)
 
 
 def test_plain_weights_must_be_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
