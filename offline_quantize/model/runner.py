@@ -1,5 +1,6 @@
 """Runs a model that is larger than memory: one decoder layer at a time."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,6 +89,9 @@ class LayerRunner:
         def stored(name: str, old: torch.Tensor) -> torch.Tensor:
             if name in values:
                 return values.pop(name).to(self.device, self._dtype)
+            if old.is_meta and old.is_floating_point():
+                # Models ask any of their weights where to compute. One that is read is noticed.
+                return old.new_full((), math.nan, device=self.device).expand(old.shape)
             return old if old.is_meta else old.to(self.device)
 
         set_parameters(self.model, stored, skip=self.layers_name, buffers=True)

@@ -25,6 +25,8 @@ class Architecture:
         name: its key.
         class_name: of the transformers class that real checkpoints of it are saved from.
         published: what ``architectures`` in the config.json of real checkpoints says.
+        published_values: what else it has that ``save_pretrained`` does not write, and vLLM reads;
+            by section, the empty one for the top.
         renames: patterns of tensor names that ``save_pretrained`` writes otherwise than real
             checkpoints have them, with what takes their place.
         transposed: patterns of names of tensors whose last two dimensions real checkpoints have the
@@ -39,6 +41,7 @@ class Architecture:
     name: str
     class_name: str
     published: str
+    published_values: dict[str, dict[str, Any]]
     renames: dict[str, str]
     transposed: list[str]
     values: dict[str, Any]
@@ -70,6 +73,7 @@ def _complete(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Archite
         name=name,
         class_name=entry["class"],
         published=published,
+        published_values=entry.get("published_values", {}),
         renames=entry.get("renames", {}),
         transposed=entry.get("transposed", []),
         values=values,
@@ -122,6 +126,8 @@ def _publish(directory: Path, architecture: Architecture) -> None:
     file = directory / "config.json"
     config = json.loads(file.read_text())
     config["architectures"] = [architecture.published]
+    for section, values in architecture.published_values.items():
+        (config[section] if section else config).update(values)
     file.write_text(json.dumps(config, indent=2))
     if architecture.renames or architecture.transposed:
         shard = directory / "model.safetensors"

@@ -5,7 +5,7 @@ import torch
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.format.weight import QuantizedWeight
-from qamw_vllm.loading.reorder import reordered
+from qamw_vllm.loading.reorder import Weights, reordered
 
 
 class Model(torch.nn.Module):
@@ -17,6 +17,36 @@ class Model(torch.nn.Module):
         if name != "q_proj.weight":
             return name, weight
         return name, weight.view(2, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+
+class Bloom(torch.nn.Module):
+    """Reorders whatever it gets for one layer, as vLLM's BLOOM."""
+
+    def _repack_qkv(self, weights: Weights) -> Weights:
+        for name, tensor in weights:
+            if "qkv" in name:
+                heads = tensor.view((2, 3, -1, *tensor.shape[1:]))
+                tensor = heads.transpose(0, 1).reshape(tensor.shape)
+            yield name, tensor
+
+    def load(self, weights: Weights) -> dict[str, torch.Tensor]:
+        return dict(self._repack_qkv(weights))
+
+
+def test_classes_that_reorder_all_tensors_leave_packed_ones_alone() -> None:
+    weight = torch.randn(24, 384, generator=torch.Generator().manual_seed(0))
+    # 12 planes could be taken for 2 heads, and 384 inputs too.
+    quantized, model = encode_weight(weight, 12, 64, make_input_scales(384)), Bloom()
+    expected = model.load([("qkv.weight", decode_weight(quantized))])["qkv.weight"]
+    bias = torch.rand(24)
+    for _ in range(2):  # also when weights are loaded again
+        stored = {f"qkv.{name}": tensor for name, tensor in quantized.tensors().items()}
+        found = model.load(reordered([*stored.items(), ("qkv.bias", bias)], model))
+        assert not torch.equal(found.pop("qkv.bias"), bias)
+        tensors = {name.removeprefix("qkv."): tensor for name, tensor in found.items()}
+        assert torch.equal(
+            decode_weight(QuantizedWeight(**tensors, rotation_block_size=64)), expected
+        )
 
 
 def test_packed_rows_are_reordered_like_plain_ones() -> None:
