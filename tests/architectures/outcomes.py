@@ -43,6 +43,8 @@ NEEDS = {
 OFFLINE = tuple(NEEDS)[: tuple(NEEDS).index("plain")]
 ENGINE = tuple(NEEDS)[len(OFFLINE) :]
 
+EXPECTED = Path(__file__).with_name("expected.json")
+
 
 class NotApplicable(Exception):
     """The plain model cannot do this either; the message says why."""
@@ -163,6 +165,18 @@ def _line(message: object, hide: Path) -> str:
     with suppress(ValueError):
         text = text.replace(f"{hide}/", "")
     return shortened(text)
+
+
+def expectations(records: Iterable[Record]) -> dict[str, dict[str, list[str]]]:
+    """What expected.json says of architectures that end as these did."""
+    return {
+        record.architecture: {
+            stage: [outcome.status, outcome.message]
+            for stage, outcome in record.stages.items()
+            if outcome.status != "passed"
+        }
+        for record in records
+    }
 
 
 def differences(records: Iterable[Record], expected: dict[str, dict[str, list[str]]]) -> list[str]:

@@ -1,13 +1,12 @@
 """Take architectures through their stages: ``python -m tests.architectures.run RECORDS [NAMES]``.
 
-RECORDS is a file of JSON lines, one for each architecture. ``--offline`` leaves vLLM out,
-``--expect`` writes what was found to expected.json. Many stages share a process, but an engine is
-the last thing in its own; where a stage hangs or takes the process with it, a new one goes on
-behind it. All are forked from this process, which has imported what they need.
+RECORDS is a file of JSON lines, one for each architecture; :mod:`.table` makes pages of them.
+``--offline`` leaves vLLM out. Many stages share a process, but an engine is the last thing in its
+own; where a stage hangs or takes the process with it, a new one goes on behind it. All are forked
+from this process, which has imported what they need.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -32,7 +31,6 @@ from tests.architectures.vision import import_torchvision
 from tests.helpers.engine_script import import_engine
 from tools.attack.isolated import Died, Hanging, run_isolated
 
-EXPECTED = Path(__file__).with_name("expected.json")
 LIMIT = 240  # seconds of one stage
 
 Step = tuple[str, str, Outcome | None, float | None]
@@ -118,24 +116,11 @@ def perform(name: str, stage: str, folder: Path) -> tuple[Outcome, float | None]
     return outcome, getattr(stages, "kept_share", None)
 
 
-def expectations(records: Sequence[Record]) -> dict[str, dict[str, list[str]]]:
-    """What expected.json says of architectures that end as these did."""
-    return {
-        record.architecture: {
-            stage: [outcome.status, outcome.message]
-            for stage, outcome in record.stages.items()
-            if outcome.status != "passed"
-        }
-        for record in records
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", type=Path)
     parser.add_argument("names", nargs="*", default=list(architectures()))
     parser.add_argument("--offline", action="store_true")
-    parser.add_argument("--expect", action="store_true")
     args = parser.parse_intermixed_args()
     stages = OFFLINE if args.offline else OFFLINE + ENGINE
     with tempfile.TemporaryDirectory(prefix="qamw-architectures-") as folder:
@@ -143,13 +128,7 @@ def main() -> None:
         import_torchvision()
         if not args.offline:
             import_engine()
-        records = run(args.names, Path(folder), args.records, stages)
-    if args.expect:
-        expected = json.loads(EXPECTED.read_text())
-        for name, found in expectations(records).items():
-            others = {s: known for s, known in expected.get(name, {}).items() if s not in stages}
-            expected[name] = others | found
-        EXPECTED.write_text(f"{json.dumps(expected, indent=2)}\n")
+        run(args.names, Path(folder), args.records, stages)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``.
 
-Of a stage that is in several files, the last one counts.
+Of a stage that is in several files, the last one counts. ``--expect`` writes expected.json too: how
+these architectures are to end from now on.
 """
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from tests.architectures.outcomes import Record, read_records
+from tests.architectures.outcomes import EXPECTED, Record, expectations, read_records
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 COLUMNS = {
@@ -68,12 +70,16 @@ def cell(record: Record, column: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("records", nargs="+", type=Path)
-    files = parser.parse_args().records
+    parser.add_argument("--expect", action="store_true")
+    args = parser.parse_args()
     records: dict[str, Record] = {}
-    for record in (record for file in files for record in read_records(file)):
+    for record in (record for file in args.records for record in read_records(file)):
         earlier = records.get(record.architecture, Record(record.architecture))
         records[record.architecture] = record.after(earlier)
     PAGE.write_text(page(records.values()), encoding="utf-8")
+    if args.expect:
+        expected = json.loads(EXPECTED.read_text()) | expectations(records.values())
+        EXPECTED.write_text(f"{json.dumps(expected, indent=2)}\n")
 
 
 if __name__ == "__main__":

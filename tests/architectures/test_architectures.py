@@ -1,7 +1,7 @@
 """All architectures of configs.json end as expected.json says: neither worse nor better.
 
 An architecture that gets further than before is reported too: its entries in expected.json are then
-removed, or written anew with ``python -m tests.architectures.run RECORDS NAME --expect``.
+removed, or written anew with ``python -m tests.architectures.table RECORDS --expect``.
 """
 
 import json
@@ -17,14 +17,16 @@ import pytest
 from qamw_kernels.errors import TensorError
 from tests.architectures.build import architectures
 from tests.architectures.outcomes import (
+    EXPECTED,
     NotApplicable,
     Outcome,
     Record,
     differences,
+    expectations,
     outcome_of,
     read_records,
 )
-from tests.architectures.run import EXPECTED, expectations, perform, run
+from tests.architectures.run import perform, run
 from tests.architectures.serving import Engine
 from tests.architectures.stages import Offline
 from tests.architectures.table import COLUMNS, cell, page
