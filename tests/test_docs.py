@@ -1,18 +1,20 @@
 """The pages: links lead to files, and the messages that are explained are those of the code."""
 
-import ast
 import re
-from collections.abc import Iterator
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.refusals import GAP, HANDED_ON, Refusal, Sources
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("offline_quantize", "qamw_vllm", "kernels/qamw_kernels")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)[^)]*\)")
-PLACEHOLDER = re.compile(r"\b[A-Z]+\b|\.\.\.|--[a-z-]+")  # a name, a value, an option
+PLACEHOLDER = re.compile(r"\b[A-Z]+\b|\.\.\.")  # a name, a value
+MOST_FOR_A_MESSAGE = 12  # refusals
 README_LINES, README_COLUMNS = 180, 100
 
 
@@ -28,39 +30,77 @@ def test_readme_is_short() -> None:
     assert [line for line in lines if len(line) > README_COLUMNS] == []
 
 
-def explained() -> list[str]:
-    """The first cells of the tables of the page on messages."""
-    rows = re.findall(r"^\| `([^`|]+)` \|", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
-    assert len(rows) > 20
-    return rows
+@cache
+def explained() -> tuple[str, ...]:
+    """The messages in the first cells of the tables of the page on them."""
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    cells = re.findall(r"^\| (`[^|]+`) \|", page, re.M)
+    return tuple(message for cell in cells for message in re.findall("`([^`]+)`", cell))
 
 
 @cache
-def messages() -> list[str]:
-    """Every string of the packages, one for all parts that an expression joins."""
-    files = (file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))
-    return [text for file in files for text in _strings(ast.parse(file.read_text()))]
+def refusals() -> tuple[Refusal, ...]:
+    return tuple(Sources.of(ROOT, PACKAGES).refusals())
 
 
-def _strings(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):  # the parts of a message may be arguments
-            yield " ".join(filter(None, map(_text, node.args)))
-        elif isinstance(node, ast.expr):
-            yield _text(node)
+@cache
+def explained_by(message: str) -> frozenset[Refusal]:
+    """The refusals that have the words of a message of the page, gaps aside."""
+    parts = [part.strip(" :,.()") for part in PLACEHOLDER.split(message)]
+    in_order = re.compile(".*".join(re.escape(part) for part in parts if part), re.S)
+    return frozenset(refusal for refusal in refusals() if in_order.search(refusal.words))
 
 
-def _text(node: ast.expr) -> str:
-    """A string, with whatever is known only when it is made left out."""
-    if isinstance(node, ast.Constant):
-        return node.value if isinstance(node.value, str) else ""
-    if isinstance(node, ast.JoinedStr):
-        return "".join(map(_text, node.values))
-    return ""
+def test_refusals_are_found() -> None:
+    """The rules below look at something."""
+    assert len(refusals()) > 200 and len(explained()) > 100
+
+
+def test_every_refusal_is_explained() -> None:
+    """Whatever only hands another error on has no words of its own."""
+    found = frozenset().union(*map(explained_by, explained()))
+    left = [r for r in refusals() if r not in found and (r.has_words or not r.hands_on)]
+    assert [f"{refusal.place}: {refusal.words}" for refusal in left] == []
 
 
 @pytest.mark.parametrize("message", explained())
 def test_explained_messages_are_of_the_code(message: str) -> None:
-    parts = [part.strip(" :,.()") for part in PLACEHOLDER.split(message)]
-    in_order = re.compile(".*".join(re.escape(part) for part in parts if part), re.S)
-    assert any(in_order.search(text) for text in messages())
+    """And say which: no word that many messages have."""
+    assert 1 <= len(explained_by(message)) <= MOST_FOR_A_MESSAGE
+
+
+def test_no_message_is_explained_twice() -> None:
+    assert [message for message, count in Counter(explained()).items() if count > 1] == []
+
+
+CODE = """
+class FileError(QamwError): ...
+
+def read(path):
+    count = f"{len(path)} bytes"
+    try:
+        return open(path)
+    except OSError as error:
+        raise FileError(f"{path}: {error.strerror}")
+    raise FileError(f"{path}: {count}, ", Option("bpw", 7), " is enough" if count else _end())
+
+def _end():
+    return f"{NOTHING} was there"
+
+def _size_faults(path):
+    yield f"{path}: too long"
+
+NOTHING = "nothing"
+"""
+
+
+def test_words_of_refusals() -> None:
+    """Variables, functions and constants are followed; options are spelled as flags."""
+    found = Sources({"a.py": CODE}).refusals()
+    assert [refusal.words for refusal in found] == [
+        f"{GAP}: {HANDED_ON}",
+        f"{GAP}: {GAP} bytes, --bpw {GAP} is enough{GAP}nothing was there",
+        f"{GAP}: too long",
+    ]
+    assert [refusal.place for refusal in found] == ["a.py:9", "a.py:10", "a.py:16"]
+    assert found[0].hands_on and not found[0].has_words and found[1].has_words
