@@ -154,10 +154,15 @@ def outcome_of(action: Callable[[], Any], hide: Path) -> Outcome:
     except Exception as error:
         if refusal := plugins_error(error):
             return Outcome("refused", _line(refusal, hide))
-        frames = traceback.extract_tb(error.__traceback__)
-        where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-        return Outcome("failed", _line(f"{type(error).__name__}: {error} ({where})", hide))
+        return Outcome("failed", _line(described(error), hide))
     return Outcome("passed")
+
+
+def described(error: Exception) -> str:
+    """Kind, message and place of an error: assertions have no message."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def _line(message: object, hide: Path) -> str:

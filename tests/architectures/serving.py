@@ -8,7 +8,7 @@ import torch
 
 from offline_quantize.checkpoints.dequantize import dequantize
 from tests.architectures.build import PROMPT, Architecture
-from tests.architectures.outcomes import NotApplicable
+from tests.architectures.outcomes import NotApplicable, described
 from tests.architectures.vision import can_read_images, random_image
 from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
 
@@ -56,7 +56,7 @@ class Engine:
         try:
             found = self._answer(plain)
         except Exception as error:
-            raise NotApplicable(f"{type(error).__name__}: {error}") from error
+            raise NotApplicable(described(error)) from error
         torch.save(found, self.answer)
 
     def vllm(self) -> None:

@@ -14,7 +14,7 @@ from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import Plan, make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from tests.architectures.build import PROMPT, Architecture, build
-from tests.architectures.outcomes import NotApplicable
+from tests.architectures.outcomes import NotApplicable, described
 
 NONE = QuantizeRequest(calibration=None)
 FEW_TOKENS = QuantizeRequest(calibration_tokens=512, window_tokens=64)
@@ -66,7 +66,7 @@ class Offline:
         try:
             expected = output(self._read(self.decoded))
         except Exception as error:  # whatever it is, it is not about the quantized checkpoint
-            raise NotApplicable(f"{type(error).__name__}: {error}") from error
+            raise NotApplicable(described(error)) from error
         found = output(
             self._model_class.from_pretrained(self.quantized, dtype=torch.bfloat16).eval()
         )
