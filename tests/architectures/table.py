@@ -1,7 +1,7 @@
 """Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``.
 
-Of a stage that is in several files, the last one counts. ``--expect`` writes expected.json too: how
-these architectures are to end from now on.
+Of a stage that is in several files, the last one counts. ``--expect`` writes expected.json instead:
+how these architectures are to end from now on.
 """
 
 import argparse
@@ -76,10 +76,11 @@ def main() -> None:
     for record in (record for file in args.records for record in read_records(file)):
         earlier = records.get(record.architecture, Record(record.architecture))
         records[record.architecture] = record.after(earlier)
-    PAGE.write_text(page(records.values()), encoding="utf-8")
     if args.expect:
         expected = json.loads(EXPECTED.read_text()) | expectations(records.values())
         EXPECTED.write_text(f"{json.dumps(expected, indent=2)}\n")
+    else:
+        PAGE.write_text(page(records.values()), encoding="utf-8")
 
 
 if __name__ == "__main__":
