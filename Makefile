@@ -123,7 +123,7 @@ $(VENV)/.fuzz: $(VENV)/.ready
 
 # The site in build/site; warnings, such as of links that lead nowhere, fail.
 docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/python -m mkdocs build --quiet --strict
 
 $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/pip install --quiet --editable '.[docs]'

@@ -7,8 +7,23 @@ import re
 from typing import Any
 
 _OUTSIDE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+([^)#]+)[^)]*\)")
+_SECTION = re.compile(r"(?<!\n)\n(?=(?:Args|Attributes|Returns|Yields|Raises):\n)")
+_ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?(?=[\w.]+`)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with every link out of docs/ as text."""
-    return _OUTSIDE.sub(r"\1 (`\2` in the repository)", markdown)
+    """The page with every link out of docs/ as text: its own, and where in the repository it is."""
+    return _OUTSIDE.sub(_as_text, markdown)
+
+
+def _as_text(link: re.Match[str]) -> str:
+    text, path = link.groups()
+    return f"`{path}`" if path.endswith(text.strip("`")) else f"{text} in `{path}`"
+
+
+def as_markdown(docstring: str) -> str:
+    """A docstring, without indentation, as its parser wants it.
+
+    That sees a section only below an empty line, and knows no roles of Sphinx.
+    """
+    return _ROLE.sub("`", _SECTION.sub("\n\n", docstring))
