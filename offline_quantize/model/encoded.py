@@ -90,8 +90,9 @@ def _check(
             f"{CONFIG}: quantization_config says {describe(quantization)}, but no tensor is "
             "quantized so; if the weights are plain, remove it"
         )
+    plain = stored.keys() - dropped
     for tensor in found:
-        if tensor.name in stored.keys() - dropped:
+        if tensor.name in plain:
             parts = ", ".join(tensor.parts.values())
             raise QuantizeError(f"{tensor.name} is there twice: plain, and as {parts}")
 
