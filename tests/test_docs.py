@@ -1,11 +1,13 @@
 """The pages: links lead to files, and the messages that are explained are those of the code."""
 
 import re
+import tomllib
 from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from tests.helpers.refusals import GAP, HANDED_ON, Refusal, Sources
 
@@ -22,6 +24,18 @@ README_LINES, README_COLUMNS = 180, 100
 def test_links_lead_to_files(page: Path) -> None:
     links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_image_is_of_the_range_that_is_supported() -> None:
+    """The Dockerfile names a vLLM and packages, as pyproject.toml has them."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    (image,) = re.findall(r"^FROM vllm/vllm-openai:v(\S+)$", dockerfile, re.M)
+    (supported,) = map(Requirement, extras["gpu"])
+    assert supported.specifier.contains(image)
+    named = re.findall(r"'(\w+[<>=][^']+)'", dockerfile)
+    assert len(named) >= 2 and set(named) <= set(extras["quantize"])
 
 
 def test_readme_is_short() -> None:

@@ -1,6 +1,7 @@
 """Features of vLLM: the quantized model answers like the plain model that it stands for."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,15 +112,30 @@ def test_ngram_speculation(run, checkpoint, tiny_results):
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
-def test_example_of_generation(environment, checkpoint):
-    options = "dtype='float32', enforce_eager=True, gpu_memory_utilization=0.1"
-    script = (
-        "from examples.generate import main\n"
-        "if __name__ == '__main__':\n"
-        f"    main({str(checkpoint('llama'))!r}, ['A', 'B C'], {options})\n"
-    )
-    command = [sys.executable, "-c", script]
+EXAMPLES = """
+import vllm
+from examples import generate, lora_on_quantized_base
+
+def engine(checkpoint, made=[], start=vllm.LLM, **options):
+    made += [] if made else [start(checkpoint, **options)]
+    return made[0]
+
+if __name__ == "__main__":
+    vllm.LLM = engine
+    options = {"dtype": "float32", "enforce_eager": True, "gpu_memory_utilization": 0.1}
+    lora_on_quantized_base.main(%r, %r, ["A", "B C"], **options)
+    generate.main(%r, ["A", "B C"], **options)
+"""
+
+
+def test_examples_of_generation(environment, checkpoint, adapter):
+    """Those that start an engine, which here is one for both, as that takes long."""
+    base = str(checkpoint("llama"))
+    command = [sys.executable, "-c", EXAMPLES % (base, adapter, base)]
     printed = subprocess.run(
         command, env=environment, cwd=ROOT, check=True, capture_output=True, text=True
     ).stdout
-    assert "'A' -> '" in printed and "'B C' -> '" in printed
+    answers = re.findall(r"^'(.+)'\n  base:    (.+)\n  adapter: (.+)$", printed, re.M)
+    assert [prompt for prompt, *_ in answers] == ["A", "B C"]
+    for prompt, plain, adapted in answers:
+        assert plain != adapted and f"{prompt!r} -> {plain}" in printed
