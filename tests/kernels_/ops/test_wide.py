@@ -113,34 +113,30 @@ def test_main_loop(index_bits: int, tokens: int) -> None:
         assert not spilled, "only 128 tokens may spill, and not in the loop"
     assert registers(compiled) <= constants["maxnreg"]
     shape = wide_launch.shape_of(index_bits, tokens, SHARED_BYTES[90])
-    tiles = shape.tile.halves  # of a unit
-    main = next(body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD * tiles)
-    assert main.total() <= 9 * PAIRS_PER_THREAD * tiles, main
+    main = next(body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD)
+    assert main.total() <= 9 * PAIRS_PER_THREAD, main
     loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
-    assert loads == main["LDG.E.128.STRONG.GPU"] == index_bits * tiles, main
-    assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32 * tiles, main
+    assert loads == main["LDG.E.128.STRONG.GPU"] == index_bits, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32, main
     assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|STS|STG", opcode)], main
     used = shape.tile.programs * (compiled.metadata.shared + wide_launch.RESERVED)
     assert used <= SHARED_BYTES[90] + wide_launch.RESERVED
 
 
 def test_programs_fit_the_processor() -> None:
-    """Two programs with few tokens share a multiprocessor, and a row block has two halves.
-
-    Except where the table is too large.
-    """
+    """Two programs with few tokens share a multiprocessor, except where the table is too large."""
     found = {}
     for tokens in wide_launch.TILES:
         shapes = [wide_launch.shape_of(bits, tokens, SHARED_BYTES[90]) for bits in (8, 11, 12)]
         found[tokens] = [
-            (shape.tile.programs, shape.tile.halves, shape.rows, shape.block_inputs)
+            (shape.tile.programs, shape.rows, shape.block_inputs)
             for shape in shapes
         ]
     assert found == {
-        16: [(2, 1, 128, 512), (2, 1, 128, 256), (1, 1, 128, 512)],
-        32: [(2, 1, 128, 256), (2, 1, 128, 128), (1, 1, 128, 256)],
-        64: [(1, 2, 256, 256), (1, 2, 256, 256), (1, 2, 256, 128)],
-        128: [(1, 2, 256, 128), (1, 2, 256, 128), (1, 1, 128, 64)],
+        16: [(2, 128, 128), (2, 128, 128), (1, 128, 128)],
+        32: [(2, 128, 128), (2, 128, 128), (1, 128, 128)],
+        64: [(1, 256, 128), (1, 256, 128), (1, 256, 128)],
+        128: [(1, 256, 128), (1, 256, 128), (1, 256, 64)],
     }
 
 

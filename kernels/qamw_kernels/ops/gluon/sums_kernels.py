@@ -19,23 +19,21 @@ def first_unit(program, programs, units, grain):
 
 
 @gluon.jit
-def store_sums(sums, p_shared):
+def store_sums(acc, p_shared):
     """A program's sums of a row block that it shares, as its threads have them.
 
-    p_shared: room for [half, token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of
-    rows g and g + 8, each with tokens 2 t and 2 t + 1.
+    p_shared: room for [token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of rows g
+    and g + 8, each with tokens 2 t and 2 t + 1.
     """
-    WARPS: gl.constexpr = sums[0].shape[0] // 16
-    TOKENS: gl.constexpr = sums[0].shape[1]
-    for half in gl.static_range(len(sums)):
-        values = sums[half].reshape([WARPS, 2, 8, TOKENS // 8, 4, 2])
-        values = values.permute([3, 0, 2, 4, 1, 5]).reshape([TOKENS * WARPS * 16])
-        at = gl.arange(0, TOKENS * WARPS * 16, values.type.layout)
-        gl.store(p_shared + half * (TOKENS * WARPS * 16) + at, values)
+    WARPS: gl.constexpr = acc.shape[0] // 16
+    TOKENS: gl.constexpr = acc.shape[1]
+    values = acc.reshape([WARPS, 2, 8, TOKENS // 8, 4, 2])
+    values = values.permute([3, 0, 2, 4, 1, 5]).reshape([TOKENS * WARPS * 16])
+    gl.store(p_shared + gl.arange(0, TOKENS * WARPS * 16, values.type.layout), values)
 
 
 @gluon.jit(
-    do_not_specialize=["M", "N", "has_bias", "programs", "TOKENS", "WARPS", "HALVES"],
+    do_not_specialize=["M", "N", "has_bias", "programs", "TOKENS", "WARPS"],
     do_not_specialize_on_alignment=["p_bias"],
 )
 def add_sums_kernel(
@@ -50,15 +48,14 @@ def add_sums_kernel(
     programs,
     TOKENS,
     WARPS,
-    HALVES,
     DTYPE: gl.constexpr,
     ROWS: gl.constexpr,
 ):
     """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
 
-    Program (i, j) has rows ROWS * i and on, which are of one half, and tokens 8 j and on.
+    Program (i, j) has rows ROWS * i and on, and tokens 8 j and on.
 
-    p_sums: [token groups, programs, 2, half, TOKENS / 8, warp, 128] float32, see
+    p_sums: [token groups, programs, 2, TOKENS / 8, warp, 128] float32, see
         :func:`store_sums`. A program that ends a row block, but did not start it, has its sums of
         it in the first place, otherwise in the second.
     """
@@ -66,16 +63,14 @@ def add_sums_kernel(
     ROWS_FIRST: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, 4], [0, 1])
     gdc_wait()
     first_row, group = gl.program_id(0) * ROWS, gl.program_id(1) * 8 // TOKENS
-    block_rows = WARPS * HALVES * 16
+    block_rows = WARPS * 16
     input_tiles = (K + 511) // 512
     units = (N + block_rows - 1) // block_rows * input_tiles
     start = first_row // block_rows * input_tiles
     first = ((start + 1) * programs - 1) // units
     last = ((start + input_tiles) * programs - 1) // units
     if first < last:
-        half = first_row // (WARPS * 16) % HALVES
-        warp = first_row // 16 % WARPS
-        o_sums = (half * (TOKENS // 8) + gl.program_id(1) % (TOKENS // 8)) * WARPS + warp
+        o_sums = gl.program_id(1) % (TOKENS // 8) * WARPS + first_row // 16 % WARPS
         p_part = p_sums + o_sums * 128 + gl.arange(0, ROWS * 8, SUMS)
         total = gl.zeros([ROWS * 8], gl.float32, SUMS)
         for program in range(first, last + 1, 4):

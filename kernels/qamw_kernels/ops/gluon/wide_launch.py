@@ -26,23 +26,19 @@ class Tile(NamedTuple):
     """How a program multiplies.
 
     Attributes:
-        stage_inputs: decoded at once: 32 takes fewer registers, 64 fewer barriers.
         log_warps: log2 of its warps.
-        halves: row tiles that a warp has of a row block.
         programs: on a multiprocessor, where their shared memory fits.
     """
 
-    stage_inputs: int
     log_warps: int
-    halves: int = 1
     programs: int = 1
 
 
 TILES = {
-    16: Tile(32, 3, programs=2),
-    32: Tile(32, 3, programs=2),
-    64: Tile(32, 3, halves=2),
-    128: Tile(32, 3, halves=2),
+    16: Tile(3, programs=2),
+    32: Tile(3, programs=2),
+    64: Tile(4),
+    128: Tile(4),
 }
 """By the tokens that a program has. Nothing is spilled with these."""
 
@@ -131,10 +127,7 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
         inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
-    if inputs < TILE_INPUTS:  # two halves multiply the activations of a whole tile
-        tile = tile._replace(halves=1)
-    rows = TILE_ROWS * tile.halves << tile.log_warps
-    return Shape(tile, rows, min(inputs // PLACES, TILE_INPUTS))
+    return Shape(tile, TILE_ROWS << tile.log_warps, min(inputs, TILE_INPUTS) // PLACES)
 
 
 def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
@@ -178,8 +171,6 @@ def constants(
         "TOKENS": tokens,
         "BLOCK_INPUTS": shape.block_inputs,
         "PLACES": PLACES,
-        "STAGE_INPUTS": tile.stage_inputs,
-        "HALVES": tile.halves,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
@@ -294,6 +285,5 @@ def add_sums(
         sums.shape[1],
         tokens,
         1 << shape.tile.log_warps,
-        shape.tile.halves,
         **sum_constants(y.dtype),
     )
