@@ -50,8 +50,10 @@ are too good.
 
 
 @functools.cache
-def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine) -> float:
-    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine)
+def _rotation(
+    num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine, swapped: bool
+) -> float:
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine, swapped)
     return simulate(launch, gpu, machine).seconds
 
 
@@ -72,8 +74,9 @@ def packed_seconds(
 ) -> tuple[float, Outcome]:
     """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
     launch = packed_launch(shape, num_tokens, index_bits, machine)
-    rotation = _rotation(shape[1], num_tokens, gpu, machine)
-    if _narrow(shape[1], num_tokens, index_bits):
+    is_narrow = _narrow(shape[1], num_tokens, index_bits)
+    rotation = _rotation(shape[1], num_tokens, gpu, machine, swapped=not is_narrow)
+    if is_narrow:
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
         product = simulate(launch, gpu, machine)
         return machine.launch_gap + machine.dependent_start + product.seconds, product

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from benchmarks.kernels.model.assumptions import KEPT_IN_L2, Machine
+from benchmarks.kernels.model.assumptions import Machine
 from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, Blocks, goes_past_l1
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop, read_listing
 from benchmarks.kernels.model.paths import Step, Turns, walk
@@ -126,7 +126,7 @@ def wide_launch(
     input_tiles = -(-num_inputs // TILE_INPUTS)
     listing = wide_listing(index_bits, grid.tokens)
     outer, inner = _nest(listing)
-    copy_bytes = 2 * grid.tokens * shape.block_inputs
+    copy_bytes = 2 * grid.tokens * kernel.BLOCK_INPUTS
     requests = _requests(listing, index_bits, copy_bytes)
     blocks = Blocks(listing, requests, machine)
     endings = _endings(listing)  # where a row block is whole, the second is left out
@@ -165,8 +165,8 @@ def wide_launch(
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
         tile_bytes=index_bits * WORD_BYTES,
-        copies_each=TILE_INPUTS / shape.block_inputs,
-        resident=num_rows * num_inputs * index_bits / 16 <= KEPT_IN_L2,
+        copies_each=TILE_INPUTS / kernel.BLOCK_INPUTS,
+        token_blocks=grid.groups,
         ready=machine.dependent_end,
     )
 
@@ -191,25 +191,31 @@ def adding_launch(
     requests = [NOTHING] * len(listing.code)
     for i, x in enumerate(listing.code):
         if x.name in ("LDG", "STG"):
-            requests[i] = Request(Source.L2, max(32 * width(x), 128))
+            requests[i] = Request(Source.L2, 32 * width(x))
     blocks = Blocks(listing, requests, machine)
+    if_none = next(i for i, x in enumerate(listing.code) if x.opcode == "EXIT")
     input_tiles, programs = -(-num_inputs // TILE_INPUTS), grid.share.programs
     units = -(-num_rows // rows) * input_tiles
 
     @functools.cache
     def steps(row_block: int) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that adds up rows of a row block, four parts at once."""
+        """Of every warp of a program that adds up rows of a row block, two parts at once.
+
+        A row block that one program had alone has nothing to add up.
+        """
         start = row_block * input_tiles
         parts = {((unit + 1) * programs - 1) // units for unit in (start, start + input_tiles - 1)}
-        turns = -(-(max(parts) - min(parts) + 1) // 4)
-        return tuple(BlockStep(blocks.number(s), 0, -1) for s in walk(listing, lambda *_: turns))
+        turns = -(-(max(parts) - min(parts) + 1) // 2)
+        walked = _cut(walk(listing, lambda *_: turns), {if_none + 1})
+        taken = walked if len(parts) > 1 else itertools.takewhile(lambda s: s.first == 0, walked)
+        return tuple(BlockStep(blocks.number(s), 0, -1) for s in taken)
 
     return Launch(
         blocks.records,
         [
             (0, [steps(first // rows)] * 4)
             for first in range(0, num_rows, kernel.ADDED_ROWS)
-            for _ in range(0, num_tokens, 8)
+            for _ in range(0, num_tokens, 16)
         ],
         programs_each=16,
         ready=machine.dependent_end,

@@ -129,14 +129,14 @@ def test_programs_fit_the_processor() -> None:
     for tokens in wide_launch.TILES:
         shapes = [wide_launch.shape_of(bits, tokens, SHARED_BYTES[90]) for bits in (8, 11, 12)]
         found[tokens] = [
-            (shape.tile.programs, shape.rows, shape.block_inputs)
+            (shape.tile.programs, shape.rows, shape.places)
             for shape in shapes
         ]
     assert found == {
-        16: [(2, 128, 128), (2, 128, 128), (1, 128, 128)],
-        32: [(2, 128, 128), (2, 128, 128), (1, 128, 128)],
-        64: [(1, 256, 128), (1, 256, 128), (1, 256, 128)],
-        128: [(1, 256, 128), (1, 256, 128), (1, 256, 64)],
+        16: [(2, 128, 4), (2, 128, 4), (1, 128, 4)],
+        32: [(2, 128, 4), (2, 128, 4), (1, 128, 4)],
+        64: [(1, 256, 4), (1, 256, 4), (1, 256, 4)],
+        128: [(1, 256, 4), (1, 256, 4), (1, 256, 2)],
     }
 
 

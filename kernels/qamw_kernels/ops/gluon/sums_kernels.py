@@ -53,16 +53,18 @@ def add_sums_kernel(
 ):
     """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
 
-    Program (i, j) has rows ROWS * i and on, and tokens 8 j and on.
+    Program (i, j) has rows ROWS * i and on, and tokens 16 j and on: enough that finding its parts
+    is not most of what it does.
 
     p_sums: [token groups, programs, 2, TOKENS / 8, warp, 128] float32, see
         :func:`store_sums`. A program that ends a row block, but did not start it, has its sums of
         it in the first place, otherwise in the second.
     """
     SUMS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, 4], [0, 1])
+    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    OCTET: gl.constexpr = ROWS * 8  # sums of 8 tokens
     gdc_wait()
-    first_row, group = gl.program_id(0) * ROWS, gl.program_id(1) * 8 // TOKENS
+    first_row, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * 16
     block_rows = WARPS * 16
     input_tiles = (K + 511) // 512
     units = (N + block_rows - 1) // block_rows * input_tiles
@@ -70,17 +72,19 @@ def add_sums_kernel(
     first = ((start + 1) * programs - 1) // units
     last = ((start + input_tiles) * programs - 1) // units
     if first < last:
-        o_sums = gl.program_id(1) % (TOKENS // 8) * WARPS + first_row // 16 % WARPS
-        p_part = p_sums + o_sums * 128 + gl.arange(0, ROWS * 8, SUMS)
-        total = gl.zeros([ROWS * 8], gl.float32, SUMS)
-        for program in range(first, last + 1, 4):
-            for i in gl.static_range(4):  # loaded at once
-                place = (first_unit(program + i, programs, units, 1) <= start).to(gl.int32)
-                shared = ((group * programs + program + i) * 2 + place).to(gl.int64)
+        index = gl.arange(0, 2 * OCTET, SUMS)
+        octet = first_token % TOKENS // 8 + index // OCTET
+        p_part = p_sums + (octet * WARPS + first_row // 16 % WARPS) * 128 + index % OCTET
+        p_part += (first_token // TOKENS * programs * 2).to(gl.int64) * (TOKENS * block_rows)
+        total = gl.zeros([2 * OCTET], gl.float32, SUMS)
+        for program in range(first, last + 1, 2):
+            for i in gl.static_range(2):  # loaded at once
+                # The program that begins the row block has it last, the others have it first.
+                which = ((program + i) * 2 + (program + i == first).to(gl.int32)).to(gl.int64)
                 m_part = program + i <= last
-                total += gl.load(p_part + shared * (TOKENS * block_rows), mask=m_part, other=0.0)
-        y = total.reshape([ROWS // 16, 8, 4, 2, 2]).permute([0, 3, 1, 2, 4]).reshape([ROWS, 8])
-        y = gl.convert_layout(y, ROWS_FIRST)
+                total += gl.load(p_part + which * (TOKENS * block_rows), mask=m_part, other=0.0)
+        y = total.reshape([2, ROWS // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
+        y = gl.convert_layout(y.reshape([ROWS, 16]), ROWS_FIRST)
         n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, ROWS_FIRST))
-        m = gl.program_id(1) * 8 + gl.arange(0, 8, gl.SliceLayout(0, ROWS_FIRST))
+        m = first_token + gl.arange(0, 16, gl.SliceLayout(0, ROWS_FIRST))
         write(y, n, m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)

@@ -18,7 +18,7 @@ from qamw_kernels.ops.weight import TiledWeight
 
 MAX_TOKENS = 512  # of a GPU that was not measured
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
-PLACES = 4  # for blocks of activations in shared memory
+BLOCK_INPUTS = 128  # of the blocks of activations that are copied to shared memory
 ADDED_ROWS = 128  # by a program of the kernel that adds up
 
 
@@ -102,12 +102,12 @@ class Shape(NamedTuple):
     Attributes:
         tile: how it multiplies.
         rows: of a row block.
-        block_inputs: of the blocks of activations.
+        places: for blocks of activations, of a tile's inputs or half of them.
     """
 
     tile: Tile
     rows: int
-    block_inputs: int
+    places: int
 
 
 def tokens_of(num_tokens: int) -> int:
@@ -127,13 +127,13 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
         inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
-    return Shape(tile, TILE_ROWS << tile.log_warps, min(inputs, TILE_INPUTS) // PLACES)
+    return Shape(tile, TILE_ROWS << tile.log_warps, min(inputs, TILE_INPUTS) // BLOCK_INPUTS)
 
 
 def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + 8 * PLACES
+    free -= table.table_bytes(index_bits) + 8 * TILE_INPUTS // BLOCK_INPUTS  # and barriers
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
@@ -169,8 +169,8 @@ def constants(
         "INDEX_BITS": index_bits,
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
-        "BLOCK_INPUTS": shape.block_inputs,
-        "PLACES": PLACES,
+        "BLOCK_INPUTS": BLOCK_INPUTS,
+        "PLACES": shape.places,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
@@ -226,7 +226,7 @@ def gemm(
     if adds:
         room = (groups, share.programs, 2, tokens * shape.rows)
         sums = torch.empty(room, dtype=torch.float32, device=y.device)
-    block_shape = (tokens, chosen["BLOCK_INPUTS"])
+    block_shape = (tokens, BLOCK_INPUTS)
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
         kernels.wide_gemm_kernel,
@@ -273,7 +273,7 @@ def add_sums(
     assert sums_kernels is not None
     launcher.launch(
         sums_kernels.add_sums_kernel,
-        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 8)),
+        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 16)),
         sums,
         weight.row_norms,
         y if bias is None else bias,
