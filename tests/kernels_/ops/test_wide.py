@@ -62,7 +62,7 @@ CASES = {
     "warps one by one": (11, 150, 576, 11, torch.bfloat16, 1, 1),
     "warps one by one, in another order": (11, 150, 576, 11, torch.bfloat16, 1, 2),
     "33 tokens": (33, 150, 2112, 11, torch.bfloat16, 4, None),
-    "two groups of tokens": (130, 70, 576, 11, torch.bfloat16, 4, None),
+    "three groups of tokens": (270, 70, 576, 11, torch.bfloat16, 6, None),
     "the smallest table": (32, 129, 1088, 6, torch.float16, 2, None),
     "the largest table": (32, 129, 1088, 12, torch.bfloat16, 3, None),
 }
