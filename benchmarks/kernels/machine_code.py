@@ -141,7 +141,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 
 
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:
-    """Figures of the Gluon kernel for 9 to 512 tokens, and of the one that adds up its sums."""
+    """Figures of the Gluon kernel for 9 to 1024 tokens, and of the one that adds up its sums."""
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES

@@ -1,4 +1,4 @@
-"""Launches of the kernel for up to 512 tokens: what every warp of it decodes, and when."""
+"""Launches of the kernel for up to 1024 tokens: what every warp of it decodes, and when."""
 
 import functools
 import itertools

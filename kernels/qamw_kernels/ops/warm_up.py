@@ -29,7 +29,7 @@ class _Warmer:
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
 
     def many_rotated(self, index_bits: int, rotation_block_size: int) -> None:
-        """So many rotation blocks as the smallest weights do not have with 512 tokens."""
+        """More rotation blocks than the packed products of the smallest weights have."""
         weight = self._weight(index_bits, rotation_block_size)
         x = self._tokens(weight, launch.ROTATE_MANY + 1)
         launch.rotate(x, weight.input_scales, rotation_block_size, self.launcher, swapped=True)

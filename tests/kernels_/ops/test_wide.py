@@ -1,4 +1,4 @@
-"""The Gluon kernel for 9 to 512 tokens without a GPU.
+"""The Gluon kernel for 9 to 1024 tokens without a GPU.
 
 Its PTX is executed on the CPU, its machine code counted.
 """
@@ -128,10 +128,7 @@ def test_programs_fit_the_processor() -> None:
     found = {}
     for tokens in wide_launch.TILES:
         shapes = [wide_launch.shape_of(bits, tokens, SHARED_BYTES[90]) for bits in (8, 11, 12)]
-        found[tokens] = [
-            (shape.tile.programs, shape.rows, shape.places)
-            for shape in shapes
-        ]
+        found[tokens] = [(shape.tile.programs, shape.rows, shape.places) for shape in shapes]
     assert found == {
         16: [(2, 128, 4), (2, 128, 4), (1, 128, 4)],
         32: [(2, 128, 4), (2, 128, 4), (1, 128, 4)],

@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
-"""The decode GEMM for up to 512 tokens on sm_90: decode once, multiply with many.
+"""The decode GEMM for up to 1024 tokens on sm_90: decode once, multiply with many.
 
 It needs a Triton with shared-memory gather, warpgroup products and tensor descriptors.
 
@@ -75,9 +75,7 @@ def flip_signs(words, signs):
 
 
 @gluon.jit
-def decode_stage(
-    table, words, lane4, STAGE: gl.constexpr, DTYPE: gl.constexpr, MMA: gl.constexpr
-):
+def decode_stage(table, words, lane4, STAGE: gl.constexpr, DTYPE: gl.constexpr, MMA: gl.constexpr):
     """Coordinates [16 * WARPS, 32] of a stage of a tile, as first operand: a slot has two pairs."""
     ENTRY_BITS: gl.constexpr = len(words) - 2
     WARPS: gl.constexpr = lane4.shape[0] // 128
