@@ -40,7 +40,11 @@ TILES = {
     64: Tile(4),
     128: Tile(4),
 }
-"""By the tokens that a program has. Nothing is spilled with these."""
+"""By the tokens that a program has.
+
+All 16 warps of a multiprocessor have 128 registers for a thread. Where that is little, compilers
+spill what they read once a tile or less often.
+"""
 
 ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
