@@ -13,10 +13,10 @@ position p of 32 holds the input whose bits 1, 2 are bits 3, 4 of p, and the oth
 A row block has a row tile for every warp. From 64 tokens on, it is what L2 delivers that counts,
 and how long products take, so the activations of a block serve as many rows as there are registers
 for sums, and there are as many warps as can be to decode meanwhile. A unit is one tile along the
-inputs of a row block. Units are in the order of memory, and every program takes
-as many as the others, from wherever the one before it ends. A row block that several programs share
-is added up by :mod:`qamw_kernels.ops.gluon.sums_kernels`, in the order of its inputs, so that a
-result does not depend on who was first.
+inputs of a row block. Units are in the order of memory, and every program takes as many as the
+others, from wherever the one before it ends. A row block that several programs share is added up by
+:mod:`qamw_kernels.ops.gluon.sums_kernels`, in the order of its inputs, so that a result does not
+depend on who was first.
 
 Both kernels may begin before the one that they depend on is complete (programmatic dependent
 launch), and wait for it when they need what it wrote.
