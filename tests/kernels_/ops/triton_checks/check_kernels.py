@@ -85,7 +85,8 @@ def test_rotate_swaps_inputs(rotation_block_size: int, num_tokens: int) -> None:
     swapped = launch.rotate(x, input_scales, rotation_block_size, swapped=True)
     inputs = torch.arange(192, device=DEVICE)
     others = inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
-    assert torch.equal(swapped, plain[:, others])
+    # Programs have more rows than those that do not swap, and may add up in another order.
+    torch.testing.assert_close(swapped, plain[:, others], rtol=1e-5, atol=1e-5)
 
 
 def test_rotate_overflows_only_where_the_result_does() -> None:
