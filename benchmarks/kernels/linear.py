@@ -47,8 +47,8 @@ SHAPES = {
     "qwen2.5-3b": ((2560, 2048), (2048, 2048), (22016, 2048), (2048, 11008)),
     "qwen2.5-7b": ((4608, 3584), (3584, 3584), (37888, 3584), (3584, 18944)),
 }
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 2048, 8192)
-PACKED_MAX_TOKENS = 512
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 8192)
+PACKED_MAX_TOKENS = 1024
 """Measured the packed way: it decodes the weight again for every 64 or 128 tokens."""
 RESULTS = Path(__file__).with_name("results")
 

@@ -141,7 +141,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 
 
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:
-    """Figures of the Gluon kernel for 9 to 512 tokens, and of the one that adds up its sums."""
+    """Figures of the Gluon kernel for 9 to 1024 tokens, and of the one that adds up its sums."""
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
@@ -158,8 +158,7 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
         constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
         kernel = wide_launch.kernels.wide_gemm_kernel
         name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
-        pairs = 128 * constants["HALVES"]
-        yield row(name, target, kernel, constants, pairs, decoding)
+        yield row(name, target, kernel, constants, 128, decoding)
     constants = wide_launch.sum_constants(torch.bfloat16)
     assert wide_launch.sums_kernels is not None
     kernel = wide_launch.sums_kernels.add_sums_kernel

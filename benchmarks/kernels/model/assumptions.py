@@ -27,8 +27,6 @@ H200 = Gpu("H200", datasheet=4.8e12, copy=4.3e12)
 GPUS = (H100, H200)
 
 MULTIPROCESSORS = 132  # [2], of the SXM cards
-L2_BYTES = 50e6  # [2]
-KEPT_IN_L2 = L2_BYTES / 2  # a weight up to this size is still there for the next block of tokens
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ SHAPES = {  # of Llama-3-8B: rows, inputs
 RATES = (11, 8)
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ROTATION_BLOCK_SIZE = 128
-INTRODUCTION = """\
+INTRODUCTION = f"""\
 # What a model of an H100 and an H200 says of the kernels
 
 Written by `make kernels-model`, without a GPU: **modelled, not measured**. The compiled kernels are
@@ -44,14 +44,15 @@ replayed instruction by instruction on a model of the multiprocessors and their 
 layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
 its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s.
 
-Of decoding into a workspace, for more than 512 tokens, only the traffic counts here: those figures
-are too good.
+Of decoding into a workspace, for more than {wide.MAX_TOKENS} tokens, only the traffic counts here:
+those figures are too good. So are those from 256 tokens on, where tensor cores are busy most of the
+time: here they keep the boost clock, on a GPU that is short of power they do not.
 """
 
 
 @functools.cache
-def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine) -> float:
-    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine)
+def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine, swapped: bool) -> float:
+    launch = rotate_launch(num_inputs, num_tokens, ROTATION_BLOCK_SIZE, machine, swapped)
     return simulate(launch, gpu, machine).seconds
 
 
@@ -72,8 +73,9 @@ def packed_seconds(
 ) -> tuple[float, Outcome]:
     """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
     launch = packed_launch(shape, num_tokens, index_bits, machine)
-    rotation = _rotation(shape[1], num_tokens, gpu, machine)
-    if _narrow(shape[1], num_tokens, index_bits):
+    is_narrow = _narrow(shape[1], num_tokens, index_bits)
+    rotation = _rotation(shape[1], num_tokens, gpu, machine, swapped=not is_narrow)
+    if is_narrow:
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
         product = simulate(launch, gpu, machine)
         return machine.launch_gap + machine.dependent_start + product.seconds, product

@@ -17,21 +17,30 @@ PROGRAMS_EACH = 8  # on a multiprocessor: of 256 threads and few registers
 
 
 @functools.cache
-def rotate_listing(rotation_block_size: int) -> Listing:
+def rotate_listing(rotation_block_size: int, swapped: bool, many: bool) -> Listing:
     """Machine code of the rotation in bfloat16."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=True)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True, many)
     return read_listing(compile_for(TARGET, kernels.rotate_kernel, constants))
 
 
 def rotate_launch(
-    num_inputs: int, num_tokens: int, rotation_block_size: int, machine: Machine
+    num_inputs: int,
+    num_tokens: int,
+    rotation_block_size: int,
+    machine: Machine,
+    swapped: bool = False,
 ) -> Launch:
     """The rotation: L2 has the activations, but not the layer's scales, which are loaded last.
 
     Only the programs of the first token wait for HBM: the others find the scales in L2.
+
+    Args:
+        swapped: for the wide kernel.
     """
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, early=True)
-    listing = rotate_listing(rotation_block_size)
+    rows = num_inputs // rotation_block_size
+    many = swapped and num_tokens * rows > launch.ROTATE_MANY
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True, many)
+    listing = rotate_listing(rotation_block_size, swapped, many)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]
     records: list[list[Record]] = []
     paths: list[list[tuple[BlockStep, ...]]] = []
@@ -44,7 +53,7 @@ def rotate_launch(
         steps = tuple(BlockStep(first + blocks.number(s), 0, -1) for s in walked)
         records += blocks.records
         paths.append([steps] * constants["num_warps"])
-    rows, pieces = num_inputs // rotation_block_size, rotation_block_size // constants["WIDTH"]
+    pieces = rotation_block_size // constants["WIDTH"]
     of_a_token = -(-rows // constants["BLOCK_R"]) * pieces
     grid = -(-num_tokens * rows // constants["BLOCK_R"]) * pieces
     programs = [(0, paths[program >= of_a_token]) for program in range(grid)]

@@ -37,7 +37,8 @@ class Launch:
         tokens, row_bytes: of the activations.
         tile_bytes: that one prefetch brings into L2.
         copies_each: that the copy engine makes for a turn of the main loop.
-        resident: whether the weights are still in L2 for later blocks of tokens.
+        token_blocks: into which the programs are divided, in order. They have the same weights, and
+            run at once: HBM is asked for what nobody has asked for yet.
         ready: seconds after the launch when what the kernel before wrote can be read.
     """
 
@@ -48,7 +49,7 @@ class Launch:
     row_bytes: int = 0
     tile_bytes: int = 0
     copies_each: float = 0.0
-    resident: bool = False
+    token_blocks: int = 1
     ready: float = 0.0
     multiprocessors: int = field(default=MULTIPROCESSORS)
 
@@ -120,8 +121,8 @@ def _job(launch: Launch, gpu: Gpu, machine: Machine) -> str:
             launch.row_bytes,
             launch.tile_bytes,
             launch.copies_each,
-            int(launch.resident),
             launch.ready * machine.clock,
+            len(launch.programs) // launch.token_blocks,
             len(launch.blocks),
             len(paths),
             len(programs),

@@ -25,7 +25,7 @@ bool Launch::read() {
   if (!numbers(p.hbm, p.l2, p.link, p.hbm_latency, p.l2_latency, p.l1_latency, p.queue,
                p.barrier_latency, p.read_latency, p.start, p.l1_lines, p.multiprocessors,
                p.programs_each, p.warps, p.tokens, p.row_bytes, p.tile_bytes, p.copies_each,
-               p.resident, p.grid_ready, blocks, paths, programs))
+               p.grid_ready, p.same_words, blocks, paths, programs))
     return false;
   blocks_.resize(blocks);
   for (Block& block : blocks_) {
@@ -65,7 +65,8 @@ void Launch::start_program(Multiprocessor& sm, int slot, Time t) {
     w.program = static_cast<int>(next_program_), w.number = n, w.done = false;
     w.path = &paths_[program.paths[n]];
     w.ready = t + p_.start, w.age = t;
-    w.prefetched.assign(w.path->turns, 0);
+    w.in_l2 = &in_l2_[next_program_ % p_.same_words * p_.warps + n];
+    w.in_l2->resize(w.path->turns, 0);
   }
   next_program_++;
 }
@@ -82,6 +83,7 @@ void Launch::wake(int sm, int scheduler, Time t) {
 void Launch::run() {
   sms_.resize(p_.multiprocessors);
   calendar_.resize(HORIZON);
+  in_l2_.resize(static_cast<size_t>(p_.same_words) * p_.warps);
   left_ = programs_.size();
   for (Multiprocessor& sm : sms_) {
     sm.warps.resize(p_.programs_each * p_.warps);
@@ -257,8 +259,8 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
                     Time t) {
   if (i.unit == PREFETCH) {
     const int turn = step.turn + i.ahead;
-    if (turn < w.path->turns && w.path->wanted[turn] && !kept(w))
-      w.prefetched[turn] = from_hbm(p_.tile_bytes, t);
+    if (turn < w.path->turns && w.path->wanted[turn] && (*w.in_l2)[turn] == 0)
+      (*w.in_l2)[turn] = from_hbm(p_.tile_bytes, t);
     return t;
   }
   if (i.unit == BULK_COPY) {
@@ -285,8 +287,8 @@ Time Launch::access(Multiprocessor& sm, Warp& w, int slot, const Instruction& i,
 Time Launch::words(Multiprocessor& sm, Warp& w, const Instruction& i, const Step& step, Time t) {
   const int turn = step.turn + i.ahead;
   if (turn >= w.path->turns || (turn >= 0 && !w.path->wanted[turn])) return t + p_.l1_latency;
-  Time arrival = turn >= 0 ? w.prefetched[turn] : 0;
-  if (!kept(w) && arrival == 0) arrival = from_hbm(i.bytes, t);
+  Time arrival = turn >= 0 ? (*w.in_l2)[turn] : 0;
+  if (arrival == 0) arrival = from_hbm(i.bytes, t);
   arrival = from_l2(sm, i.bytes, t, arrival);
   if (!i.bypass)  // lines that nobody reads again, at addresses that nobody else has
     for (int k = 0; k < i.bytes / 128; k++)

@@ -36,9 +36,10 @@ struct Path {
 struct Parameters {
   double hbm, l2, link;  // bytes per cycle
   int hbm_latency, l2_latency, l1_latency, queue, barrier_latency, read_latency, start, l1_lines;
-  int multiprocessors, programs_each, warps, tokens, row_bytes, tile_bytes, resident;
+  int multiprocessors, programs_each, warps, tokens, row_bytes, tile_bytes;
   double grid_ready;   // when what the kernel before wrote can be read
   double copies_each;  // that the copy engine makes for a turn of the main loop
+  size_t same_words;   // programs, after which others with the same words begin
 };
 
 // Lines of 128 bytes, of which halves are filled, the least recently used leaves first.
@@ -73,7 +74,7 @@ struct Warp {
   bool done = true, at_barrier = false;
   Time ready = 0, age = 0;
   std::array<Time, SCOREBOARDS> clear{};
-  std::vector<Time> prefetched;           // by turn: when the words are in L2; 0: they are not
+  std::vector<Time>* in_l2 = nullptr;     // by turn: when the words are there; 0: they are not
   std::vector<Time> copies, products;     // when each group of copies or products is complete
   Time copying = 0;                       // of the group that is not committed yet
   size_t bulk_waits = 0;
@@ -111,10 +112,6 @@ class Launch {
   Time from_hbm(int bytes, Time t);
   void wait_in_groups(Warp& w, const std::vector<Time>& groups, int pending);
   void meet(int sm, int slot);
-  // Later blocks of tokens find a weight that L2 holds.
-  bool kept(const Warp& w) const {
-    return p_.resident && programs_[w.program].first_token > 0;
-  }
   const Instruction& next(const Warp& w) const {
     return blocks_[w.path->steps[w.step].block][w.at];
   }
@@ -124,6 +121,7 @@ class Launch {
   std::vector<Path> paths_;
   struct Program { int first_token; std::vector<int> paths; };
   std::vector<Program> programs_;
+  std::vector<std::vector<Time>> in_l2_;  // by warp of the programs with different words
   std::vector<Multiprocessor> sms_;
   std::vector<std::vector<int>> calendar_;  // schedulers to visit, by cycle modulo HORIZON
   int64_t now_ = 0;

@@ -1,4 +1,4 @@
-"""Launches of the kernel for up to 512 tokens: what every warp of it decodes, and when."""
+"""Launches of the kernel for up to 1024 tokens: what every warp of it decodes, and when."""
 
 import functools
 import itertools
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from benchmarks.kernels.model.assumptions import KEPT_IN_L2, Machine
+from benchmarks.kernels.model.assumptions import Machine
 from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, Blocks, goes_past_l1
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop, read_listing
 from benchmarks.kernels.model.paths import Step, Turns, walk
@@ -17,7 +17,6 @@ from qamw_kernels.ops.gluon import wide_launch as kernel
 from qamw_kernels.ops.tiling import TILE_INPUTS
 
 PAIRS = 128  # that one thread decodes of a tile: as many look-ups
-TILE_PRODUCTS = 32  # matrix instructions of a tile
 WORD_BYTES = 512  # of a warp's load
 
 
@@ -50,12 +49,12 @@ def _nest(listing: Listing) -> tuple[Loop, Loop]:
     return row_blocks, units
 
 
-def _requests(listing: Listing, index_bits: int, halves: int, copy_bytes: int) -> list[Request]:
+def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Request]:
     """Of every instruction.
 
-    A turn is a tile, so that a unit has one for every half. A tile's late words are loaded in its
-    own turn, and before them the others, in the turn before. All are brought to L2 two units
-    before; those of the first two units before the loops, where the turn is -1.
+    A turn is a unit, of which a warp has one tile. The words of the tile's first quarter are loaded
+    in the turn before, as the last ones of that turn. All are brought to L2 two turns before; those
+    of the first two units before the loops, where the turn is -1.
 
     Args:
         copy_bytes: of a block of activations.
@@ -63,7 +62,8 @@ def _requests(listing: Listing, index_bits: int, halves: int, copy_bytes: int) -
     assert kernel.kernels is not None
     row_blocks, units = _nest(listing)
     requests, prefetches, loads = [NOTHING] * len(listing.code), 0, 0
-    late = sum(kernel.kernels.is_late(word, index_bits - 2) for word in range(index_bits))
+    quarters = [kernel.kernels.first_quarter(j, index_bits - 2) for j in range(index_bits)]
+    own = index_bits - quarters.count(0)
     for i, x in enumerate(listing.code):
         if x.name == "UTMALDG":
             requests[i] = Request(Source.L2, copy_bytes)
@@ -72,13 +72,13 @@ def _requests(listing: Listing, index_bits: int, halves: int, copy_bytes: int) -
             requests[i] = Request(Source.WORDS, ahead=prefetches - (i > row_blocks.first))
         elif x.name == "LDG" and goes_past_l1(x):
             loads += i > units.first
-            ahead = i < units.first or (loads - 1) % index_bits >= late
+            ahead = i < units.first or loads > own
             requests[i] = Request(Source.WORDS, WORD_BYTES, ahead=int(ahead), bypass=True)
         elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
             requests[i] = Request(Source.L2, 32)
         elif x.name == "STG":  # y, or sums that another kernel adds up
             requests[i] = Request(Source.L2, max(32 * width(x), 128))
-    assert (prefetches, loads) == (3 * halves, index_bits * halves)
+    assert (prefetches, loads) == (3, index_bits)
     return requests
 
 
@@ -95,14 +95,6 @@ def _endings(listing: Listing) -> tuple[range, range]:
     first = max(i for i in branches if code[i].predicate and i < to_y[0]) + 1
     last = min(i for i in branches if not code[i].predicate and i > to_y[-1])
     return range(first, last + 1), range(last + 1, to_sums[-1] + 1)
-
-
-def _tile_starts(listing: Listing) -> list[int]:
-    """The first instruction of every tile of a unit: behind the last product of the one before."""
-    _, units = _nest(listing)
-    products = [i for i in range(units.first, units.last) if listing.code[i].name == "HGMMA"]
-    ends = products[TILE_PRODUCTS - 1 : -1 : TILE_PRODUCTS]
-    return [units.first, *(end + 1 for end in ends)]
 
 
 def _cut(steps: Iterable[Step], edges: Iterable[int]) -> Iterator[Step]:
@@ -132,14 +124,13 @@ def wide_launch(
     grid = _grid(num_rows, num_inputs, num_tokens, index_bits)
     shape = kernel.shape_of(index_bits, grid.tokens, PROCESSOR.shared_memory)
     input_tiles = -(-num_inputs // TILE_INPUTS)
-    halves = shape.tile.halves
     listing = wide_listing(index_bits, grid.tokens)
-    (outer, inner), starts = _nest(listing), _tile_starts(listing)
-    copy_bytes = 2 * grid.tokens * shape.block_inputs
-    requests = _requests(listing, index_bits, halves, copy_bytes)
+    outer, inner = _nest(listing)
+    copy_bytes = 2 * grid.tokens * kernel.BLOCK_INPUTS
+    requests = _requests(listing, index_bits, copy_bytes)
     blocks = Blocks(listing, requests, machine)
     endings = _endings(listing)  # where a row block is whole, the second is left out
-    edges = {*starts, *(edge for ending in endings for edge in (ending.start, ending.stop))}
+    edges = {edge for ending in endings for edge in (ending.start, ending.stop)}
 
     @functools.cache
     def steps(sizes: tuple[int, ...]) -> tuple[BlockStep, ...]:
@@ -152,7 +143,7 @@ def wide_launch(
 
         found, turn = [], -1
         for step in _cut(walk(listing, trips), edges):
-            turn += step.first in starts
+            turn += step.first == inner.first
             where = dict(step.turns)
             whole = sizes[where.get(outer, 0)] == input_tiles
             if step.first not in endings[whole]:
@@ -174,8 +165,8 @@ def wide_launch(
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
         tile_bytes=index_bits * WORD_BYTES,
-        copies_each=TILE_INPUTS / shape.block_inputs / halves,
-        resident=num_rows * num_inputs * index_bits / 16 <= KEPT_IN_L2,
+        copies_each=TILE_INPUTS / kernel.BLOCK_INPUTS,
+        token_blocks=grid.groups,
         ready=machine.dependent_end,
     )
 
@@ -200,25 +191,31 @@ def adding_launch(
     requests = [NOTHING] * len(listing.code)
     for i, x in enumerate(listing.code):
         if x.name in ("LDG", "STG"):
-            requests[i] = Request(Source.L2, max(32 * width(x), 128))
+            requests[i] = Request(Source.L2, 32 * width(x))
     blocks = Blocks(listing, requests, machine)
+    if_none = next(i for i, x in enumerate(listing.code) if x.opcode == "EXIT")
     input_tiles, programs = -(-num_inputs // TILE_INPUTS), grid.share.programs
     units = -(-num_rows // rows) * input_tiles
 
     @functools.cache
     def steps(row_block: int) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that adds up rows of a row block, four parts at once."""
+        """Of every warp of a program that adds up rows of a row block, two parts at once.
+
+        A row block that one program had alone has nothing to add up.
+        """
         start = row_block * input_tiles
         parts = {((unit + 1) * programs - 1) // units for unit in (start, start + input_tiles - 1)}
-        turns = -(-(max(parts) - min(parts) + 1) // 4)
-        return tuple(BlockStep(blocks.number(s), 0, -1) for s in walk(listing, lambda *_: turns))
+        turns = -(-(max(parts) - min(parts) + 1) // 2)
+        walked = _cut(walk(listing, lambda *_: turns), {if_none + 1})
+        taken = walked if len(parts) > 1 else itertools.takewhile(lambda s: s.first == 0, walked)
+        return tuple(BlockStep(blocks.number(s), 0, -1) for s in taken)
 
     return Launch(
         blocks.records,
         [
             (0, [steps(first // rows)] * 4)
             for first in range(0, num_rows, kernel.ADDED_ROWS)
-            for _ in range(0, num_tokens, 8)
+            for _ in range(0, num_tokens, 16)
         ],
         programs_each=16,
         ready=machine.dependent_end,

@@ -28,6 +28,12 @@ class _Warmer:
         weight = self._weight(index_bits, rotation_block_size)
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
 
+    def many_rotated(self, index_bits: int, rotation_block_size: int) -> None:
+        """More rotation blocks than the packed products of the smallest weights have."""
+        weight = self._weight(index_bits, rotation_block_size)
+        x = self._tokens(weight, launch.ROTATE_MANY + 1)
+        launch.rotate(x, weight.input_scales, rotation_block_size, self.launcher, swapped=True)
+
     def sums(self, index_bits: int, rotation_block_size: int) -> None:
         """Of row blocks that programs share, which the smallest weights have none of."""
         weight = self._weight(index_bits, rotation_block_size)
@@ -107,6 +113,8 @@ def warm_up(
             warmer.packed(min(rates), size, num_tokens)
     if wide_launch.fits(1, UNIT_INPUTS, dtype, min(rates), processor):
         warmer.sums(min(rates), least)
+        for size in rotation_block_sizes:
+            warmer.many_rotated(min(rates), size)
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
         for bits in rates:

@@ -126,17 +126,17 @@ def test_paths_go_round_loops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather")
-@pytest.mark.parametrize("num_tokens, groups, row_tiles", [(20, 1, 24), (130, 2, 32)])
+@pytest.mark.parametrize("num_tokens, groups, row_blocks", [(20, 1, 3), (130, 2, 2)])
 def test_every_tile_of_a_weight_is_multiplied_once(
-    num_tokens: int, groups: int, row_tiles: int
+    num_tokens: int, groups: int, row_blocks: int
 ) -> None:
-    """By one program of every group of tokens: row blocks of 8 or 16 row tiles, 4 tiles long.
+    """By one program of every group of tokens: row blocks of 128 or 256 rows, 4 tiles long.
 
-    A turn is a tile of each of 8 warps.
+    A turn is a tile of each warp.
     """
     launch = wide_launch(300, 1600, num_tokens, 11, TYPICAL)
     turns = [1 + max(step.turn for step in warps[0]) for _, warps in launch.programs]
-    assert sum(turns) == groups * row_tiles // 8 * 4
+    assert sum(turns) == groups * row_blocks * 4
     assert len({first for first, _ in launch.programs}) == groups
     bulk = [x for b in launch.blocks for x in b if x.unit == Unit.BULK_COPY]
     assert bulk and all(x.bytes > 0 for x in bulk)

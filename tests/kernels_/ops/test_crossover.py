@@ -49,6 +49,6 @@ def test_a_measurement_is_of_a_gpu_and_a_kernel(
 
 def test_other_gpus_have_the_limits_of_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
-    assert gemm_max_tokens(GPU, BF16, 11, HOPPER) == 512
+    assert gemm_max_tokens(GPU, BF16, 11, HOPPER) == 1024
     assert gemm_max_tokens(GPU, BF16, 11, BLACKWELL) == 16
-    assert gemm_max_tokens(torch.device("cpu"), BF16, 11, HOPPER) == 512
+    assert gemm_max_tokens(torch.device("cpu"), BF16, 11, HOPPER) == 1024

@@ -4,8 +4,8 @@
 All warps of a program read the same blocks, in the order of the tiles along the inputs: those of
 one row block after those of the one before, from the first input again.
 
-``copies`` of a program are (token, number of its blocks, input tiles, k of the next block to copy);
-they are started as places become free.
+``copies`` of a program are (token, number of its blocks that are left, input tiles, k of the next
+one); they are started as places become free. Blocks take the places in turn, again and again.
 """
 
 from triton.experimental import gluon
@@ -29,24 +29,18 @@ def make_ring(x_blocks, PLACES: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
-def start_copy(ring, block, copies):
-    """Start the copy of block number ``block``, the next one, if there is one.
-
-    Returns ``copies`` after that.
-    """
+def start_copy(ring, PLACE: gl.constexpr, copies):
+    """Start the copy of the next block, if there is one. Returns ``copies`` after that."""
     x_blocks, places, full = ring
-    token, blocks, input_tiles, k = copies
+    token, left, input_tiles, k = copies
     BLOCK_INPUTS: gl.constexpr = x_blocks.block_shape[1]
-    place, wanted = block & (places.shape[0] - 1), block < blocks
-    mbarrier.expect(full.index(place), x_blocks.nbytes_per_cta, wanted)
-    copy_block(x_blocks, [token, k], full.index(place), places.index(place), wanted)
+    mbarrier.expect(full.index(PLACE), x_blocks.nbytes_per_cta, left > 0)
+    copy_block(x_blocks, [token, k], full.index(PLACE), places.index(PLACE), left > 0)
     k = gl.where(k + BLOCK_INPUTS < input_tiles * 512, k + BLOCK_INPUTS, 0)
-    return token, blocks, input_tiles, k
+    return token, left - 1, input_tiles, k
 
 
 @gluon.jit
-def wait_for(ring, block):
-    """Until a program's ``block``-th block of activations is in its place."""
-    _, places, full = ring
-    PLACES: gl.constexpr = places.shape[0]
-    mbarrier.wait(full.index(block & (PLACES - 1)), block // PLACES & 1)
+def wait_for(ring, PLACE: gl.constexpr, turn):
+    """Until the block is there that a place has the ``turn``-th time, from 0 on."""
+    mbarrier.wait(ring[2].index(PLACE), turn & 1)

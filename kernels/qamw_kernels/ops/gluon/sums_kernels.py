@@ -19,23 +19,21 @@ def first_unit(program, programs, units, grain):
 
 
 @gluon.jit
-def store_sums(sums, p_shared):
+def store_sums(acc, p_shared):
     """A program's sums of a row block that it shares, as its threads have them.
 
-    p_shared: room for [half, token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of
-    rows g and g + 8, each with tokens 2 t and 2 t + 1.
+    p_shared: room for [token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of rows g
+    and g + 8, each with tokens 2 t and 2 t + 1.
     """
-    WARPS: gl.constexpr = sums[0].shape[0] // 16
-    TOKENS: gl.constexpr = sums[0].shape[1]
-    for half in gl.static_range(len(sums)):
-        values = sums[half].reshape([WARPS, 2, 8, TOKENS // 8, 4, 2])
-        values = values.permute([3, 0, 2, 4, 1, 5]).reshape([TOKENS * WARPS * 16])
-        at = gl.arange(0, TOKENS * WARPS * 16, values.type.layout)
-        gl.store(p_shared + half * (TOKENS * WARPS * 16) + at, values)
+    WARPS: gl.constexpr = acc.shape[0] // 16
+    TOKENS: gl.constexpr = acc.shape[1]
+    values = acc.reshape([WARPS, 2, 8, TOKENS // 8, 4, 2])
+    values = values.permute([3, 0, 2, 4, 1, 5]).reshape([TOKENS * WARPS * 16])
+    gl.store(p_shared + gl.arange(0, TOKENS * WARPS * 16, values.type.layout), values)
 
 
 @gluon.jit(
-    do_not_specialize=["M", "N", "has_bias", "programs", "TOKENS", "WARPS", "HALVES"],
+    do_not_specialize=["M", "N", "has_bias", "programs", "TOKENS", "WARPS"],
     do_not_specialize_on_alignment=["p_bias"],
 )
 def add_sums_kernel(
@@ -50,42 +48,43 @@ def add_sums_kernel(
     programs,
     TOKENS,
     WARPS,
-    HALVES,
     DTYPE: gl.constexpr,
     ROWS: gl.constexpr,
 ):
     """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
 
-    Program (i, j) has rows ROWS * i and on, which are of one half, and tokens 8 j and on.
+    Program (i, j) has rows ROWS * i and on, and tokens 16 j and on: enough that finding its parts
+    is not most of what it does.
 
-    p_sums: [token groups, programs, 2, half, TOKENS / 8, warp, 128] float32, see
+    p_sums: [token groups, programs, 2, TOKENS / 8, warp, 128] float32, see
         :func:`store_sums`. A program that ends a row block, but did not start it, has its sums of
         it in the first place, otherwise in the second.
     """
     SUMS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, 4], [0, 1])
+    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    OCTET: gl.constexpr = ROWS * 8  # sums of 8 tokens
     gdc_wait()
-    first_row, group = gl.program_id(0) * ROWS, gl.program_id(1) * 8 // TOKENS
-    block_rows = WARPS * HALVES * 16
+    first_row, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * 16
+    block_rows = WARPS * 16
     input_tiles = (K + 511) // 512
     units = (N + block_rows - 1) // block_rows * input_tiles
     start = first_row // block_rows * input_tiles
     first = ((start + 1) * programs - 1) // units
     last = ((start + input_tiles) * programs - 1) // units
     if first < last:
-        half = first_row // (WARPS * 16) % HALVES
-        warp = first_row // 16 % WARPS
-        o_sums = (half * (TOKENS // 8) + gl.program_id(1) % (TOKENS // 8)) * WARPS + warp
-        p_part = p_sums + o_sums * 128 + gl.arange(0, ROWS * 8, SUMS)
-        total = gl.zeros([ROWS * 8], gl.float32, SUMS)
-        for program in range(first, last + 1, 4):
-            for i in gl.static_range(4):  # loaded at once
-                place = (first_unit(program + i, programs, units, 1) <= start).to(gl.int32)
-                shared = ((group * programs + program + i) * 2 + place).to(gl.int64)
+        index = gl.arange(0, 2 * OCTET, SUMS)
+        octet = first_token % TOKENS // 8 + index // OCTET
+        p_part = p_sums + (octet * WARPS + first_row // 16 % WARPS) * 128 + index % OCTET
+        p_part += (first_token // TOKENS * programs * 2).to(gl.int64) * (TOKENS * block_rows)
+        total = gl.zeros([2 * OCTET], gl.float32, SUMS)
+        for program in range(first, last + 1, 2):
+            for i in gl.static_range(2):  # loaded at once
+                # The program that begins the row block has it last, the others have it first.
+                which = ((program + i) * 2 + (program + i == first).to(gl.int32)).to(gl.int64)
                 m_part = program + i <= last
-                total += gl.load(p_part + shared * (TOKENS * block_rows), mask=m_part, other=0.0)
-        y = total.reshape([ROWS // 16, 8, 4, 2, 2]).permute([0, 3, 1, 2, 4]).reshape([ROWS, 8])
-        y = gl.convert_layout(y, ROWS_FIRST)
+                total += gl.load(p_part + which * (TOKENS * block_rows), mask=m_part, other=0.0)
+        y = total.reshape([2, ROWS // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
+        y = gl.convert_layout(y.reshape([ROWS, 16]), ROWS_FIRST)
         n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, ROWS_FIRST))
-        m = gl.program_id(1) * 8 + gl.arange(0, 8, gl.SliceLayout(0, ROWS_FIRST))
+        m = first_token + gl.arange(0, 16, gl.SliceLayout(0, ROWS_FIRST))
         write(y, n, m, p_row_norms, p_bias, p_y, M, N, has_bias, DTYPE)

@@ -1,4 +1,4 @@
-"""Launcher of the Gluon kernel for up to 512 tokens.
+"""Launcher of the Gluon kernel for up to 1024 tokens.
 
 It needs compute capability 9.0, and a Triton that can compile the kernel: 3.7.1 or newer.
 """
@@ -16,9 +16,9 @@ from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
-MAX_TOKENS = 512  # of a GPU that was not measured
+MAX_TOKENS = 1024  # of a GPU that was not measured; see benchmarks/kernels/results/model.md
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
-PLACES = 4  # for blocks of activations in shared memory
+BLOCK_INPUTS = 128  # of the blocks of activations that are copied to shared memory
 ADDED_ROWS = 128  # by a program of the kernel that adds up
 
 
@@ -26,25 +26,25 @@ class Tile(NamedTuple):
     """How a program multiplies.
 
     Attributes:
-        stage_inputs: decoded at once: 32 takes fewer registers, 64 fewer barriers.
         log_warps: log2 of its warps.
-        halves: row tiles that a warp has of a row block.
         programs: on a multiprocessor, where their shared memory fits.
     """
 
-    stage_inputs: int
     log_warps: int
-    halves: int = 1
     programs: int = 1
 
 
 TILES = {
-    16: Tile(32, 3, programs=2),
-    32: Tile(32, 3, programs=2),
-    64: Tile(32, 3, halves=2),
-    128: Tile(32, 3, halves=2),
+    16: Tile(3, programs=2),
+    32: Tile(3, programs=2),
+    64: Tile(4),
+    128: Tile(4),
 }
-"""By the tokens that a program has. Nothing is spilled with these."""
+"""By the tokens that a program has.
+
+All 16 warps of a multiprocessor have 128 registers for a thread. Where that is little, compilers
+spill what they read once a tile or less often.
+"""
 
 ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
@@ -106,12 +106,12 @@ class Shape(NamedTuple):
     Attributes:
         tile: how it multiplies.
         rows: of a row block.
-        block_inputs: of the blocks of activations.
+        places: for blocks of activations, of a tile's inputs or half of them.
     """
 
     tile: Tile
     rows: int
-    block_inputs: int
+    places: int
 
 
 def tokens_of(num_tokens: int) -> int:
@@ -131,16 +131,13 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
         inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
-    if inputs < TILE_INPUTS:  # two halves multiply the activations of a whole tile
-        tile = tile._replace(halves=1)
-    rows = TILE_ROWS * tile.halves << tile.log_warps
-    return Shape(tile, rows, min(inputs // PLACES, TILE_INPUTS))
+    return Shape(tile, TILE_ROWS << tile.log_warps, min(inputs, TILE_INPUTS) // BLOCK_INPUTS)
 
 
 def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + 8 * PLACES
+    free -= table.table_bytes(index_bits) + 8 * TILE_INPUTS // BLOCK_INPUTS  # and barriers
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
@@ -176,10 +173,8 @@ def constants(
         "INDEX_BITS": index_bits,
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
-        "BLOCK_INPUTS": shape.block_inputs,
-        "PLACES": PLACES,
-        "STAGE_INPUTS": tile.stage_inputs,
-        "HALVES": tile.halves,
+        "BLOCK_INPUTS": BLOCK_INPUTS,
+        "PLACES": shape.places,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
@@ -235,7 +230,7 @@ def gemm(
     if adds:
         room = (groups, share.programs, 2, tokens * shape.rows)
         sums = torch.empty(room, dtype=torch.float32, device=y.device)
-    block_shape = (tokens, chosen["BLOCK_INPUTS"])
+    block_shape = (tokens, BLOCK_INPUTS)
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
         kernels.wide_gemm_kernel,
@@ -282,7 +277,7 @@ def add_sums(
     assert sums_kernels is not None
     launcher.launch(
         sums_kernels.add_sums_kernel,
-        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 8)),
+        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 16)),
         sums,
         weight.row_norms,
         y if bias is None else bias,
@@ -294,6 +289,5 @@ def add_sums(
         sums.shape[1],
         tokens,
         1 << shape.tile.log_warps,
-        shape.tile.halves,
         **sum_constants(y.dtype),
     )

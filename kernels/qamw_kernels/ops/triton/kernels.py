@@ -155,11 +155,17 @@ def rotate_kernel(
     operand = tl.sum(x.to(tl.float32) * input_scales.to(tl.float32) * signs, 1)
     acc = tl.zeros([BLOCK_R, WIDTH], dtype=tl.float32)
     acc = dot(cast(operand, DTYPE), hadamard_tile(WIDTH, DTYPE), acc)
-    j = j0 + tl.arange(0, WIDTH)
-    o_out = r.to(tl.int64)[:, None] * B + j[None, :]
-    if SWAPPED:  # K is a multiple of 32, so these bits of the offset are those of the input
-        o_out = (o_out & ~0x1E) | ((o_out & 0x06) << 2) | ((o_out & 0x18) >> 2)
-    tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r[:, None])
+    if SWAPPED:
+        # K is a multiple of 32, so these bits of the pair are those of the input. The two of a pair
+        # stay together, and are stored at once.
+        o_pair = r.to(tl.int64)[:, None] * (B // 2) + (j0 // 2 + tl.arange(0, WIDTH // 2))[None, :]
+        o_pair = (o_pair & ~0xF) | ((o_pair & 0x3) << 2) | ((o_pair & 0xC) >> 2)
+        o_out = o_pair[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        out = cast(acc, DTYPE).reshape([BLOCK_R, WIDTH // 2, 2])
+        tl.store(p_out + o_out, out, mask=m_i)
+    else:
+        o_out = r.to(tl.int64)[:, None] * B + (j0 + tl.arange(0, WIDTH))[None, :]
+        tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r[:, None])
 
 
 @triton.jit

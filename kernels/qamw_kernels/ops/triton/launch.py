@@ -56,6 +56,9 @@ ROTATE_TILES = {
     2: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=8, num_stages=1),
     4: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=4, num_stages=1),
 }
+ROTATE_MANY = 4096
+"""Rotation blocks, from which on a program for the wide kernel takes more of them: what it does
+beside the product counts where there are several programs for every place on the GPU."""
 DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
@@ -65,14 +68,19 @@ def rotate_constants(
     dtype: torch.dtype,
     swapped: bool = False,
     early: bool = False,
+    many: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
 
     Args:
         swapped: see :func:`rotate`.
         early: whether the next kernel may begin before this one is complete.
+        many: whether there are more than ROTATE_MANY rotation blocks; it matters if ``swapped``.
     """
     tile = ROTATE_TILES[dtype.itemsize]
+    if swapped:  # as many inputs as there are registers for
+        inputs = 8192 if many else 4096
+        tile = tile._replace(BLOCK_M=max(inputs // max(rotation_block_size, 128), tile.BLOCK_M))
     return {
         "B": rotation_block_size,
         "WIDTH": min(rotation_block_size, ROTATE_WIDTH),
@@ -289,8 +297,9 @@ def rotate(
         return out
     processor = launcher.processor(x.device)
     early = processor is not None and narrow_launch.begins_early(processor)
-    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     num_blocks = x.numel() // rotation_block_size
+    many = swapped and num_blocks > ROTATE_MANY
+    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early, many)
     grid = (
         triton.cdiv(num_blocks, constants["BLOCK_R"]),
         rotation_block_size // constants["WIDTH"],
