@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from offline_quantize.model.products import quick_products
 from offline_quantize.model.structure import InputGroup, Structure
 from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
 
@@ -71,5 +72,7 @@ def layer_statistics(
 
 def _run(layer: Any, hidden: list[torch.Tensor], calls: list[LayerCall]) -> list[torch.Tensor]:
     """The outputs of a decoder layer for the hidden states [batch, T, hidden size] of batches."""
-    outputs = [layer(h, *call.args, **call.kwargs) for h, call in zip(hidden, calls, strict=True)]
+    with quick_products(hidden[0].device):
+        pairs = zip(hidden, calls, strict=True)
+        outputs = [layer(h, *call.args, **call.kwargs) for h, call in pairs]
     return [output[0] if isinstance(output, tuple) else output for output in outputs]

@@ -34,6 +34,7 @@ from offline_quantize.evaluation.head import Head, compare_window
 from offline_quantize.evaluation.metrics import Divergence, Perplexity, Scores
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.products import quick_products
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tools.real_models import real_model
@@ -144,7 +145,8 @@ def last_states(model: Any, windows: list[Window]) -> Iterator[torch.Tensor]:
     """Last hidden states [num_scored, hidden size] of every window."""
     for window in windows:
         ids = torch.tensor([window.token_ids[:-1]])
-        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        with quick_products(model.device):
+            states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         yield states[0, -window.num_scored :]
 
 
