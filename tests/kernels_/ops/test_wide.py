@@ -118,8 +118,7 @@ def test_main_loop(index_bits: int, tokens: int) -> None:
     loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
     assert loads == main["LDG.E.128.STRONG.GPU"] == index_bits, main
     assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32, main
-    assert not [opcode for opcode in main if re.match("STL|SHFL|STS|STG", opcode)], main
-    assert sum(n for opcode, n in main.items() if opcode.startswith("LDL")) <= 8, main
+    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|STS|STG", opcode)], main
     used = shape.tile.programs * (compiled.metadata.shared + wide_launch.RESERVED)
     assert used <= SHARED_BYTES[90] + wide_launch.RESERVED
 
