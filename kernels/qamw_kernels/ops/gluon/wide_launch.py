@@ -46,6 +46,10 @@ All 16 warps of a multiprocessor have 128 registers for a thread. Where that is 
 spill what they read once a tile or less often.
 """
 
+SPILLING = (12, 128)
+"""Bits of an index, and tokens, with which 16 warps would spill what every stage of a tile reads: 12
+words beside 64 sums. Half of the warps, and of the rows, have twice the registers."""
+
 ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
 
@@ -126,7 +130,7 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     Args:
         shared_memory: bytes that one program may have, if it is alone on its multiprocessor.
     """
-    tile = TILES[tokens]
+    tile = Tile(3) if (index_bits, tokens) == SPILLING else TILES[tokens]
     inputs = _inputs_beside_table(index_bits, tokens, tile.programs, shared_memory)
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
