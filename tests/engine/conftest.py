@@ -93,6 +93,8 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
     ]
     # Once as users do it: bfloat16, and the method given by name.
     jobs.append({"model": str(checkpoint("llama")), "options": {"quantization": "qamw"}})
+    for architecture in ("llama", "mixtral"):
+        jobs.append({"model": str(checkpoint(architecture)), "options": {"dtype": "float16"}})
     # torch.compile, with more requests than the engine takes at once: batches of many sizes.
     jobs.append(
         {
@@ -108,8 +110,9 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
         jobs.append({"model": str(model), "options": options})
     results, printed = run(jobs)
     assert "Decoded to torch.float32 while loading" in printed
-    names = ("llama-bfloat16", "llama-compiled", "mixtral-dummy", "mixtral-plain-dummy")
-    return dict(zip([*ARCHITECTURES, *names], results, strict=True))
+    names = [*ARCHITECTURES, "llama-bfloat16", "llama-float16", "mixtral-float16"]
+    names += ["llama-compiled", "mixtral-dummy", "mixtral-plain-dummy"]
+    return dict(zip(names, results, strict=True))
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,11 @@ def test_engine_in_bfloat16(tiny_results, checkpoint):
     assert_matches(tiny_results["llama-bfloat16"], checkpoint("llama"), 0.1)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "mixtral"])
+def test_engine_in_float16(architecture, tiny_results, checkpoint):
+    assert_matches(tiny_results[f"{architecture}-float16"], checkpoint(architecture), 0.02)
+
+
 def test_compiled_engine(tiny_results, checkpoint):
     """The whole model is one graph, compiled once for all sizes of a batch.
 
