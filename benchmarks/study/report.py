@@ -1,8 +1,8 @@
 """The study's tables, plot and checks of the paper's claims, made from results/*.jsonl.
 
 ``make study-report``, or ``python -m benchmarks.study.report``: writes results/README.md,
-results/rates.png and, between two markers, the tables of the project's README and of
-docs/quality.md. No model is run.
+results/rates.png, results/frontier.png for the project's README and, between two markers, the
+tables of README and of docs/quality.md. No model is run.
 """
 
 import json
@@ -26,6 +26,23 @@ README_METHODS = {
     "qamw-6": "**QAM-W, 6 bits**",
     "qamw-5.5": "**QAM-W, 5.5 bits**",
 }
+README_FAMILIES = {
+    "qamw": ("QAM-W", "left"),
+    "llama.cpp": ("llama.cpp", "right"),
+    "RTN g64": ("integers, groups of 64", "right"),
+    "Hadamard, GPTQ g64": ("integers, rotated, GPTQ", "right"),
+    "GPTQ g128": ("GPTQ, groups of 128", "above"),
+    "SmoothQuant W8A8": ("SmoothQuant", "below"),
+    "int8 per channel": ("int8", "below"),
+}
+"""In the picture of the project's README: what it calls them, and where it says so."""
+PLACES = {
+    "left": ("right", (-10, -12)),
+    "right": ("left", (10, -5)),
+    "above": ("center", (0, 10)),
+    "below": ("center", (0, -20)),
+}
+"""Alignment of a name, and its offset from a point."""
 METHODS = (
     *("int8", "smoothquant", "int6-g64", "hadamard-int6-g64", "hadamard-gptq-int6-g64"),
     *("int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m", "polar-11", "qamw-plain-5.5"),
@@ -190,6 +207,34 @@ def plot(rows: list[Row], file: Path) -> None:
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
 
+def plot_readme(rows: list[Row], file: Path) -> None:
+    """KL against the effective rate on one model, few families, readable on a phone."""
+    own = [row for row in rows if row["model"] == README_MODEL]
+    figure = Figure(figsize=(6, 4.5), layout="constrained")
+    axis = figure.subplots()
+    for family, (name, side) in README_FAMILIES.items():
+        line = sorted((row for row in own if row["family"] == family), key=effective_rate)
+        points = [(effective_rate(row), row["kl"]["mean"]) for row in line]
+        width = 4 if family == "qamw" else 2
+        axis.plot(*zip(*points, strict=True), "o-", color=COLORS[family], linewidth=width)
+        alignment, offset = PLACES[side]
+        axis.annotate(
+            name,
+            points[len(points) // 2] if side == "left" else points[-1],
+            offset,
+            textcoords="offset points",
+            ha=alignment,
+            color=COLORS[family],
+            fontsize="large",
+        )
+    axis.set(yscale="log", xlim=(2.9, 8.7), ylim=(0.002, 0.7))
+    axis.set_title(f"{README_MODEL}, WikiText-2")
+    axis.set_xlabel("effective bits per weight", fontsize="large")
+    axis.set_ylabel("mean KL divergence to bf16, nats", fontsize="large")
+    axis.grid(True, which="major", alpha=0.4)
+    figure.savefig(file, dpi=120, metadata={"Software": None})
+
+
 def claims(rows: list[Row]) -> str:
     """The paper's claims that the rows can judge, in lines of Markdown."""
     models = by_model(rows)
@@ -281,6 +326,7 @@ def results_page(rows: list[Row]) -> str:
 def main() -> None:
     rows = load_rows()
     plot(rows, RESULTS / "rates.png")
+    plot_readme(rows, RESULTS / "frontier.png")
     (RESULTS / "README.md").write_text(results_page(rows))
     README.write_text(with_table(README.read_text(), readme_table(rows)))
     QUALITY.write_text(with_table(QUALITY.read_text(), quality_table(rows)))

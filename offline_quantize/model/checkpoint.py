@@ -40,6 +40,7 @@ _DTYPES = {
 }
 
 _CARD_BYTES = 2**16  # its metadata comes first
+_MAPPED_BYTES = 2**28  # of a shard, and the tensor that goes beyond
 
 
 @dataclass(frozen=True)
@@ -209,19 +210,27 @@ class Checkpoint:
 
 
 class _Reader:
-    """Reads tensors, and keeps the shard of the last one mapped."""
+    """Reads tensors, and keeps the shard of the last one mapped.
+
+    What was read of a mapping counts as memory of this process, so none is kept for long.
+    """
 
     def __init__(self, directory: Path, sources: Sources) -> None:
         self._directory, self._sources = directory, sources
         self._file = ""
         self._shard: Any = None
+        self._bytes_read = 0  # of the mapping
 
     def read(self, info: TensorInfo) -> torch.Tensor:
         if info.file != self._file:
             self._sources.check(info.file)
             self._file, self._shard = info.file, safe_open(self._directory / info.file, "pt")
+            self._bytes_read = 0
         tensor: torch.Tensor = self._shard.get_tensor(info.name).clone()  # so the mapping can go
         self._sources.check_read(info.file)
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read > _MAPPED_BYTES:
+            self._file, self._shard = "", None
         return tensor
 
 

@@ -178,3 +178,12 @@ def test_models_are_directories_or_hub_ids(tmp_path: Path) -> None:
         resolve_model("")
     with pytest.raises(QuantizeError, match="the hub answered"):
         resolve_model("no-such/model")
+
+
+def test_shards_that_are_mapped_again(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No matter how much of a mapping was read, every tensor is what its shard has."""
+    stored = load_file(model / SINGLE)
+    for limit in (0, 100_000):
+        monkeypatch.setattr("offline_quantize.model.checkpoint._MAPPED_BYTES", limit)
+        read = dict(Checkpoint(model).load(stored))
+        assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())

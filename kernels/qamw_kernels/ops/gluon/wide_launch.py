@@ -47,8 +47,10 @@ spill what they read once a tile or less often.
 """
 
 SPILLING = (12, 128)
-"""Bits of an index, and tokens, with which 16 warps would spill what every stage of a tile reads: 12
-words beside 64 sums. Half of the warps, and of the rows, have twice the registers."""
+"""Bits of an index, and tokens, with which 16 warps would spill what every stage of a tile reads.
+
+A thread has 12 words beside 64 sums there. Half of the warps have twice the registers.
+"""
 
 ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
