@@ -69,6 +69,11 @@ def test_frontier() -> None:
     assert [r["method"] for r in report.frontier(rows)] == ["a", "d"]
 
 
+def test_picture_of_readme(tmp_path: Path) -> None:
+    report.plot_readme(report.load_rows(), tmp_path / "frontier.png")
+    assert (tmp_path / "frontier.png").stat().st_size > 10000
+
+
 def test_results_page_shows_the_rows() -> None:
     page = (report.RESULTS / "README.md").read_text()
     assert report.results_page(report.load_rows()) == page, "make study-report"
