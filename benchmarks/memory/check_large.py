@@ -4,7 +4,7 @@
 alone, so its checkpoints are sparse files: DeepSeek-V3 in fp8 as published, 61 layers of 256
 experts, and Llama 4 Scout, whose experts are three-dimensional tensors. ``qamw quantize`` gets five
 of Scout's layers, 20 GB of numbers, without calibration. Needs 28 GB of disk (in
-``QAMW_MODEL_CACHE``) and a quarter of an hour. Fails where a plan takes more than 4 GiB, or a run
+``QAMW_MODEL_CACHE``) and up to an hour. Fails where a plan takes more than 4 GiB, or a run
 more memory than was planned.
 """
 
