@@ -24,6 +24,7 @@ NEEDS = {
     "calibrated": ("plan",),
     "plain": ("build",),
     "vllm": ("plain", "dequantize"),
+    "tensor_parallel": ("dequantize",),
     "uncalibrated": ("plain", "none"),
     "loading": ("uncalibrated",),
 }
@@ -37,6 +38,8 @@ NEEDS = {
     calibrated    quantized with a few tokens, and verified
     plain         vLLM's CPU engine serves the tiny checkpoint itself
     vllm          it serves the quantized checkpoint, against the decoded one
+    tensor_parallel  its model class loads the quantized checkpoint on each of two ranks, against
+                  the decoded one
     uncalibrated  it serves the one without calibration
     loading       it quantizes while loading, against the uncalibrated checkpoint
 """

@@ -9,6 +9,7 @@ import torch
 from offline_quantize.checkpoints.dequantize import dequantize
 from tests.architectures.build import PROMPT, Architecture
 from tests.architectures.outcomes import NotApplicable, described
+from tests.architectures.shards import NUM_RANKS, assert_same, tensors_of_rank
 from tests.architectures.vision import can_read_images, random_image
 from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
 
@@ -49,10 +50,7 @@ class Engine:
 
     def plain(self) -> None:
         """The decoded checkpoint, or the tiny model itself where nothing was quantized."""
-        plain = self.model
-        if (self.quantized / "config.json").exists():
-            plain = self.decoded
-            dequantize(self.quantized, self.decoded, torch.bfloat16)
+        plain = self._decoded() if (self.quantized / "config.json").exists() else self.model
         try:
             found = self._answer(plain)
         except Exception as error:
@@ -64,6 +62,16 @@ class Engine:
         expected = torch.load(self.answer)
         assert_close(self._answer(self.quantized), expected, ROUNDING)
 
+    def tensor_parallel(self) -> None:
+        """What each of several ranks loads of the quantized checkpoint, and of the decoded one."""
+        _import_model_class(self.architecture.published)
+        for rank in range(NUM_RANKS):
+            try:
+                expected = tensors_of_rank(rank, self._options(self._decoded()))
+            except Exception as error:
+                raise NotApplicable(described(error)) from error
+            assert_same(tensors_of_rank(rank, self._options(self.quantized)), expected)
+
     def uncalibrated(self) -> None:
         """The checkpoint that was quantized without calibration."""
         torch.save(self._answer(self.none), self.uncalibrated_answer)
@@ -73,27 +81,35 @@ class Engine:
         expected = torch.load(self.uncalibrated_answer)
         assert_close(self._answer(self.model, quantization="qamw"), expected, EXACT)
 
+    def _decoded(self) -> Path:
+        """What the quantized checkpoint stands for, as a plain one."""
+        if not self.decoded.exists():
+            dequantize(self.quantized, self.decoded, torch.bfloat16)
+        return self.decoded
+
+    def _options(self, directory: Path) -> dict[str, Any]:
+        """How vLLM's engine is to load a checkpoint."""
+        options: dict[str, Any] = {**OPTIONS, "model": str(directory), "dtype": "bfloat16"}
+        if self.architecture.pooling:
+            options["runner"] = "pooling"
+        if self.architecture.image and can_read_images():
+            limits = {"image": 1, "video": 0}
+            options |= {"limit_mm_per_prompt": limits, "skip_mm_profiling": True}
+        elif "vision_config" in self.architecture.values:
+            options["language_model_only"] = True
+        return options
+
     def _answer(self, directory: Path, **options: str) -> torch.Tensor:
         """Log-probabilities of a short prompt's tokens, or what a pooling model makes of it."""
         from vllm import LLM, PoolingParams, SamplingParams
 
         _import_model_class(self.architecture.published)
         prompt: Any = {"prompt_token_ids": PROMPT}
-        more: dict[str, Any] = {
-            **OPTIONS,
-            "dtype": "bfloat16",
-            "num_gpu_blocks_override": 32,  # of the cache; filling all that it may have takes long
-            **options,
-        }
-        if self.architecture.pooling:
-            more["runner"] = "pooling"
         if (image := self.architecture.image) and can_read_images():
             tokens = [*PROMPT[:2], *image["prompt"], *PROMPT[2:]]
             prompt = {"prompt_token_ids": tokens, "multi_modal_data": {"image": random_image()}}
-            more |= {"limit_mm_per_prompt": {"image": 1, "video": 0}, "skip_mm_profiling": True}
-        elif "vision_config" in self.architecture.values:
-            more["language_model_only"] = True
-        engine = LLM(model=str(directory), **more)
+        blocks = 32  # of the cache; filling all that it may have takes long
+        engine = LLM(**self._options(directory), num_gpu_blocks_override=blocks, **options)
         if not self.architecture.pooling:
             params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
             (output,) = engine.generate([prompt], params, use_tqdm=False)

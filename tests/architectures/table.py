@@ -17,6 +17,7 @@ COLUMNS = {
     "calibrated": ("calibrated",),
     "transformers": ("transformers",),
     "vLLM": ("plain", "vllm"),
+    "tensor parallel": ("tensor_parallel",),
     "while loading": ("uncalibrated", "loading"),
 }
 """Column -> the stages behind it: the first one that did not pass is shown."""
@@ -30,6 +31,8 @@ through every stage on the CPU and writes this page.
 - transformers: `from_pretrained` of the quantized checkpoint computes what the dequantized one does
 - vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one;
   models that read images get text alone, but qwen2_vl an image too
+- tensor parallel: on each of two ranks, vLLM's model class loads from the quantized checkpoint, bit
+  for bit, the weights that it loads from the dequantized one
 - while loading: the CPU engine quantizes the plain checkpoint, and computes the same as above
 
 "n/a": without this project it does not work either. "–": not reached, as an earlier stage did not

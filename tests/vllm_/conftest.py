@@ -27,18 +27,10 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """vLLM's groups of processes, with this one alone: its experts ask for them."""
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.distributed.parallel_state import (
-        init_distributed_environment,
-        initialize_model_parallel,
-    )
+    from tests.helpers.vllm_rank import tensor_parallel_rank
 
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, "tcp://127.0.0.1:0", 0, "gloo")
-        initialize_model_parallel()
+    with tensor_parallel_rank():
         yield
-        cleanup_dist_env_and_memory()
 
 
 @pytest.fixture
