@@ -31,6 +31,9 @@ class QamwHeadMethod(QamwLinearMethod):
     ) -> None:
         super().__init__(prefix, (prefix,), index_bits, format, summary, backend)
 
+    def take_loader(self) -> None:
+        """No model class loads its head by rows of its own choice."""
+
     def make_plain_method(self) -> UnquantizedEmbeddingMethod:
         return UnquantizedEmbeddingMethod()
 

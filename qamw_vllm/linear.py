@@ -78,6 +78,10 @@ class QamwLinearMethod(LinearMethodBase):
         if not self.prefix or self.prefix.startswith("."):
             self.prefix, self.parts = name, (name,)
 
+    def take_loader(self) -> None:
+        """Take the loader that a model class has given to the layer that it made."""
+        self._loader.take_loader()
+
     def make_plain_method(self) -> UnquantizedLinearMethod | UnquantizedEmbeddingMethod:
         """vLLM's method for a decoded layer, and for one that is not quantized.
 
@@ -117,10 +121,11 @@ class QamwLinearMethod(LinearMethodBase):
                 raise
             index_bits = None
         load = extra_weight_attrs["weight_loader"]
-        loaders = {name: self._loader.wrap(name, load) for name in FORM_TENSORS}
-        loaders["input_scales"] = self._loader.wrap("input_scales", self._loader.load_input_scales)
+        for name in FORM_TENSORS:
+            scales = name == "input_scales"
+            self._loader.wrap(name, self._loader.load_input_scales if scales else load)
         shape = LayerShape(num_rows, input_size_per_partition, num_shards, params_dtype)
-        self._loader.form = LayerForm(layer, shape, index_bits, loaders, self.summary)
+        self._loader.form = LayerForm(layer, shape, index_bits, self._loader.loaders, self.summary)
         # The layer makes its bias after this call, with its attribute weight_loader: so the
         # arrival of the bias is noted too.
         layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)

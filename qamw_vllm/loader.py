@@ -240,6 +240,7 @@ def prepare(model: torch.nn.Module, model_config: Any) -> None:
     for name, module in model.named_modules():
         if isinstance(method := getattr(module, "quant_method", None), QamwLinearMethod):
             method.find_name(name)
+            method.take_loader()
     if not is_packed_model(model_config):
         choose_layers(model, is_draft=model_config.runner_type == "draft")
 

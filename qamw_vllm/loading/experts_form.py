@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch.nn import Parameter
-from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-from vllm.model_executor.model_loader.reload.meta import capture_layer_to_meta
 
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_vllm.loading.form import note_for_reload
 from qamw_vllm.state import LoadSummary
 
 MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -89,7 +88,7 @@ class ExpertsForm:
             for name in (*LAYER_TENSORS, "weight"):
                 delattr(self._layer, f"{stem}_{name}")
         self._plain_and_empty()
-        self._note_for_reload()
+        note_for_reload(self._layer)
 
     def change_rate(self, stem: str, index_bits: int) -> None:
         """Have planes of another rate, for the matrices of w13 or of w2."""
@@ -97,17 +96,13 @@ class ExpertsForm:
         self.index_bits = {**self.index_bits, stem: index_bits}
         delattr(self._layer, f"{stem}_qweight")
         self._register(stem, "qweight")
-        self._note_for_reload()
+        note_for_reload(self._layer)
 
     def drop_other(self) -> None:
         """Remove the empty parameters of the other form."""
         for stem in MATRICES:
             for name in LAYER_TENSORS if self.index_bits is None else ("weight",):
                 delattr(self._layer, f"{stem}_{name}")
-
-    def _note_for_reload(self) -> None:
-        """vLLM's reload restores the parameters that the layer has now."""
-        get_layerwise_info(self._layer).restore_metadata = capture_layer_to_meta(self._layer)
 
     def _plain_and_empty(self) -> None:
         with self._device:

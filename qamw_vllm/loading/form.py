@@ -42,6 +42,11 @@ class LayerShape:
     dtype: torch.dtype
 
 
+def note_for_reload(layer: Any) -> None:
+    """Have vLLM's reload restore the parameters, and their loaders, that the layer has now."""
+    get_layerwise_info(layer).restore_metadata = capture_layer_to_meta(layer)
+
+
 class LayerForm:
     """The parameters of one vLLM linear layer.
 
@@ -89,8 +94,8 @@ class LayerForm:
             self._register(name)
         if hasattr(self._layer, "update_param_tp_status"):  # since vLLM 0.21
             self._layer.update_param_tp_status()
-        if state_of(self._layer) is LayerState.LOADING:  # what vLLM's reload restores
-            get_layerwise_info(self._layer).restore_metadata = capture_layer_to_meta(self._layer)
+        if state_of(self._layer) is LayerState.LOADING:
+            note_for_reload(self._layer)
 
     def drop_other(self) -> None:
         """Remove the empty parameters of the other form."""

@@ -25,7 +25,7 @@ from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
 from qamw_kernels.format.weight import check_input_scales
-from qamw_vllm.loading.form import FORM_TENSORS, LayerForm
+from qamw_vllm.loading.form import FORM_TENSORS, LayerForm, note_for_reload
 from qamw_vllm.loading.load_formats import fill_with_dummy_values, loads_dummy_weights
 from qamw_vllm.loading.reading import READING
 from qamw_vllm.parallel import slice_of_rank
@@ -50,6 +50,7 @@ class LayerLoader:
 
     Attributes:
         form: of a layer that takes the form of what arrives; None for one whose form is fixed.
+        loaders: name of a tensor -> what loads its parameter, which :meth:`wrap` has made.
         check_possible: is called before a layer becomes a quantized one, and may refuse.
         checks_source: whether a plain weight is one that is to be quantized.
     """
@@ -70,10 +71,12 @@ class LayerLoader:
         self.num_inputs = num_inputs
         self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[str, int]] = set()
+        self.loaders: dict[str, Loader] = {}
         self.check_possible: Callable[[], object] = lambda: None
         self._index_bits = index_bits
         self._first: tuple[str, bool] | None = None  # name and whether it is quantized
         self._planes: str | None = None  # name of the first planes
+        self._load_weight: Loader | None = None  # see take_loader
 
     @property
     def index_bits(self) -> int:
@@ -113,7 +116,45 @@ class LayerLoader:
                 load(param, loaded_weight, loaded_shard_id)
             self.arrived.update((tensor, shard) for shard in shards)
 
+        self.loaders[tensor] = loader
         return loader
+
+    def take_loader(self) -> None:
+        """Load as the model class does that has given the layer's weight a loader of its own.
+
+        Mamba-2 does where ranks share a group of states: each gets rows of its own and rows that
+        all have. It knows of the plain weight alone, so packed rows follow those.
+        """
+        theirs = self.layer.weight.weight_loader
+        if theirs is self.loaders["weight"]:
+            return
+        self._load_weight = theirs
+        loads = {"weight": theirs, "qweight": self._load_rows, "row_norms": self._load_rows}
+        for name, load in loads.items():
+            if hasattr(self.layer, name):
+                getattr(self.layer, name).weight_loader = self.wrap(name, load)
+        note_for_reload(self.layer)
+
+    def _load_rows(self, param: Parameter, loaded: torch.Tensor) -> None:
+        """Copy the rows that the model class's loader takes of a weight for this rank.
+
+        Raises:
+            TensorError: it leaves rows empty, or does more than to choose rows.
+        """
+        assert self._load_weight is not None
+        dim = param.output_dim  # type: ignore[attr-defined]  # it is vLLM's
+        num_rows = loaded.shape[dim]
+        chosen = torch.full((param.shape[dim], 1), -1)
+        self._load_weight(chosen, torch.arange(num_rows)[:, None])
+        if chosen.min() < 0 or chosen.max() >= num_rows:
+            raise TensorError(
+                f"{self.names[0]}: vLLM's model class does not load whole rows of its weight on "
+                f"rank {self.layer.tp_rank} of {self.layer.tp_size}, so packed rows cannot follow: "
+                "quantize again with --ignore "
+                f"'*.{self.names[0].rpartition('.')[2]}', or serve with another "
+                "tensor_parallel_size"
+            )
+        param.data.copy_(loaded.index_select(dim, chosen.flatten()))
 
     def _settle(self, form: LayerForm, tensor: str, loaded: torch.Tensor, name: str) -> None:
         """Have the layer take the form of what arrives, which is the same for all of its parts."""
@@ -213,7 +254,7 @@ class LayerLoader:
                 )
 
     def _check(self, tensor: str, loaded: torch.Tensor, shards: tuple[int, ...]) -> None:
-        rows = _rows_on_disk(self.layer, shards)
+        rows = None if self._load_weight else _rows_on_disk(self.layer, shards)
         if rows is None:
             rows = loaded.shape[min(1, loaded.ndim - 1)] if loaded.ndim else 0
         check_stored_tensor(

@@ -70,7 +70,10 @@ class Engine:
                 expected = tensors_of_rank(rank, self._options(self._decoded()))
             except Exception as error:
                 raise NotApplicable(described(error)) from error
-            assert_same(tensors_of_rank(rank, self._options(self.quantized)), expected)
+            try:
+                assert_same(tensors_of_rank(rank, self._options(self.quantized)), expected)
+            except AssertionError as error:
+                raise AssertionError(f"rank {rank}: {error}") from error
 
     def uncalibrated(self) -> None:
         """The checkpoint that was quantized without calibration."""

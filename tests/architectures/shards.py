@@ -66,6 +66,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     if found.keys() != expected.keys():
         raise AssertionError(f"only one of both has {sorted(found.keys() ^ expected.keys())[:3]}")
     for name, tensor in expected.items():
-        torch.testing.assert_close(
-            found[name], tensor, rtol=0, atol=0, equal_nan=True, msg=lambda why: f"{name}: {why}"
-        )
+        try:
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error

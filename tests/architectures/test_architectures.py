@@ -189,9 +189,16 @@ def test_table() -> None:
     stages = {"build": "passed", "plan": "passed", "none": "passed", "dequantize": "passed"}
     record = Record("a", {stage: Outcome("passed") for stage in stages}, kept_share=0.014)
     record.stages |= {"calibrated": Outcome("failed", "why"), "plain": Outcome("not applicable")}
-    row = "| a | yes | **fails** | not run | n/a | – | 1.4% |"
+    row = "| a | yes | **fails** | not run | n/a | not run | – | 1.4% |"
     assert row in page([record]) and "- a, calibrated: why" in page([record])
     built = Record("b", {"build": Outcome("passed")})
-    assert [cell(built, column) for column in COLUMNS] == ["not run"] * 5
+    assert [cell(built, column) for column in COLUMNS] == ["not run"] * 6
     refused = Record("c", {"build": Outcome("passed"), "plan": Outcome("refused", "why")})
-    assert [cell(refused, column) for column in COLUMNS] == ["refused", "–", "–", "not run", "–"]
+    assert [cell(refused, column) for column in COLUMNS] == [
+        "refused",
+        "–",
+        "–",
+        "not run",
+        "–",
+        "–",
+    ]
