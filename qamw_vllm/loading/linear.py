@@ -149,10 +149,8 @@ class LayerLoader:
         if chosen.min() < 0 or chosen.max() >= num_rows:
             raise TensorError(
                 f"{self.names[0]}: vLLM's model class does not load whole rows of its weight on "
-                f"rank {self.layer.tp_rank} of {self.layer.tp_size}, so packed rows cannot follow: "
-                "quantize again with --ignore "
-                f"'*.{self.names[0].rpartition('.')[2]}', or serve with another "
-                "tensor_parallel_size"
+                f"rank {self.layer.tp_rank}, so packed rows cannot follow: quantize again with "
+                f"--ignore '*.{self.names[0].rpartition('.')[2]}'"
             )
         param.data.copy_(loaded.index_select(dim, chosen.flatten()))
 

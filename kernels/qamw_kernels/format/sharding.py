@@ -120,13 +120,14 @@ def check_input_split(
     unit = _input_unit(rotation_block_size)
     if num_inputs_of_rank % unit:
         possible = possible_input_splits(num_inputs, rotation_block_size)
-        more = " Quantize with a larger --tp-max for more."
+        smaller_blocks = "Quantize with a larger --tp-max for more."
+        ignored = "Quantize with this module ignored (--ignore) for more."
         raise TensorError(
             f"{name}: tensor_parallel_size={num_inputs // num_inputs_of_rank} leaves "
             f"{num_inputs_of_rank} of the {num_inputs} inputs to a rank, expected a multiple of "
             f"{unit} (rotation blocks of {rotation_block_size}, packed units of {UNIT_INPUTS}). "
-            f"Possible for this layer: {', '.join(map(str, possible))}."
-            + (more if rotation_block_size > UNIT_INPUTS else "")
+            f"Possible for this layer: {', '.join(map(str, possible))}. "
+            + (smaller_blocks if rotation_block_size > UNIT_INPUTS else ignored)
         )
 
 
