@@ -6,6 +6,7 @@ tables of README and of docs/quality.md. No model is run.
 """
 
 import json
+import math
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from scipy.stats import spearmanr
 
 WITHIN = 0.4  # percent of perplexity, the paper's claim for about 5.5 bits per weight
 RESULTS = Path(__file__).with_name("results")
+SQNR_FILE = RESULTS / "trellis.json"  # of benchmarks/study/trellis.py
 ROOT = Path(__file__).parents[2]
 README, QUALITY = ROOT / "README.md", ROOT / "docs" / "quality.md"
 BEGIN, END = "<!-- study -->\n", "<!-- /study -->"
@@ -88,6 +90,12 @@ def load_rows(directory: Path = RESULTS) -> list[Row]:
         for file in sorted(directory.glob("*.jsonl"))
         for line in file.read_text().splitlines()
     ]
+
+
+def load_codes() -> list[Row]:
+    """The rows of SQNR_FILE."""
+    codes: list[Row] = json.loads(SQNR_FILE.read_text())
+    return codes
 
 
 def by_model(rows: list[Row]) -> dict[str, list[Row]]:
@@ -301,6 +309,20 @@ def quality_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def sqnr_table(rows: list[Row]) -> str:
+    """Codes against bits per weight, from the rows of SQNR_FILE: dB on the unit normal."""
+    rates = sorted({row["index_bits"] for row in rows})
+    found = {(row["code"], row["index_bits"]): f"{row['sqnr_db']:.2f}" for row in rows}
+    lines = [
+        line_of(["code", *(f"{bits / 2:g} bits" for bits in rates)]),
+        "|---" * (len(rates) + 1) + "|",
+    ]
+    for code in dict.fromkeys(row["code"] for row in rows):
+        lines.append(line_of([code, *(found[code, bits] for bits in rates)]))
+    bounds = (f"{10 * bits * math.log10(2):.2f}" for bits in rates)
+    return "\n".join([*lines, line_of(["Shannon's bound", *bounds])])
+
+
 def with_table(page: str, table_of_rows: str) -> str:
     """The text of a page with the table between its markers made anew."""
     before, rest = page.split(BEGIN)
@@ -308,8 +330,8 @@ def with_table(page: str, table_of_rows: str) -> str:
     return f"{before}{BEGIN}{table_of_rows}\n{END}{after}"
 
 
-def results_page(rows: list[Row]) -> str:
-    """The text of results/README.md."""
+def results_page(rows: list[Row], codes: list[Row]) -> str:
+    """The text of results/README.md from the study's rows and those of SQNR_FILE."""
     parts = [
         "# Results of the study",
         "Written by `make study-report` from the rows in `*.jsonl`, which `make study` makes "
@@ -320,6 +342,14 @@ def results_page(rows: list[Row]) -> str:
     ]
     for model, own in by_model(rows).items():
         parts += [f"## {windows_of(model, own)}", table(own)]
+    parts += [
+        "## Codes of the unit normal",
+        "Signal to noise ratio in dB, written by `python -m benchmarks.study.trellis`; standard "
+        f"errors up to {max(row['sqnr_db_se'] for row in codes):.2f} dB. A word is 32 pairs, a row "
+        "in which words go on 32 words, a sequence of the scalar trellis 256 weights; bits that "
+        "are not whole take turns there.",
+        sqnr_table(codes),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -327,7 +357,7 @@ def main() -> None:
     rows = load_rows()
     plot(rows, RESULTS / "rates.png")
     plot_readme(rows, RESULTS / "frontier.png")
-    (RESULTS / "README.md").write_text(results_page(rows))
+    (RESULTS / "README.md").write_text(results_page(rows, load_codes()))
     README.write_text(with_table(README.read_text(), readme_table(rows)))
     QUALITY.write_text(with_table(QUALITY.read_text(), quality_table(rows)))
 

@@ -76,7 +76,7 @@ def test_picture_of_readme(tmp_path: Path) -> None:
 
 def test_results_page_shows_the_rows() -> None:
     page = (report.RESULTS / "README.md").read_text()
-    assert report.results_page(report.load_rows()) == page, "make study-report"
+    assert report.results_page(report.load_rows(), report.load_codes()) == page, "make study-report"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,101 @@
+"""Trellis codes: encoders against exhaustive search, decoders, and the committed figures."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from benchmarks.study import report, trellis_scalar
+from benchmarks.study.trellis import (
+    EIGHT,
+    FLIPS,
+    REACH,
+    SIXTY_FOUR,
+    Book,
+    Trellis,
+    codes,
+    decode,
+    encode,
+    gaussian_rows,
+    lattice,
+    pair_classes,
+    sqnr,
+)
+from benchmarks.study.trellis_scalar import Window
+
+SMALL = Trellis(4, (7, 5))
+
+
+@pytest.fixture(scope="module")
+def book() -> Book:
+    return Book.of(lattice(6))
+
+
+@pytest.mark.parametrize("index_bits", [6, 9, 12])
+def test_nearest_is_exact(index_bits: int) -> None:
+    book = Book.of(lattice(index_bits))
+    points = torch.rand(1 << 12, 2, generator=torch.Generator().manual_seed(1))
+    points = (points * 2 - 1) * REACH
+    expected = torch.cdist(points.double(), book.codewords.double()).min(1).values
+    entries = book.nearest(*points.T).int()
+    found = (points - book.codewords[entries]).double().norm(dim=1)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_classes_are_cosets_of_one_lattice(book: Book) -> None:
+    """All 2^(b+1) codewords differ, and a quarter of the entries lies in every quadrant."""
+    everything = (FLIPS[:, None] * book.codewords).flatten(0, 1)
+    assert len(torch.unique(everything, dim=0)) == 1 << 7
+    signs, counts = torch.unique(book.codewords.sign(), dim=0, return_counts=True)
+    assert len(signs) == 4
+    assert counts.tolist() == [8] * 4
+
+
+@pytest.mark.parametrize("trellis", [SMALL, EIGHT, SIXTY_FOUR])
+def test_encoder_finds_the_best_path(book: Book, trellis: Trellis) -> None:
+    rows = gaussian_rows(8 * 7, 7, seed=2)
+    pairs = rows.unflatten(1, (-1, 2))
+    everything = FLIPS[:, None] * book.codewords  # [4, 2^(b-1), 2]
+    costs = (pairs[:, :, None, None] - everything).square().sum(-1).amin(-1)  # [N, P, 4]
+    paths = torch.tensor(list(product((0, 1), repeat=7)), dtype=torch.int16) << 5
+    classes = pair_classes(paths, 6, trellis)  # [paths, P]
+    best = costs[:, torch.arange(7), classes].sum(-1).amin(1)
+    decoded = decode(encode(rows, book, trellis), book, trellis)
+    assert (decoded - rows).square().sum(1).tolist() == pytest.approx(best.tolist(), rel=1e-4)
+
+
+def test_register_of_known_bits() -> None:
+    """Generators 7 and 5 of the register 1, 3, 6, 5: parities 1 0 0 0 and 1 1 1 0."""
+    bits = torch.tensor([[1, 1, 0, 1]], dtype=torch.int16) << 5
+    assert pair_classes(bits, 6, SMALL).tolist() == [[1 + 2, 2, 2, 0]]
+
+
+def test_codewords_are_coded_as_themselves(book: Book) -> None:
+    generator = torch.Generator().manual_seed(3)
+    indices = torch.randint(64, (16, 32), generator=generator).to(torch.int16)
+    rows = decode(indices, book, EIGHT)
+    assert torch.equal(encode(rows, book, EIGHT), indices)
+
+
+@pytest.mark.parametrize("index_bits", [4, 5])
+def test_scalar_encoder_finds_the_best_path(index_bits: int) -> None:
+    window = Window.of(8, index_bits)
+    rows = gaussian_rows(9 * 2, 2, seed=4)
+    shifts = [window.shift(i) for i in range(4)]
+    assert sum(shifts) == 2 * index_bits
+    paths = torch.tensor(list(product(*(range(1 << shift) for shift in shifts))))
+    everything = trellis_scalar.decode(paths, window)
+    best = (rows[:, None] - everything).square().sum(-1).amin(1)
+    decoded = trellis_scalar.decode(trellis_scalar.encode(rows, window), window)
+    assert (decoded - rows).square().sum(1).tolist() == pytest.approx(best.tolist(), rel=1e-4)
+
+
+def test_committed_figures_come_out_again() -> None:
+    committed = {(row["code"], row["index_bits"]): row for row in report.load_codes()}
+    names = set()
+    for name, code, length, num_pairs in codes(7):
+        names.add(name)
+        ratio, error = sqnr(code, length, min(num_pairs, 1 << 13 if "16" not in name else 512))
+        row = committed[name, 7]
+        assert ratio == pytest.approx(row["sqnr_db"], abs=4 * (error + row["sqnr_db_se"])), name
+    assert {name for name, _ in committed} == names
