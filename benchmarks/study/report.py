@@ -58,6 +58,7 @@ COLORS = {
     "qamw-mlp": "peru",
     "qamw-plain": "tab:orange",
     "qamw-both": "tab:brown",
+    "qamw-trellis": "magenta",
     "qamw-feedback": "tab:pink",
     "qamw-scales": "gold",
     "rotated polar": "tab:olive",

@@ -39,7 +39,7 @@ FADE = 0.85  # what sums of a fit are worth in the next round
 SPREAD = 1.8  # variance of the codewords that a fit begins with
 TABLE_BITS = (7, 8, 11, 12)
 SEED = 20260101  # of what is measured; fits draw from others
-PAIRS = 1 << 18  # measured of a code that takes little time
+PAIRS = 1 << 17  # measured of a code that takes little time
 ROW_WORDS = 32  # of a sequence in which words go on
 ROWS_AT_ONCE = 2048  # coded at once
 SCALAR_PAIRS = {8: 1 << 15, 12: 1 << 15, 16: 1 << 14}  # bits of the window -> pairs measured
@@ -77,53 +77,67 @@ class Book(NamedTuple):
         index_bits: b.
         codewords: [2^(b-1), 2] float32.
         cells: squares per side of [-REACH, REACH)^2.
-        candidates: [L, cells^2] int16.
+        candidates: [L, cells^2] int16, padded by repetition.
+        contested: [cells^2] bool, whether there are two or more.
     """
 
     index_bits: int
     codewords: torch.Tensor
     cells: int
     candidates: torch.Tensor
+    contested: torch.Tensor
 
     @classmethod
     def of(cls, codewords: torch.Tensor) -> "Book":
         """The book of codewords [2^(b-1), 2] float32 of class 0."""
         cells = 8 * math.ceil(len(codewords) ** 0.5)
         side = 2 * REACH / cells
-        centers = (torch.arange(cells, dtype=torch.float64) + 0.5) * side - REACH
-        grid = torch.cartesian_prod(centers, centers).numpy()
+        at = (torch.arange(cells, dtype=torch.float64) + 0.5) * side - REACH
+        centers = torch.cartesian_prod(at, at)
         tree, count = cKDTree(codewords.double().numpy()), 4
         while True:
-            distances, found = tree.query(grid, count)
+            distances, found = tree.query(centers.numpy(), count)
             # twice half a diagonal, and some for rounding: what is farther wins nowhere in a cell
             if (distances[:, -1] > distances[:, 0] + math.sqrt(2) * side + 1e-4).all():
                 break
             count += 2
-        candidates = torch.from_numpy(found[:, :-1].T).to(torch.int16).contiguous()
-        return cls(len(codewords).bit_length(), codewords, cells, candidates)
+        candidates = torch.from_numpy(found[:, :-1].T).int()  # [L, cells^2], nearest first
+        # Nor does one that the first is nearer than at all corners.
+        x, y = (codewords[:, i][candidates] for i in range(2))
+        wins = torch.zeros_like(candidates, dtype=torch.bool)
+        for corner in (centers.float()[:, :, None] + side / 2 * FLIPS.T).unbind(2):
+            distance = (corner[:, 0] - x).square_() + (corner[:, 1] - y).square_()
+            wins |= distance <= distance[:1] + 1e-5
+        wins, order = wins.sort(dim=0, descending=True, stable=True)
+        kept = torch.where(wins, candidates.gather(0, order), candidates[:1])
+        kept = kept[: int(wins.sum(0).max())].short().contiguous()
+        return cls(len(codewords).bit_length(), codewords, cells, kept, wins[1])
 
     def nearest(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """Entry, int16, of the codeword of class 0 nearest to points (x, y), any shape, float32."""
-        x, y = x.clamp(-REACH, REACH), y.clamp(-REACH, REACH)
+        x, y, shape = x.clamp(-REACH, REACH).flatten(), y.clamp(-REACH, REACH).flatten(), x.shape
         column, row = (
             ((z + REACH) * (self.cells / (2 * REACH))).to(torch.int32).clamp_(max=self.cells - 1)
             for z in (x, y)
         )
-        cell = (column * self.cells + row).flatten()
-        best = torch.zeros_like(x, dtype=torch.int16)
-        least = torch.full_like(x, torch.inf)
-        for candidates in self.candidates:
-            entry = candidates.index_select(0, cell).view(x.shape)
+        cell = column * self.cells + row
+        entries = self.candidates[0].index_select(0, cell)
+        at = self.contested.index_select(0, cell).nonzero()[:, 0]
+        x, y, cell, best = x[at], y[at], cell[at], entries[at]
+        least = self.distance(x, y, best)
+        for candidates in self.candidates[1:]:
+            entry = candidates.index_select(0, cell)
             distance = self.distance(x, y, entry)
             best = torch.where(distance < least, entry, best)
             least = torch.minimum(distance, least)
-        return best
+        entries[at] = best
+        return entries.view(shape)
 
     def distance(self, x: torch.Tensor, y: torch.Tensor, entry: torch.Tensor) -> torch.Tensor:
         """Squared distance from points (x, y) to codewords of class 0."""
         at = entry.flatten().int()
         near_x, near_y = (c.index_select(0, at).view(x.shape) for c in self.codewords.T)
-        return (x - near_x).square_().add_((y - near_y).square_())
+        return (x - near_x).square().add_((y - near_y).square())
 
 
 def encode(coordinates: torch.Tensor, book: Book, trellis: Trellis) -> torch.Tensor:
@@ -275,6 +289,7 @@ def measured(index_bits: int) -> Iterator[Row]:
     """Rows of results/trellis.json."""
     for name, code, length, num_pairs in codes(index_bits):
         ratio, error = sqnr(code, length, num_pairs)
+        print(f"{index_bits} bits, {name}: {ratio:.2f} dB", flush=True)
         yield {
             "code": name,
             "index_bits": index_bits,

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.study import baselines
 from benchmarks.study.activations import Fold, largest, layer_statistics, products, squares
 from benchmarks.study.baselines import BASELINES
+from benchmarks.study.trellis import Book, lattice
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
@@ -49,7 +51,11 @@ def test_layer_statistics(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if not name.startswith("gguf")])
-def test_only_decoder_linears_change(name: str, tiny_llama: Path) -> None:
+def test_only_decoder_linears_change(
+    name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a fit takes a while, and no figure is looked at
+    monkeypatch.setattr(baselines, "fitted_book", lambda bits: Book.of(lattice(bits)))
     model, structure = (
         load_model(tiny_llama, torch.bfloat16),
         find_structure(Checkpoint(tiny_llama)),

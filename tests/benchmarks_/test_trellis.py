@@ -21,7 +21,9 @@ from benchmarks.study.trellis import (
     pair_classes,
     sqnr,
 )
+from benchmarks.study.trellis_feedback import trellis_coder
 from benchmarks.study.trellis_scalar import Window
+from offline_quantize.encoding.feedback import factor
 
 SMALL = Trellis(4, (7, 5))
 
@@ -99,3 +101,59 @@ def test_committed_figures_come_out_again() -> None:
         row = committed[name, 7]
         assert ratio == pytest.approx(row["sqnr_db"], abs=4 * (error + row["sqnr_db_se"])), name
     assert {name for name, _ in committed} == names
+
+
+def random_root(size: int) -> torch.Tensor:
+    """R [K, K] float64 of strongly correlated inputs."""
+    x = torch.randn(2 * size, size, generator=torch.Generator().manual_seed(5)).double()
+    return factor((x + 2 * x[:, :1]).T @ (x + 2 * x[:, :1]), damping=0.1)
+
+
+@pytest.mark.parametrize("continuing", [False, True])
+def test_without_correlations_words_are_coded_by_themselves(book: Book, continuing: bool) -> None:
+    rows = gaussian_rows(16 * 64, 64, seed=6)
+    coded = trellis_coder(torch.eye(128).double(), book, EIGHT, continuing)(rows)
+    words = decode(encode(rows.reshape(-1, 64), book, EIGHT), book, EIGHT).view(rows.shape)
+    torch.testing.assert_close(coded[:, :64], words[:, :64])
+    same = torch.isclose(coded[:, 64:], words[:, 64:]).all()
+    assert bool(same) is not continuing
+    assert (coded - rows).square().mean() < 1.1 * (words - rows).square().mean()
+
+
+def follow(row: torch.Tensor, root: torch.Tensor, book: Book, trellis: Trellis) -> torch.Tensor:
+    """Reference of trellis_coder for one row [K] within one word: its codewords."""
+    classes = trellis.classes().tolist()
+    survivors = {0: (0.0, torch.zeros(0, dtype=torch.float64))}  # state -> cost, errors
+    for i in range(0, len(row), 2):
+        block = root[i : i + 2, i : i + 2]
+        reached = []
+        for state, (cost, errors) in survivors.items():
+            # what errors before cost in this pair's outputs, as a shift of its target
+            target = row[i : i + 2] + errors @ root[:i, i : i + 2] @ torch.linalg.inv(block)
+            for register in (2 * state, 2 * state + 1):
+                codewords = (book.codewords * FLIPS[classes[register]]).double()
+                best = codewords[(codewords - target).square().sum(1).argmin()]
+                total = cost + float(((target - best) @ block).square().sum())
+                own = torch.cat((errors, row[i : i + 2] - best))
+                reached.append((register % trellis.states, total, own))
+        reached.sort(key=lambda path: -path[1])
+        survivors = {state: (cost, errors) for state, cost, errors in reached}
+    return row - min(survivors.values(), key=lambda path: path[0])[1]
+
+
+@pytest.mark.parametrize("trellis", [SMALL, EIGHT])
+def test_each_state_has_feedback_of_its_own(book: Book, trellis: Trellis) -> None:
+    root, rows = random_root(24), gaussian_rows(16 * 12, 12, seed=7)
+    coded = trellis_coder(root, book, trellis)(rows)
+    expected = torch.stack([follow(row.double(), root, book, trellis) for row in rows])
+    torch.testing.assert_close(coded.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_feedback_makes_the_error_less(book: Book) -> None:
+    root, rows = random_root(192), gaussian_rows(64 * 96, 96, seed=8)
+    plain = decode(encode(rows.reshape(-1, 64), book, EIGHT), book, EIGHT).view(rows.shape)
+    ours, theirs = (
+        float(((coded - rows).double() @ root).square().sum())
+        for coded in (trellis_coder(root, book, EIGHT)(rows), plain)
+    )
+    assert ours < 0.7 * theirs
