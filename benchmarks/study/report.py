@@ -48,8 +48,8 @@ PLACES = {
 METHODS = (
     *("int8", "smoothquant", "int6-g64", "hadamard-int6-g64", "hadamard-gptq-int6-g64"),
     *("int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m", "polar-11", "qamw-plain-5.5"),
-    *("qamw-best-6", "qamw-6", "qamw-best-5.5", "qamw-5.5", "qamw-5", "qamw-4.5"),
-    *("qamw-best-4", "qamw-4", "qamw-3.5"),
+    *("qamw-best-6", "qamw-6", "qamw-best-5.5", "qamw-5.5", "qamw-both-5.5", "qamw-trellis-5.5"),
+    *("qamw-5", "qamw-4.5", "qamw-best-4", "qamw-4", "qamw-3.5"),
 )
 COLORS = {
     "qamw": "tab:red",

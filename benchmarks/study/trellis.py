@@ -42,7 +42,7 @@ SEED = 20260101  # of what is measured; fits draw from others
 PAIRS = 1 << 17  # measured of a code that takes little time
 ROW_WORDS = 32  # of a sequence in which words go on
 ROWS_AT_ONCE = 2048  # coded at once
-SCALAR_PAIRS = {8: 1 << 15, 12: 1 << 15, 16: 1 << 14}  # bits of the window -> pairs measured
+SCALAR_PAIRS = {8: 1 << 16, 12: 1 << 17, 16: 1 << 14}  # bits of the window -> pairs measured
 SCALAR_LENGTH = 256  # weights of a sequence
 FLIPS = torch.tensor([[1.0, 1], [-1, 1], [1, -1], [-1, -1]])
 """[4, 2]: of every class the signs that map class 0 onto it, and it onto class 0."""
@@ -264,7 +264,7 @@ def codes(index_bits: int) -> Iterator[tuple[str, Code, int, int]]:
     book = fitted_book(index_bits)
     for trellis in (EIGHT, SIXTY_FOUR):
         code, name = trellis_code(book, trellis), f"trellis QAM, {trellis.states} states"
-        pairs = PAIRS * EIGHT.states // trellis.states
+        pairs = PAIRS if trellis is EIGHT else PAIRS // 2
         yield f"{name}, words start at 0", code, WORD_PAIRS, pairs
         yield f"{name}, words go on", code, ROW_WORDS * WORD_PAIRS, pairs
     for bits, pairs in SCALAR_PAIRS.items():
