@@ -39,7 +39,7 @@ FADE = 0.85  # what sums of a fit are worth in the next round
 SPREAD = 1.8  # variance of the codewords that a fit begins with
 TABLE_BITS = (7, 8, 11, 12)
 SEED = 20260101  # of what is measured; fits draw from others
-PAIRS = 1 << 17  # measured of a code that takes little time
+PAIRS = 1 << 16  # measured of codes of pairs
 ROW_WORDS = 32  # of a sequence in which words go on
 ROWS_AT_ONCE = 2048  # coded at once
 SCALAR_PAIRS = {8: 1 << 16, 12: 1 << 17, 16: 1 << 14}  # bits of the window -> pairs measured
@@ -264,9 +264,8 @@ def codes(index_bits: int) -> Iterator[tuple[str, Code, int, int]]:
     book = fitted_book(index_bits)
     for trellis in (EIGHT, SIXTY_FOUR):
         code, name = trellis_code(book, trellis), f"trellis QAM, {trellis.states} states"
-        pairs = PAIRS if trellis is EIGHT else PAIRS // 2
-        yield f"{name}, words start at 0", code, WORD_PAIRS, pairs
-        yield f"{name}, words go on", code, ROW_WORDS * WORD_PAIRS, pairs
+        yield f"{name}, words start at 0", code, WORD_PAIRS, PAIRS
+        yield f"{name}, words go on", code, ROW_WORDS * WORD_PAIRS, PAIRS
     for bits, pairs in SCALAR_PAIRS.items():
         code = scalar_code(Window.of(bits, index_bits))
         yield f"scalar trellis, window of {bits} bits", code, SCALAR_LENGTH // 2, pairs
