@@ -205,6 +205,25 @@ def quantize_rotated(
     return code_weights(model, structure, code_weight, SCALE_BITS * table_length)
 
 
+def code_scaled(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    rotation_block_size: int,
+    index_bits: int,
+    code: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """QAM-W with another code of coordinates [N, K] float32: the decoded weight [N, K] float32.
+
+    Args:
+        weight: [N, K]. scales: of its inputs [K] float16.
+        index_bits: of the codebook that norms are raised for.
+    """
+    coordinates, norms = to_coordinates(weight, rotation_block_size, scales)
+    factors = row_factors(coordinates, partial(nearest_codewords, index_bits=index_bits))
+    decoded = unrotate(code(coordinates / factors[:, None]), rotation_block_size)
+    return decoded * (factors * norms)[:, None] * scales.float()
+
+
 @torch.no_grad()
 def quantize_trellis(
     model: Any, structure: Structure, tokens: torch.Tensor, index_bits: int
@@ -219,10 +238,7 @@ def quantize_trellis(
             scales = balanced_scales(weights)
             code = trellis_coder(rotated_root(hessian, scales, block_size), book, EIGHT)
             for weight in weights:
-                coordinates, norms = to_coordinates(weight, block_size, scales)
-                factors = row_factors(coordinates, lambda x: nearest_codewords(x, index_bits))
-                decoded = unrotate(code(coordinates / factors[:, None]), block_size)
-                weight.copy_(decoded * (factors * norms)[:, None] * scales.float())
+                weight.copy_(code_scaled(weight, scales, block_size, index_bits, code))
                 num_rows, num_inputs = weight.shape
                 stored += index_bits / 2 * weight.numel()
                 stored += NORM_BITS * num_rows + SCALE_BITS * num_inputs

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from benchmarks.study import report, trellis_scalar
+from benchmarks.study import output_errors, report, trellis_scalar
 from benchmarks.study.trellis import (
     EIGHT,
     FLIPS,
@@ -157,3 +157,14 @@ def test_feedback_makes_the_error_less(book: Book) -> None:
         for coded in (trellis_coder(root, book, EIGHT)(rows), plain)
     )
     assert ours < 0.7 * theirs
+
+
+def test_output_errors_of_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows several codings at once leaves less error than plain feedback."""
+    monkeypatch.setattr(output_errors, "fitted_book", lambda bits: Book.of(lattice(bits)))
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(160, 128, generator=generator) for _ in range(2)]
+    inputs = torch.randn(256, 128, generator=generator) * torch.linspace(0.2, 3, 128)
+    errors = dict(output_errors.output_errors(weights, inputs.T @ inputs, 64))
+    assert errors.pop("feedback") > max(errors.values())
+    assert list(errors) == ["beam", "trellis, words start at 0", "trellis, words go on"]
