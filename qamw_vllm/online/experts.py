@@ -9,7 +9,7 @@ from vllm.model_executor.model_loader.reload.layerwise import initialize_online_
 from vllm.model_executor.utils import set_weight_attrs
 
 from qamw_kernels.codec.encode import check_source_dtype
-from qamw_kernels.errors import FormatError
+from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.backend import Backend, BackendError
@@ -28,6 +28,9 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
 
     The weights are bit for bit those of ``qamw quantize --calibration none``.
 
+    Experts with biases wait in the CPU's memory until the whole model has arrived: vLLM's model
+    (gpt-oss) writes most of their tensors into the parameters itself, where no loader sees them.
+
     Args:
         plan: of the whole model; the others are those of :class:`QamwMoEMethod`.
     """
@@ -42,14 +45,10 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         summary: LoadSummary,
         backend: Backend | None = None,
     ) -> None:
-        if layer.moe_config.has_bias:
-            raise FormatError(
-                f"{prefix}: experts with biases are not quantized while loading: run qamw quantize "
-                "first"
-            )
         unknown_yet = QamwFormat(plan.index_bits, {})  # until all layers are made
         super().__init__(layer, prefix, unknown_yet, summary, backend)
         self.plan = plan
+        self.uses_meta_device = not self.moe.has_bias
         self._tp_sizes = tensor_parallel_sizes_of_model()
         self._dummy = loads_dummy_weights()
         self._arrived: set[tuple[int, str]] = set()  # expert, shard id
@@ -63,7 +62,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Register the plain weights, which take no memory before they are loaded.
+        """Register the plain weights; without biases they take no memory before they are loaded.
 
         Raises:
             BackendError: ranks that are not of one tensor-parallel group hold parts of the same
@@ -84,13 +83,18 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         load, num_experts_of_layer = extra_weight_attrs["weight_loader"], layer.global_num_experts
         loader = self._record_arrivals(load, num_experts_of_layer)
         shape = ExpertsShape(num_experts, hidden_size, local)
+        device = "meta" if self.uses_meta_device else "cpu"
         for stem in MATRICES:
             size = num_experts, *shape.of(stem)
-            empty = torch.empty(size, dtype=params_dtype, device="meta")
-            parameter = Parameter(empty, requires_grad=False)
+            nothing = torch.full(size, torch.nan, dtype=params_dtype, device=device)
+            parameter = Parameter(nothing, requires_grad=False)
             set_weight_attrs(parameter, {**extra_weight_attrs, "weight_loader": loader})
             layer.register_parameter(f"{stem}_weight", parameter)
-        initialize_online_processing(layer)
+        if self.moe.has_bias:
+            sizes = num_experts, hidden_size, local
+            self._register_biases(layer, *sizes, **extra_weight_attrs)
+        else:
+            initialize_online_processing(layer)
 
     def _record_arrivals(
         self, load: Callable[..., bool | None], num_experts: int
@@ -129,14 +133,8 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         """
         if state_of(layer) is LayerState.READY:
             return
-        missing = [
-            f"{self.prefix}.{expert}.{name}.weight"
-            for expert in range(layer.global_num_experts)
-            for shard, name in self.names.items()
-            if (expert, shard) not in self._arrived and not self._dummy
-        ]
-        if missing:
-            raise lacking(missing)
+        if not self._dummy:
+            self._check_arrived(layer)
         self._arrived.clear()
         self.format = self.plan.format(self._tp_sizes)
         self.rotation_block_sizes = {
@@ -144,6 +142,21 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             for stem, num_inputs in self._num_inputs.items()
         }
         self.use(layer, {stem: self._quantize(layer, stem) for stem in MATRICES})
+
+    def _check_arrived(self, layer: Any) -> None:
+        if self.moe.has_bias:
+            for stem in MATRICES:
+                if getattr(layer, f"{stem}_weight").isnan().all():
+                    raise TensorError(f"{self.prefix}: the checkpoint lacks its {stem}_weight")
+            return
+        missing = [
+            f"{self.prefix}.{expert}.{name}.weight"
+            for expert in range(layer.global_num_experts)
+            for shard, name in self.names.items()
+            if (expert, shard) not in self._arrived
+        ]
+        if missing:
+            raise lacking(missing)
 
     def _quantize(self, layer: Any, stem: str) -> list[QuantizedWeight]:
         weights = getattr(layer, f"{stem}_weight").data  # [experts, N, K], of this rank

@@ -26,7 +26,7 @@ RENAMED = {
     "minimax_m2": "*.0.block_sparse_moe.experts.*",  # block_sparse_moe is mlp
     "gpt2": "*.1.attn.c_proj",  # transposed on disk; vLLM's model turns plain weights
 }
-ONLINE = ("falcon", "gpt2", "bloom", "gptj", "minicpm3", "gemma4_text")
+ONLINE = ("falcon", "gpt2", "bloom", "gptj", "minicpm3", "gemma4_text", "gpt_oss")
 
 
 def ignored(architecture: str) -> tuple[str, ...]:
@@ -94,9 +94,11 @@ def test_renamed_layers(architecture, quantized, results):
         assert_matches(results[architecture], quantized[architecture], 1e-3)
 
 
-@pytest.mark.parametrize("architecture", ["minicpm3", "gemma4_text"])
-def test_replicated_layers_are_quantized_while_loading(architecture, results, tmp_path):
-    """As by ``qamw quantize --calibration none``."""
+@pytest.mark.parametrize("architecture", ["minicpm3", "gemma4_text", "gpt_oss"])
+def test_layers_that_vllm_loads_otherwise_are_quantized_while_loading(
+    architecture, results, tmp_path
+):
+    """As by ``qamw quantize --calibration none``: replicated ones, and experts with biases."""
     result = results[f"{architecture}-online"]
     quantize(Path(result["model"]), tmp_path / "none", QuantizeRequest(calibration=None))
     assert_matches(result, tmp_path / "none", 1e-3)

@@ -114,6 +114,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "scoring_func": "softmax",  # which transformers ignores; vLLM's CPU router has no other
         "use_routing_bias": True,
     },
+    # Experts with biases.
+    "gpt_oss": {
+        "head_dim": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     # Layers that are not called ``layers``.
     "falcon": {"tie_word_embeddings": True},
     "bloom": {"tie_word_embeddings": True},

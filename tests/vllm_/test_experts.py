@@ -11,8 +11,11 @@ from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
 
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
+from qamw_kernels.errors import TensorError
+from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.routing import sort_slots
 from qamw_vllm import experts as experts_module
+from qamw_vllm.config import QamwConfig
 from qamw_vllm.loader import without_experts
 from tests.vllm_.layers import make_config, needs_cpu
 
@@ -55,56 +58,104 @@ def apply_interleaved(_: object, out: torch.Tensor, both: torch.Tensor, **__: ob
     out.copy_(clamped_swiglu(both[:, ::2], both[:, 1::2]))
 
 
-@needs_cpu
-@pytest.mark.usefixtures("one_rank")
-def test_biases_and_gates_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts as in gpt-oss, from tensors that only this loader gives them."""
-    monkeypatch.setattr(experts_module.vllm_activation, "apply_moe_activation", apply_interleaved)
-    config = make_config("triton", rotation_block_sizes={HIDDEN: 64, INNER: 64})
+MATRICES = {
+    "gate_proj": (INNER, HIDDEN),
+    "up_proj": (INNER, HIDDEN),
+    "down_proj": (HIDDEN, INNER),
+}
+Weights = dict[str, list[torch.Tensor]]
+"""Name of a matrix -> that of every expert."""
+
+
+def biased_experts(config: QamwConfig) -> Any:
+    """vLLM's experts as in gpt-oss."""
     runner: Any = FusedMoEFactory(
         EXPERTS, 2, HIDDEN, INNER,
         params_dtype=torch.float32, quant_config=config, prefix=PREFIX, has_bias=True,
         activation="swigluoai",
     )  # fmt: skip
-    layer = runner.routed_experts
-    generator = torch.Generator().manual_seed(0)
-    tensors: dict[str, torch.Tensor] = {}
-    decoded: dict[str, list[torch.Tensor]] = {}
-    shapes = {
-        "gate_proj": (INNER, HIDDEN),
-        "up_proj": (INNER, HIDDEN),
-        "down_proj": (HIDDEN, INNER),
-    }
-    for name, shape in shapes.items():
-        for expert in range(EXPERTS):
-            weight = torch.randn(shape, generator=generator) / 4
-            quantized = encode_weight(weight, 11, 64, make_input_scales(shape[1]))
-            decoded.setdefault(name, []).append(decode_weight(quantized))
-            module = f"{PREFIX}.{expert}.{name}"
-            tensors |= {f"{module}.{x}": tensor for x, tensor in quantized.tensors().items()}
-    model = torch.nn.ModuleDict({"experts": layer})
-    other = "model.norm.weight", torch.ones(HIDDEN)
-    assert list(without_experts([*tensors.items(), other], model)) == [other]
+    return runner.routed_experts
 
-    biases = {
-        x: torch.randn(getattr(layer, x).shape, generator=generator)
-        for x in ("w13_bias", "w2_bias")
+
+def random_weights(generator: torch.Generator) -> Weights:
+    return {
+        name: [torch.randn(shape, generator=generator) / 4 for _ in range(EXPERTS)]
+        for name, shape in MATRICES.items()
     }
-    for name, bias in biases.items():
-        getattr(layer, name).data.copy_(bias)
-    layer.quant_method.process_weights_after_loading(layer)
+
+
+def encode(weight: torch.Tensor) -> QuantizedWeight:
+    return encode_weight(weight, 11, 64, make_input_scales(weight.shape[1]))
+
+
+def decoded(weights: Weights) -> Weights:
+    return {
+        name: [decode_weight(encode(weight)) for weight in experts]
+        for name, experts in weights.items()
+    }
+
+
+def set_biases(layer: Any, generator: torch.Generator) -> None:
+    for name in ("w13_bias", "w2_bias"):
+        bias = getattr(layer, name).data
+        bias.copy_(torch.randn(bias.shape, generator=generator))
+
+
+def assert_computes(layer: Any, weights: Weights, generator: torch.Generator) -> None:
+    """Every token has the weighted sum of its experts' products, biases and gates."""
     x = torch.randn(TOKENS, HIDDEN, generator=generator)
     ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:2] for _ in range(TOKENS)])
-    weights = torch.rand(TOKENS, 2, generator=generator)
-
+    shares = torch.rand(TOKENS, 2, generator=generator)
     expected = torch.zeros(TOKENS, HIDDEN)
     for token, slot in torch.cartesian_prod(torch.arange(TOKENS), torch.arange(2)).tolist():
         expert = int(ids[token, slot])
         gate, up = (
-            decoded[name][expert] @ x[token] + biases["w13_bias"][expert, first::2]
+            weights[name][expert] @ x[token] + layer.w13_bias[expert, first::2]
             for first, name in enumerate(("gate_proj", "up_proj"))
         )
-        y = decoded["down_proj"][expert] @ clamped_swiglu(gate, up) + biases["w2_bias"][expert]
-        expected[token] += weights[token, slot] * y
-    found = layer.quant_method.apply(layer, x, weights, ids.int())
+        y = weights["down_proj"][expert] @ clamped_swiglu(gate, up) + layer.w2_bias[expert]
+        expected[token] += shares[token, slot] * y
+    found = layer.quant_method.apply(layer, x, shares, ids.int())
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
+@needs_cpu
+@pytest.mark.usefixtures("one_rank")
+def test_biases_and_gates_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From tensors that only this loader gives them."""
+    monkeypatch.setattr(experts_module.vllm_activation, "apply_moe_activation", apply_interleaved)
+    layer = biased_experts(make_config("triton", rotation_block_sizes={HIDDEN: 64, INNER: 64}))
+    generator = torch.Generator().manual_seed(0)
+    weights = random_weights(generator)
+    tensors = {
+        f"{PREFIX}.{expert}.{name}.{suffix}": tensor
+        for name, experts in weights.items()
+        for expert, weight in enumerate(experts)
+        for suffix, tensor in encode(weight).tensors().items()
+    }
+    model = torch.nn.ModuleDict({"experts": layer})
+    other = "model.norm.weight", torch.ones(HIDDEN)
+    assert list(without_experts([*tensors.items(), other], model)) == [other]
+    set_biases(layer, generator)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert_computes(layer, decoded(weights), generator)
+
+
+@needs_cpu
+@pytest.mark.usefixtures("one_rank")
+def test_biased_experts_are_quantized_while_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From weights that vLLM's model writes into the parameters itself."""
+    monkeypatch.setattr(experts_module.vllm_activation, "apply_moe_activation", apply_interleaved)
+    config = QamwConfig()
+    config.backend = "triton"
+    layer = biased_experts(config)
+    generator = torch.Generator().manual_seed(0)
+    weights = random_weights(generator)
+    gates = zip(weights["gate_proj"], weights["up_proj"], strict=True)
+    set_biases(layer, generator)
+    layer.w13_weight.copy_(torch.stack([torch.stack(both, 1).flatten(0, 1) for both in gates]))
+    with pytest.raises(TensorError, match=r"mlp\.experts: the checkpoint lacks its w2_weight"):
+        layer.quant_method.process_weights_after_loading(layer)
+    layer.w2_weight.copy_(torch.stack(weights["down_proj"]))
+    layer.quant_method.process_weights_after_loading(layer)
+    assert_computes(layer, decoded(weights), generator)
