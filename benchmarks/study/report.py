@@ -1,7 +1,7 @@
 """The study's tables, plot and checks of the paper's claims, made from results/*.jsonl.
 
 ``make study-report``, or ``python -m benchmarks.study.report``: writes results/README.md,
-results/rates.png, results/frontier.png for the project's README and, between two markers, the
+results/rates.png, results/kl_by_bits.png for the project's README and, between two markers, the
 tables of README and of docs/quality.md. No model is run.
 """
 
@@ -357,7 +357,7 @@ def results_page(rows: list[Row], codes: list[Row]) -> str:
 def main() -> None:
     rows = load_rows()
     plot(rows, RESULTS / "rates.png")
-    plot_readme(rows, RESULTS / "frontier.png")
+    plot_readme(rows, RESULTS / "kl_by_bits.png")
     (RESULTS / "README.md").write_text(results_page(rows, load_codes()))
     README.write_text(with_table(README.read_text(), readme_table(rows)))
     QUALITY.write_text(with_table(QUALITY.read_text(), quality_table(rows)))
