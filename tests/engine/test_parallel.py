@@ -10,24 +10,35 @@ from tests.helpers.models import tiny_model
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("decoded")]
 
 
-@pytest.mark.parametrize("tp_size", [2, pytest.param(4, marks=pytest.mark.matrix)])
-def test_tensor_parallel_agrees(tp_size, run, checkpoint, tiny_results):
+SOURCES = {"quantized": {}, "model": {"quantization": "qamw"}}
+"""Folder of a checkpoint -> options for it: quantized, or plain and quantized while loading."""
+
+
+@pytest.mark.parametrize(
+    "tp_size, source",
+    [
+        (2, "quantized"),
+        (2, "model"),
+        pytest.param(4, "quantized", marks=pytest.mark.matrix),
+        pytest.param(4, "model", marks=pytest.mark.matrix),
+    ],
+)
+def test_tensor_parallel_agrees(tp_size, source, run, checkpoint, tiny_results):
     """Four ranks share two kv heads."""
-    options = {"dtype": "float32", **TWO_RANKS, "tensor_parallel_size": tp_size}
-    ((result,), _) = run([{"model": str(checkpoint("llama")), "options": options}])
+    model = checkpoint("llama").parent / source
+    options = {
+        "dtype": "float32",
+        **TWO_RANKS,
+        "tensor_parallel_size": tp_size,
+        **SOURCES[source],
+    }
+    ((result,), _) = run([{"model": str(model), "options": options}])
     assert_matches(result, checkpoint("llama"), 1e-3)
     assert result["tokens"] == tiny_results["llama"]["tokens"]
 
 
-@pytest.mark.parametrize(
-    "source, more",
-    [
-        ("quantized", {}),
-        pytest.param("model", {"quantization": "qamw"}, marks=pytest.mark.matrix),
-    ],
-    ids=["quantized", "while loading"],
-)
-def test_pipeline_parallel_agrees(source, more, run, checkpoint, tiny_results):
+@pytest.mark.parametrize("source", ["quantized", pytest.param("model", marks=pytest.mark.matrix)])
+def test_pipeline_parallel_agrees(source, run, checkpoint, tiny_results):
     """Two stages, of a quantized checkpoint or of a plain one that is quantized while loading.
 
     vLLM's CPU engine has room for what a stage hands on only when it compiles.
@@ -38,7 +49,7 @@ def test_pipeline_parallel_agrees(source, more, run, checkpoint, tiny_results):
         "pipeline_parallel_size": 2,
         "enforce_eager": False,
         "compilation_config": {"mode": 1, "backend": "eager"},
-        **more,
+        **SOURCES[source],
     }
     ((result,), _) = run([{"model": str(checkpoint("llama").parent / source), "options": options}])
     assert_matches(result, checkpoint("llama"), 1e-3)
