@@ -24,6 +24,9 @@ from offline_quantize.evaluation.conventions import BOS_RULE, CONVENTIONS
 from qamw_kernels.errors import QamwError
 from qamw_kernels.format.defaults import BITS_PER_WEIGHT, TP_MAX
 
+OF_EXTRAS = ("filelock", "matplotlib", "tqdm", "transformers")
+"""Modules that the extra ``quantize`` brings; serving needs none of them."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
@@ -54,6 +57,11 @@ def main(argv: list[str] | None = None) -> int:
             traceback.print_exc()
         message = error.spelled(spell_flag) if isinstance(error, QuantizeError) else error
         print(printable(f"qamw: {message}"), file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if args.debug or error.name not in OF_EXTRAS:
+            raise
+        print(f"qamw: no module {error.name}: pip install '.[quantize]' has it", file=sys.stderr)
         return 2
     except Exception as error:
         if args.debug or not is_out_of_memory(error):

@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 
@@ -63,6 +64,22 @@ def choose_backend(
             "set TRITON_INTERPRET=1 too"
         )
     return "triton"
+
+
+def check_adapters(prefix: str) -> None:
+    """Refuse packed experts where vLLM would replace their kernel to add LoRA adapters.
+
+    Raises:
+        BackendError: adapters may lie on experts.
+    """
+    config = get_current_vllm_config_or_none()
+    lora = config and config.lora_config
+    if lora and lora.target_modules is None:
+        raise BackendError(
+            f"{prefix}: vLLM's LoRA cannot be put on packed experts, and without a list of modules "
+            "it is put on all: give --lora-target-modules those that the adapters have, such as "
+            "q_proj k_proj v_proj o_proj"
+        )
 
 
 def describe_backend(backend: Backend, dtype: torch.dtype) -> str:

@@ -27,6 +27,7 @@ from qamw_kernels.ops.weight import TiledWeight
 from qamw_vllm.backend import (
     Backend,
     BackendError,
+    check_adapters,
     choose_backend,
     describe_backend,
     warm_up_once,
@@ -65,7 +66,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
 
     Raises:
         FormatError: the layer computes something that is not built here.
-        BackendError: vLLM is too old.
+        BackendError: vLLM is too old, or would put adapters on packed experts.
     """
 
     def __init__(
@@ -82,7 +83,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self.names = names_of_matrices(layer, prefix)
         self.index_bits = self._index_bits()
         self.backend = backend or choose_backend()
-        if self.backend == "decode":
+        if self.backend == "triton":
+            check_adapters(prefix)
+        else:
             self._plain = UnquantizedFusedMoEMethod(layer.moe_config)
             self.experts_cls = self._plain.experts_cls  # tells vLLM what the kernel will want
 
@@ -222,7 +225,8 @@ class QamwMoEMethod(FusedMoEMethodBase):
             )
             for suffix in LAYER_TENSORS:
                 delattr(layer, f"{stem}_{suffix}")
-            if stem == "w13" and _interleaves(layer):  # its biases are so already
+            take_turns = layer.activation == vllm_activation.MoEActivation.SWIGLUOAI
+            if stem == "w13" and take_turns:  # rows of gate and up; their biases do already
                 order = torch.arange(row_norms.shape[1]).view(len(MATRICES[stem]), -1).T.flatten()
                 qweight, row_norms = qweight[:, :, order], row_norms[:, order]
             shared_scales = input_scales[0, 0].clone()
@@ -354,11 +358,6 @@ def check_supported(layer: Any, prefix: str) -> None:
         raise FormatError(f"{prefix}: qamw does not know experts without a gate")
     if layer.swiglu_limit and not hasattr(vllm_activation, "ApplyMoEActivationConfig"):
         raise FormatError(f"{prefix}: this vLLM does not tell the limits of the activation")
-
-
-def _interleaves(layer: Any) -> bool:
-    """Whether the rows of gate and up take turns in vLLM's w13."""
-    return bool(layer.activation == vllm_activation.MoEActivation.SWIGLUOAI)
 
 
 def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
+from torch.distributed import DistError
 from vllm import envs
 from vllm.config import LoadConfig
 from vllm.logger import init_logger
@@ -27,7 +28,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
-from qamw_kernels.errors import FileError, QamwError, TensorError
+from qamw_kernels.errors import FileError, FormatError, QamwError, TensorError
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
 from qamw_kernels.format.index import CONFIG
 from qamw_kernels.format.manifest import MANIFEST
@@ -37,6 +38,7 @@ from qamw_vllm.loading.manifest import VERIFY_VARIABLE, check_checkpoint, verifi
 from qamw_vllm.loading.names import NameCheck, describe_unserved, unserved_layers
 from qamw_vllm.loading.reading import READING
 from qamw_vllm.loading.reorder import reordered
+from qamw_vllm.parallel import num_ranks
 
 _TENSOR_OF_EXPERT = re.compile(
     rf"(?P<block>.+)\.\d+\.(?P<matrix>\w+)\.(?:{'|'.join(LAYER_TENSORS)})"
@@ -85,6 +87,8 @@ class QamwModelLoader(DefaultModelLoader):
         Raises:
             TensorError: names the weights that the checkpoint lacks, or the one that vLLM cannot
                 load into the model of config.json.
+            FormatError: see :func:`prepare`; or ranks would read a plain checkpoint in orders of
+                their own.
         """
         # Draft models share weights with the model that they draft for. Those are not in their
         # checkpoints; and nothing that a draft says gets out unless the model agrees.
@@ -92,14 +96,16 @@ class QamwModelLoader(DefaultModelLoader):
         self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
         if self._tracked:
             self.enable_weights_track = True
+        if model_config.quantization == QUANT_METHOD and not is_packed_model(model_config):
+            self._check_order()
         READING.start()
         self._quantized.clear()
         if model_config.quantization == QUANT_METHOD:
             prepare(model, model_config)
         try:
             super().load_weights(model, model_config)
-        except (QamwError, torch.OutOfMemoryError):
-            raise
+        except (QamwError, torch.OutOfMemoryError, torch.AcceleratorError, DistError):
+            raise  # not of the checkpoint
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
             if not is_packed_model(model_config):
                 raise
@@ -111,6 +117,16 @@ class QamwModelLoader(DefaultModelLoader):
                 f"{model_config.model}: vLLM cannot load {where} "
                 f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
             ) from error
+
+    def _check_order(self) -> None:
+        """Ranks sum up the norms of rows, one layer after the other: all in the same order."""
+        option = "enable_multithread_load"
+        if self.load_config.model_loader_extra_config.get(option) and num_ranks() > 1:
+            raise FormatError(
+                f"model_loader_extra_config: with {option}, every rank reads the files in an order "
+                "of its own, and a model that is quantized while loading needs one order: leave "
+                "it out, or run qamw quantize first"
+            )
 
     def track_weights_loading(
         self,

@@ -24,7 +24,8 @@ SOURCES = [
 EXPERTS = "vllm.model_executor.layers.fused_moe"
 LINEAR = "vllm.model_executor.layers.linear"
 QUANTIZATION = "vllm.model_executor.layers.quantization"
-RELOAD = "vllm.model_executor.model_loader.reload.layerwise"
+LOADER = "vllm.model_executor.model_loader"
+RELOAD = f"{LOADER}.reload.layerwise"
 
 Signatures = Mapping[tuple[str, str, str], tuple[str, ...]]
 Words = Mapping[str, tuple[str, ...]]
@@ -90,6 +91,23 @@ SIGNATURES: Signatures = {
     (QUANTIZATION, "", "get_quantization_config"): ("quantization",),
     ("vllm.model_executor.models.utils", "WeightsMapper", "apply_list"): ("self", "values"),
     (RELOAD, "", "initialize_online_processing"): ("layer",),
+    (f"{LOADER}.reload.meta", "", "materialize_meta_tensor"): ("meta_tensor",),
+    (f"{LOADER}.reload.meta", "", "capture_layer_to_meta"): ("layer",),
+    (f"{LOADER}.default_loader", "DefaultModelLoader", "get_all_weights"): (
+        "self",
+        "model_config",
+        "model",
+    ),
+    (f"{LOADER}.default_loader", "DefaultModelLoader", "load_weights"): (
+        "self",
+        "model",
+        "model_config",
+    ),
+    (f"{LOADER}.default_loader", "DefaultModelLoader", "track_weights_loading"): (
+        "self",
+        "model",
+        "loaded_weights",
+    ),
 }
 """(module, class or "", function) -> its first parameters."""
 
@@ -101,6 +119,7 @@ WORDS: Words = {
         "output_size",
         "tp_rank",
         "skip_bias_add",
+        "update_param_tp_status",
     ),
     "vllm.model_executor.parameter": ("output_dim", "input_dim", "weight_loader"),
     f"{QUANTIZATION}.base_config": ("uses_meta_device",),
@@ -112,6 +131,7 @@ WORDS: Words = {
         "local_num_experts",
         "expert_map",
         "swiglu_limit",
+        "_replace_quant_method",
         "apply_router_weight_on_input",
     ),
     f"{EXPERTS}.config": (
@@ -121,6 +141,9 @@ WORDS: Words = {
         "has_bias",
         "is_act_and_mul",
     ),
+    "vllm.config.lora": ("target_modules",),
+    f"{LOADER}.reload.types": ("restore_metadata",),
+    f"{LOADER}.default_loader": ("enable_weights_track",),
     "vllm.config.pooler": ("task", "use_activation"),
     "vllm.pooling_params": ("task", "use_activation"),
 }

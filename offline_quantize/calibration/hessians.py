@@ -167,8 +167,12 @@ class Calibrator:
         self._runner.unload(layer.index)
 
     @torch.no_grad()
-    def head_hessian(self) -> torch.Tensor:
-        """Mean of x^T x, [K, K] float32, for what the head reads; once all layers are finished."""
+    def head_hessian(self) -> torch.Tensor | None:
+        """Mean of x^T x, [K, K] float32, for what the head reads; once all layers are finished.
+
+        Returns:
+            None where it reads nothing but zeros.
+        """
         runner, num_tokens = self._runner, 0
         head = runner.model.get_output_embeddings()
         total = torch.zeros(head.in_features, head.in_features, device=runner.device)
@@ -177,4 +181,5 @@ class Calibrator:
             rows = states.reshape(-1, head.in_features).float()
             total.addmm_(rows.T, rows)
             num_tokens += len(rows)
-        return self._ranks.sum_(total) / sum(self._ranks.gather(num_tokens))
+        total = self._ranks.sum_(total)
+        return total / sum(self._ranks.gather(num_tokens)) if total.any() else None

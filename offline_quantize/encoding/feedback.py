@@ -43,7 +43,7 @@ def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     definite; where rounding still hides that, it is raised.
 
     Args:
-        hessian: [K, K] float64.
+        hessian: [K, K] float64, not all zeros.
     Returns:
         float64.
     Raises:
@@ -52,6 +52,7 @@ def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     if not hessian.isfinite().all():
         raise TensorError("the squares of the activations on the calibration text are not finite")
     mean = hessian.diagonal().mean()
+    assert mean > 0, "no damping would make a Hessian of zeros definite"
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)

@@ -92,8 +92,7 @@ class LayerForm:
         for name in changed:
             delattr(self._layer, name)  # before the new one is made: memory is not taken twice
             self._register(name)
-        if hasattr(self._layer, "update_param_tp_status"):  # since vLLM 0.21
-            self._layer.update_param_tp_status()
+        self._layer.update_param_tp_status()
         if state_of(self._layer) is LayerState.LOADING:
             note_for_reload(self._layer)
 

@@ -109,7 +109,7 @@ class LayerLoader:
             if tensor in LAYER_TENSORS:
                 self._check(tensor, loaded_weight, shards)
             elif tensor == "weight" and self.checks_source:
-                check_source_dtype(f"{self.names[shards[0]]}.weight", loaded_weight.dtype)
+                check_source(f"{self.names[shards[0]]}.weight", loaded_weight, param.dtype)
             if loaded_shard_id is None:  # not every loader of vLLM takes a shard id
                 load(param, loaded_weight)
             else:
@@ -262,6 +262,25 @@ class LayerLoader:
 
 def _described(quantized: bool) -> str:
     return "quantized" if quantized else "not quantized"
+
+
+def check_source(name: str, loaded: torch.Tensor, dtype: torch.dtype) -> None:
+    """Refuse a plain weight that cannot be quantized while loading.
+
+    Args:
+        dtype: of the layer, to which vLLM rounds it before.
+    Raises:
+        TensorError: its dtype is none that ``qamw quantize`` reads; or it is finite, and would not
+            be in ``dtype``.
+    """
+    check_source_dtype(name, loaded.dtype)
+    if torch.finfo(loaded.dtype).max > torch.finfo(dtype).max:
+        most = max(map(abs, map(float, loaded.aminmax())))
+        if torch.finfo(dtype).max < most < torch.inf:
+            raise TensorError(
+                f"{name} has {most:g}, which {dtype} does not hold; bfloat16 and float32 have a "
+                "wider range"
+            )
 
 
 def check_stored_tensor(

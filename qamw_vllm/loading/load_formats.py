@@ -4,7 +4,6 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 
 from qamw_kernels.errors import FormatError
-from qamw_vllm.loading.manifest import VERIFY_VARIABLE, verification_is_on
 
 CHECKED_FORMATS = (
     *("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"),
@@ -33,7 +32,9 @@ def loads_dummy_weights() -> bool:
 
 
 def check_load_format(load_format: str) -> None:
-    """Refuse formats that bring something else than a checkpoint's tensors, or bring it unchecked.
+    """Refuse formats that store layers, and those of loaders that :mod:`qamw_vllm.loader` is not.
+
+    It brings rows in order, among others, whether or not checkpoints are verified.
 
     Raises:
         FormatError: says what can be done.
@@ -45,11 +46,10 @@ def check_load_format(load_format: str) -> None:
         )
     if load_format in (*CHECKED_FORMATS, DUMMY_FORMAT):
         return
-    if verification_is_on():
-        raise FormatError(
-            f"load_format={load_format!r}: its loader does not notice weights that a checkpoint "
-            f"lacks. Leave the option out, or set {VERIFY_VARIABLE}=0 to serve without that check"
-        )
+    raise FormatError(
+        f"load_format={load_format!r}: its loader does not know of packed weights, nor notice what "
+        f"a checkpoint lacks; expected one of {', '.join((*CHECKED_FORMATS, DUMMY_FORMAT))}"
+    )
 
 
 def fill_with_dummy_values(

@@ -8,7 +8,6 @@ from torch.nn import Parameter
 from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
 from vllm.model_executor.utils import set_weight_attrs
 
-from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.weight import QuantizedWeight
@@ -16,6 +15,7 @@ from qamw_vllm.backend import Backend, BackendError
 from qamw_vllm.experts import QamwMoEMethod
 from qamw_vllm.loading.experts import lacking
 from qamw_vllm.loading.experts_form import MATRICES, ExpertsShape
+from qamw_vllm.loading.linear import check_source
 from qamw_vllm.loading.load_formats import loads_dummy_weights
 from qamw_vllm.online.encode import encode_shard
 from qamw_vllm.online.plan import OnlinePlan
@@ -26,7 +26,8 @@ from qamw_vllm.state import LayerState, LoadSummary, state_of
 class QamwOnlineMoEMethod(QamwMoEMethod):
     """The experts of one layer, quantized as soon as all have arrived: one layer's at a time.
 
-    The weights are bit for bit those of ``qamw quantize --calibration none``.
+    The weights are bit for bit those of ``qamw quantize --calibration none``, of a checkpoint in
+    the layer's dtype.
 
     Experts with biases wait in the CPU's memory until the whole model has arrived: vLLM's model
     (gpt-oss) writes most of their tensors into the parameters itself, where no loader sees them.
@@ -114,7 +115,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
             return_success: bool = False,
         ) -> bool | None:
             name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.weight"
-            check_source_dtype(name, loaded_weight.dtype)
+            check_source(name, loaded_weight, param.dtype)
             all_experts = loaded_weight.ndim == 3  # those of this rank
             experts = range(num_experts) if all_experts else (expert_id,)
             self._arrived.update((expert, shard_id) for expert in experts)
@@ -152,6 +153,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         missing = [
             f"{self.prefix}.{expert}.{name}.weight"
             for expert in range(layer.global_num_experts)
+            if layer._map_global_expert_id_to_local_expert_id(expert) != -1
             for shard, name in self.names.items()
             if (expert, shard) not in self._arrived
         ]

@@ -24,9 +24,9 @@ from qamw_vllm.state import LayerState, LoadSummary, state_of
 class QamwOnlineLinearMethod(QamwLinearMethod):
     """One linear layer, quantized as soon as its weight has arrived: one is in memory at a time.
 
-    The weights are bit for bit those of ``qamw quantize --calibration none``. Which layers are
-    quantized is known when all layers of the model are made: then :meth:`start` or :meth:`leave`
-    is called.
+    The weights are bit for bit those of ``qamw quantize --calibration none``, of a checkpoint in
+    the layer's dtype. Which layers are quantized is known when all layers of the model are made:
+    then :meth:`start` or :meth:`leave` is called.
 
     Args:
         plan: of the whole model; the others are those of :class:`QamwLinearMethod`.

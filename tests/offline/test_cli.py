@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+from offline_quantize import commands
 from offline_quantize.calibration.text import DEFAULT_TEXT
 from offline_quantize.checkpoints.inspect import inspect
 from offline_quantize.cli import main, spell_flag
@@ -47,6 +48,20 @@ def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["torch"] == torch.__version__
     assert rows["vLLM plugin"] == "qamw_vllm:register"
     assert rows["transformers"] == transformers.__version__
+
+
+def test_what_an_extra_brings_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(name: str) -> None:
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(commands, "plan", lambda _: fail("filelock"))
+    assert main(["plan", str(tmp_path)]) == 2
+    assert "qamw: no module filelock: pip install '.[quantize]'" in capsys.readouterr().err
+    monkeypatch.setattr(commands, "plan", lambda _: fail("offline_quantize.plans"))
+    with pytest.raises(ModuleNotFoundError):  # a bug
+        main(["plan", str(tmp_path)])
 
 
 def test_quantize_and_inspect(

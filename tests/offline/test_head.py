@@ -16,7 +16,7 @@ from offline_quantize.output.report import LayerReport, Report
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
-from tests.helpers.checkpoints import decoded, tensors_of
+from tests.helpers.checkpoints import change_tensor, decoded, tensors_of
 from tests.helpers.models import tiny_model
 
 CPU = torch.device("cpu")
@@ -80,3 +80,10 @@ def test_hessian_is_that_of_the_last_states(architecture: str, tmp_path: Path) -
         last = load_model(model).base_model(tokens).last_hidden_state.flatten(0, 1)
     expected = last.T @ last / len(last)
     torch.testing.assert_close(calibrator.head_hessian(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_head_that_reads_zeros_has_no_hessian(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "llama")
+    change_tensor(model, "model.norm.weight", torch.zeros_like)
+    request = QuantizeRequest(calibration_tokens=512, quantize_lm_head=True)
+    assert head_of(quantize(model, tmp_path / "out", request)).nmse < 0.01

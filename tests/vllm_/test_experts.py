@@ -7,16 +7,21 @@ import torch
 
 pytest.importorskip("vllm")
 
+from vllm.config import LoRAConfig, ParallelConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers.fused_moe.layer import FusedMoEFactory
+from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.routing import sort_slots
+from qamw_kernels.ops.weight import TiledWeight
 from qamw_vllm import experts as experts_module
+from qamw_vllm.backend import BackendError
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.loader import without_experts
+from tests.helpers.vllm_rank import tensor_parallel_rank
 from tests.vllm_.layers import make_config, needs_cpu
 
 
@@ -159,3 +164,49 @@ def test_biased_experts_are_quantized_while_loading(monkeypatch: pytest.MonkeyPa
     layer.w2_weight.copy_(torch.stack(weights["down_proj"]))
     layer.quant_method.process_weights_after_loading(layer)
     assert_computes(layer, decoded(weights), generator)
+
+
+@needs_cpu
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_quantize_their_own_experts_while_loading(rank: int) -> None:
+    """With expert parallelism: the others arrive later, or never."""
+    engine = VllmConfig()
+    engine.parallel_config = ParallelConfig(
+        tensor_parallel_size=2, enable_expert_parallel=True, distributed_executor_backend="mp"
+    )
+    config = QamwConfig()
+    config.backend = "triton"
+    weights = random_weights(torch.Generator().manual_seed(0))
+    with tensor_parallel_rank(rank, 2, engine):
+        runner: Any = FusedMoEFactory(
+            EXPERTS, 2, HIDDEN, INNER,
+            params_dtype=torch.float32, quant_config=config, prefix=PREFIX,
+        )  # fmt: skip
+        layer = runner.routed_experts
+        record_metadata_for_reloading(layer)
+        loaders = {"w13": layer.w13_weight.weight_loader, "w2": layer.w2_weight.weight_loader}
+        for expert in range(EXPERTS):
+            for shard, name in layer.quant_method.names.items():
+                stem = "w2" if shard == "w2" else "w13"
+                label = f"experts.{expert}.{name}.weight"
+                parameter = getattr(layer, f"{stem}_weight", None)
+                loaders[stem](parameter, weights[name][expert], label, shard, expert)
+    mine = slice(2 * rank, 2 * rank + 2)
+    expected = [encode(weight) for weight in weights["down_proj"][mine]]
+    assert torch.equal(layer.w2_tiles, TiledWeight.of_experts(expected).tiles)
+    gates = zip(weights["gate_proj"][mine], weights["up_proj"][mine], strict=True)
+    expected = [encode(torch.cat(both)) for both in gates]
+    assert torch.equal(layer.w13_tiles, TiledWeight.of_experts(expected).tiles)
+
+
+@needs_cpu
+@pytest.mark.usefixtures("one_rank")
+def test_adapters_cannot_be_put_on_packed_experts() -> None:
+    engine = VllmConfig()
+    engine.lora_config = LoRAConfig(max_lora_rank=8)
+    config = make_config("triton", rotation_block_sizes={HIDDEN: 64, INNER: 64})
+    with set_current_vllm_config(engine):
+        with pytest.raises(BackendError, match=r"mlp\.experts: vLLM's LoRA .* --lora-target-mod"):
+            biased_experts(config)
+        engine.lora_config.target_modules = ["q_proj"]
+        biased_experts(config)

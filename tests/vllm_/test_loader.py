@@ -16,7 +16,7 @@ from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config
 from vllm.model_executor.model_loader import get_model_loader, register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from qamw_kernels.errors import FileError, TensorError
+from qamw_kernels.errors import FileError, FormatError, TensorError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.manifest import MANIFEST
 from qamw_vllm.config import QamwConfig
@@ -184,6 +184,20 @@ def test_models_of_the_hub_are_checked_when_they_are_there(tmp_path: Path) -> No
     (snapshot / MANIFEST).unlink()
     with pytest.raises(FileError, match=f"organization/model: no {MANIFEST}"):
         load(config, **options)
+
+
+def test_ranks_read_plain_models_in_one_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write(tmp_path / "model", "embed.weight", "norm.weight")
+    options = {"enable_multithread_load": True}
+    loader = QamwModelLoader(LoadConfig(model_loader_extra_config=options))
+    monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 1)
+    loader.load_weights(Model(), settings(model, PLAIN))
+    monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 2)
+    with pytest.raises(FormatError, match=r"with enable_multithread_load, .* order of its own"):
+        loader.load_weights(Model(), settings(model, PLAIN))
+    loader.load_weights(Model(), settings(model))
 
 
 def test_other_models_are_left_alone(tmp_path: Path) -> None:

@@ -123,3 +123,14 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         weight = torch.ones(512, K).to(dtype)
         layer.weight.weight_loader(layer.weight, weight, 1)
         layer.weight.weight_loader(layer.weight, weight, 0)
+
+
+@pytest.mark.usefixtures("rank")
+def test_weights_that_the_dtype_does_not_hold_are_named() -> None:
+    """Before vLLM has rounded them."""
+    weight = torch.zeros(ROWS["fc"][0], K, dtype=torch.bfloat16)
+    weight[0, 0] = -1e5
+    layer = make_layer("fc", QamwConfig(), dtype=torch.float16)
+    message = r"layers\.0\.fc\.weight has 99840, which torch.float16 does not hold"
+    with pytest.raises(TensorError, match=message):
+        layer.weight.weight_loader(layer.weight, weight)
