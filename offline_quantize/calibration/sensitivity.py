@@ -27,7 +27,7 @@ from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import text_decoder
 from offline_quantize.model.products import quick_products
-from offline_quantize.model.runner import BATCH, DTYPE, WINDOWS, LayerRunner
+from offline_quantize.model.runner import BATCH, DTYPE, LayerRunner, window_dimension
 from offline_quantize.model.structure import DecoderLayer, InputGroup
 from offline_quantize.model.tracing import constant_layers
 from offline_quantize.progress import Progress, silent
@@ -206,16 +206,16 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
     for window in tokens[: own.start]:
         _draw(runner.model, len(window), generator)
     gradients, start = [], own.start
-    for batch in runner.hidden:
-        found = []
-        for states in torch.split(batch, 1, dim=WINDOWS):  # by window: the logits are large
+    for batch, read in zip(runner.hidden, tokens[own].split(BATCH), strict=True):
+        dim, found = window_dimension(batch, read.shape), []
+        for states in torch.split(batch, 1, dim=dim):  # by window: the logits are large
             hidden = states.to(runner.device).requires_grad_()
             window = tokens[start : start + 1].to(runner.device)
             with constant_layers(runner.layers, runner.calls, hidden):
                 loss = _drawn_loss(runner.model, window, generator)
             found.append(torch.autograd.grad(loss, hidden)[0].cpu())
             start += 1
-        gradients.append(torch.cat(found, dim=WINDOWS))
+        gradients.append(torch.cat(found, dim=dim))
     return gradients
 
 

@@ -23,7 +23,6 @@ from offline_quantize.model.tracing import LayerCall, record_layer_calls
 
 BATCH = 4  # windows per forward call
 DTYPE = torch.bfloat16  # as layers are served
-WINDOWS = -3  # the dimension of hidden states; Gemma 3n has several of each token before it
 
 
 class LayerRunner:
@@ -37,7 +36,8 @@ class LayerRunner:
         layers_name: module name of the list of decoder layers.
         layers: the decoder layers.
         calls: of the layers, with the last batch.
-        hidden: what the next layer reads, [..., batch, T, hidden size] in ``dtype``, by batch.
+        hidden: what the next layer reads, by batch, in ``dtype``: [batch, T, hidden size], or with
+            several states of each token (see :func:`window_dimension`).
     """
 
     def __init__(
@@ -153,3 +153,15 @@ class LayerRunner:
             raise QuantizeError(
                 f"{self.layers_name}.{index}: its output is not finite on the calibration text"
             )
+
+
+def window_dimension(hidden: torch.Tensor, windows: torch.Size) -> int:
+    """The dimension of hidden states that counts windows; the next one counts tokens.
+
+    Several states of a token have a dimension before these in Gemma 3n, and behind them in
+    DeepSeek-V4.
+
+    Args:
+        windows: the shape of the tokens, [batch, T].
+    """
+    return next(i for i in range(hidden.ndim) if hidden.shape[i : i + 2] == windows)

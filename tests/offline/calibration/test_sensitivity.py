@@ -99,11 +99,12 @@ def test_progress_and_state(tiny_llama: Path, tmp_path: Path) -> None:
     assert from_state({}) == []
 
 
-@pytest.mark.parametrize("architecture", ["mixtral", "gemma3n_text"])
+@pytest.mark.parametrize("architecture", ["mixtral", "gemma3n_text", "deepseek_v4"])
 def test_processes_share_the_windows(architecture: str, tmp_path: Path) -> None:
     """Labels are drawn alike, and the same batches make the Hessians, whoever has them.
 
-    Hidden states of Gemma 3n have another dimension before that of the windows.
+    Hidden states of Gemma 3n have another dimension before that of the windows, those of
+    DeepSeek-V4 one behind that of the tokens.
     """
     plan = make_plan(build(tmp_path / "model", architecture))
     tokens = torch.randint(0, 300, (17, 32), generator=torch.Generator().manual_seed(9))
