@@ -164,7 +164,11 @@ def main() -> None:
     for question, left, right in answers:
         print(f"\n{question}\n  bf16   {left!r}\n  QAM-W  {right!r}")
     seconds = time.monotonic() - start
-    print(f"\n{seconds:.0f} s. Serve it yourself: {BIN / 'vllm'} serve {out} --quantization qamw")
+    dtype = "" if has_bfloat16() else " --dtype float32"
+    print(
+        f"\n{seconds:.0f} s. Serve it yourself:\n"
+        f"VLLM_CPU_KVCACHE_SPACE=1 {BIN / 'vllm'} serve {out} --quantization qamw{dtype}"
+    )
 
 
 if __name__ == "__main__":

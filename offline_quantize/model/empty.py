@@ -42,11 +42,18 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     Raises:
         QuantizeError: transformers refuses it, or it speaks of far more than the checkpoint has.
     """
-    from transformers import AutoConfig  # slow to import
+    import transformers  # slow
 
     _check_counts(checkpoint)
-    with explained(f"{checkpoint.directory / CONFIG}: unsupported architecture"):
-        return AutoConfig.from_pretrained(
+    unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
+    model_type = checkpoint.config.get("model_type")
+    if isinstance(model_type, str) and model_type not in transformers.CONFIG_MAPPING:
+        raise QuantizeError(
+            f"{unsupported}: model_type is {model_type!r}, expected one that transformers "
+            f"{transformers.__version__} knows; a newer transformers may"
+        )
+    with explained(unsupported):
+        return transformers.AutoConfig.from_pretrained(
             checkpoint.directory, local_files_only=True, trust_remote_code=False
         )
 

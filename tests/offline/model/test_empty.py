@@ -36,6 +36,13 @@ def test_what_is_no_text_model_is_refused_in_one_line(
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
+def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> None:
+    model = changed(tiny_llama, tmp_path / "model", model_type="llama99")
+    expected = "config.json: unsupported architecture: model_type is 'llama99', expected one that"
+    with pytest.raises(QuantizeError, match=expected):
+        build_empty_model(Checkpoint(model))
+
+
 def test_more_layers_than_tensors_are_refused(tmp_path: Path, tiny_llama: Path) -> None:
     """Before they are built, which would take hours."""
     model = changed(tiny_llama, tmp_path / "model", num_hidden_layers=1_000_000)
