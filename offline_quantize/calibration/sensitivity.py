@@ -206,8 +206,8 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
     for window in tokens[: own.start]:
         _draw(runner.model, len(window), generator)
     gradients, start = [], own.start
-    for batch, read in zip(runner.hidden, tokens[own].split(BATCH), strict=True):
-        dim, found = window_dimension(batch, read.shape), []
+    for batch in runner.hidden:
+        dim, found = window_dimension(batch, tokens.shape[1]), []
         for states in torch.split(batch, 1, dim=dim):  # by window: the logits are large
             hidden = states.to(runner.device).requires_grad_()
             window = tokens[start : start + 1].to(runner.device)

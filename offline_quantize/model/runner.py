@@ -155,13 +155,10 @@ class LayerRunner:
             )
 
 
-def window_dimension(hidden: torch.Tensor, windows: torch.Size) -> int:
-    """The dimension of hidden states that counts windows; the next one counts tokens.
+def window_dimension(hidden: torch.Tensor, window_tokens: int) -> int:
+    """The dimension of hidden states that counts windows; the next one counts their tokens.
 
     Several states of a token have a dimension before these in Gemma 3n, and behind them in
     DeepSeek-V4.
-
-    Args:
-        windows: the shape of the tokens, [batch, T].
     """
-    return next(i for i in range(hidden.ndim) if hidden.shape[i : i + 2] == windows)
+    return hidden.shape.index(window_tokens, 1) - 1
