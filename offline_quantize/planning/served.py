@@ -101,7 +101,7 @@ def as_served(structure: Structure, architecture: str) -> Structure:
             if linears:
                 groups.append(InputGroup.of(linears))
         layers.append(layer.with_groups(groups))
-    return dataclasses.replace(structure, layers=tuple(layers), kept={**structure.kept, **kept})
+    return dataclasses.replace(structure, layers=tuple(layers), kept=kept | dict(structure.kept))
 
 
 def _plain_place(linear: Linear, known: Served) -> str | None:
@@ -252,8 +252,9 @@ def _fault_of_call(assignment: ast.Assign) -> str | None:
     if argument(call, "quant_config") is None:
         return NO_CONFIG
     prefix = argument(call, "prefix")
-    named = isinstance(prefix, ast.Call) and calls(prefix, "maybe_prefix")
-    return None if named and _text(prefix.args[-1]) == target.attr else NO_NAME
+    if not isinstance(prefix, ast.Call) or not calls(prefix, "maybe_prefix"):
+        return NO_NAME
+    return None if _text(prefix.args[-1]) == target.attr else NO_NAME
 
 
 def _wraps_any_model(node: ast.AST) -> bool:
