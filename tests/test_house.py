@@ -44,7 +44,7 @@ PACKAGE_DATA = {
     "qamw_kernels/ops/crossover.json",
     "offline_quantize/calibration/calibration.txt",
     "offline_quantize/calibration/calibration.LICENSE.md",
-    "offline_quantize/planning/unserved_heads.json",
+    "offline_quantize/planning/served.json",
     *(f"{package}/py.typed" for package in PACKAGES),
 }
 

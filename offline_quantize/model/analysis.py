@@ -9,7 +9,7 @@ is one linear, and several that are merged are several.
 """
 
 from collections.abc import Collection, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from offline_quantize.model.empty import (
     set_parameters,
 )
 from offline_quantize.model.experts import Experts
-from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
+from offline_quantize.model.structure import DecoderLayer, InputGroup, Kept, Linear, Structure
 from offline_quantize.model.tensor_map import TensorMap
 from offline_quantize.model.tracing import (
     LayerCall,
@@ -39,11 +39,6 @@ from qamw_kernels.format.sharding import attention_heads, differs, shared_settin
 from qamw_kernels.format.stacks import Stack
 
 
-class _Kept(NamedTuple):
-    reason: str
-    num_weights: int
-
-
 def find_structure(checkpoint: Checkpoint) -> Structure:
     """Analyze the model of a plain or QAM-W checkpoint; no tensor is read.
 
@@ -56,7 +51,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
     row_parallel = _row_parallel_names(model.config.get_text_config())
     unsupported = f"unsupported architecture {type(model).__name__}"
     layers: list[DecoderLayer] = []
-    kept: dict[str, _Kept] = {}
+    kept: dict[str, Kept] = {}
     for index, (module, call) in enumerate(zip(modules, calls, strict=True)):
         name = f"{layers_name}.{index}"
         with explained(f"{unsupported}: {name} cannot be traced"):
@@ -66,8 +61,6 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         stacks = _stacks_of(groups, tensors, tensor_map)
         layers.append(DecoderLayer(name, index, groups, tensors, stacks))
         kept |= _kept(layers[-1], module, tensor_map)
-    num_kept = sum(matrix.num_weights for matrix in kept.values())
-    num_weights = num_kept + sum(layer.num_weights for layer in layers)
     head, output = _head(model, tensor_map), model.get_output_embeddings()
     embeddings = f"{name_of(model, model.get_input_embeddings())}.weight"
     shared = tensor_map.shared()
@@ -87,8 +80,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         tensor_map.expected,
         tensor_map.stacks,
         unwanted(model, tensor_map),
-        {name: matrix.reason for name, matrix in kept.items()},
-        num_kept / max(1, num_weights),
+        kept,
     )
 
 
@@ -168,18 +160,18 @@ def _stacks_of(
     return tuple(stack for stack in stacks if weights >= stack.slices.keys())
 
 
-def _kept(layer: DecoderLayer, module: nn.Module, tensor_map: TensorMap) -> dict[str, _Kept]:
+def _kept(layer: DecoderLayer, module: nn.Module, tensor_map: TensorMap) -> dict[str, Kept]:
     """Matrices of a decoder layer that stay as they are, by the name of their tensor."""
     read = {name for linear in layer.linears() for name in linear.modules}
     blocks = _blocks_with_experts(module)
-    kept: dict[str, _Kept] = {}
+    kept: dict[str, Kept] = {}
     for name, parameter in module.named_parameters():
         full = f"{layer.name}.{name}"
         if parameter.ndim > 1 and full.removesuffix(".weight") not in read:
             reason = _reason_to_keep(module, name, blocks) or "transposed or cut while it is loaded"
             tensor = tensor_map.tensor_of(full)
             others = kept[tensor].num_weights if tensor in kept else 0
-            kept[tensor] = _Kept(reason, parameter.numel() + others)
+            kept[tensor] = Kept(reason, parameter.numel() + others)
     return kept
 
 

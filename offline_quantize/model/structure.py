@@ -1,7 +1,9 @@
 """What is known of a model: its decoder layers, their linears, its head."""
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -61,6 +63,17 @@ class InputGroup:
 
     linears: tuple[Linear, ...]
 
+    @classmethod
+    def of(cls, linears: Sequence[Linear]) -> "InputGroup":
+        """Some linears of a group, which is then without the others.
+
+        One that was not routed keeps a linear that counts tokens.
+        """
+        if linears[0].routed:
+            return cls(tuple(linears))
+        reads = linears[0].name
+        return cls(tuple(dataclasses.replace(linear, reads=reads) for linear in linears))
+
     def __iter__(self) -> Iterator[Linear]:
         return iter(self.linears)
 
@@ -105,6 +118,13 @@ class DecoderLayer:
         for group in self.groups:
             yield from group
 
+    def with_groups(self, groups: Iterable[InputGroup]) -> "DecoderLayer":
+        """The same layer with some of its groups; stacks that are not whole any more are left."""
+        groups = tuple(groups)
+        weights = {linear.weight_name for group in groups for linear in group}
+        stacks = tuple(stack for stack in self.stacks if weights >= stack.slices.keys())
+        return dataclasses.replace(self, groups=groups, stacks=stacks)
+
     @property
     def num_weights(self) -> int:
         """Of all linears together."""
@@ -124,6 +144,13 @@ class DecoderLayer:
         for stack in self.stacks:
             tensors |= stack.split(tensors.pop(stack.name))
         return tensors
+
+
+class Kept(NamedTuple):
+    """Matrices of a decoder layer that stay as they are."""
+
+    reason: str
+    num_weights: int
 
 
 @dataclass(frozen=True)
@@ -149,8 +176,7 @@ class Structure:
             them apart.
         unwanted: tensors of the checkpoint that are nothing of the model's.
         kept: tensors of the decoder layers with matrices that cannot be quantized, or would not
-            pay -> the reason.
-        kept_share: their part of the weights of all matrices in the decoder layers.
+            pay -> the reason, and how many weights these have.
     """
 
     layers_name: str
@@ -167,8 +193,13 @@ class Structure:
     expected: Mapping[str, tuple[int, ...]]
     stacks: Mapping[str, Stack]
     unwanted: tuple[str, ...]
-    kept: Mapping[str, str]
-    kept_share: float
+    kept: Mapping[str, Kept]
+
+    @property
+    def kept_share(self) -> float:
+        """Part of what is kept of the weights of all matrices in the decoder layers."""
+        num_kept = sum(kept.num_weights for kept in self.kept.values())
+        return num_kept / max(1, num_kept + sum(layer.num_weights for layer in self.layers))
 
     def linears(self) -> Iterator[Linear]:
         """The linears of all decoder layers; not the head."""

@@ -25,7 +25,9 @@ from offline_quantize.planning.selection import (
     select_head,
     select_layers,
     unquantized_matrices,
+    vllm_architecture,
 )
+from offline_quantize.planning.served import as_served
 from offline_quantize.planning.shards import Shard, make_shards
 from qamw_kernels.format.codebook import INDEX_BITS
 from qamw_kernels.format.config import QamwFormat, layer_tensors, role_of
@@ -218,6 +220,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     checkpoint = Checkpoint(directory)
     _check_decodable(checkpoint)
     structure = find_structure(checkpoint)
+    structure = as_served(structure, vllm_architecture(checkpoint, structure))
     check_complete(checkpoint, structure)
     check_share(structure, request.allow_partial)
     layers = select_layers(structure, request.ignore)

@@ -1,6 +1,5 @@
 """What of a model is quantized, and whether its tensors allow that."""
 
-import dataclasses
 import fnmatch
 from collections.abc import Iterable, Sequence
 
@@ -8,7 +7,7 @@ from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
 from offline_quantize.model.tied import any_differ
-from offline_quantize.planning.served_heads import NO_HEAD, fault_of_head
+from offline_quantize.planning.served import NO_HEAD, served
 from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import first_few
 from qamw_kernels.format.packing import UNIT_INPUTS
@@ -49,7 +48,7 @@ _SHOWN = 8  # reasons in a message
 
 def kept_matrices(structure: Structure) -> list[str]:
     """Lines that say which matrices of the decoder layers stay as they are, and why."""
-    lines = {f"{pattern_of(name)}: {reason}": None for name, reason in structure.kept.items()}
+    lines = {f"{pattern_of(name)}: {kept.reason}": None for name, kept in structure.kept.items()}
     return list(lines)
 
 
@@ -59,15 +58,18 @@ def pattern_of(name: str) -> str:
 
 
 def check_share(structure: Structure, allow_partial: bool) -> None:
-    """Refuse a model of which too much would stay as it is.
+    """Refuse a model of which too much would stay as it is, or even all.
 
     Raises:
         QuantizeError: names what would stay, and why.
     """
+    listed = first_few(kept_matrices(structure), _SHOWN, "\n  ")
+    if not any(layer.groups for layer in structure.layers):
+        raise QuantizeError(
+            f"{structure.architecture}: no matrix of the decoder can be quantized:\n  {listed}"
+        )
     if structure.kept_share <= MAX_KEPT_SHARE or allow_partial:
         return
-    lines = kept_matrices(structure)
-    listed = first_few(lines, _SHOWN, "\n  ")
     raise QuantizeError(
         f"{structure.architecture}: {structure.kept_share:.0%} of the decoder's weights cannot be "
         f"quantized:\n  {listed}\nthey would stay as they are with ",
@@ -87,8 +89,6 @@ def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderL
     _check_patterns(structure, ignore)
     layers = tuple(_select_groups(layer, ignore) for layer in structure.layers)
     if not any(layer.groups for layer in layers):
-        if not ignore:
-            raise QuantizeError(f"{structure.architecture}: no matrix of it can be quantized")
         raise QuantizeError(Option("ignore", list(ignore)), " leaves nothing to quantize")
     return layers
 
@@ -101,10 +101,10 @@ def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> L
     """
     if not wanted:
         return None
-    architecture = _architecture(checkpoint, structure)
+    architecture = vllm_architecture(checkpoint, structure)
     if structure.head is None:
         raise QuantizeError(Option("quantize_lm_head", True), f": {architecture} makes no logits")
-    if fault := fault_of_head(architecture):
+    if fault := served(architecture).head_fault:
         raise QuantizeError(
             Option("quantize_lm_head", True),
             f": vLLM cannot serve a quantized head of {architecture}, {fault}",
@@ -166,7 +166,7 @@ def check_tensors(
     _check_unserved_head(checkpoint, structure)
 
 
-def _architecture(checkpoint: Checkpoint, structure: Structure) -> str:
+def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
     """The name that vLLM goes by."""
     listed = checkpoint.config.get("architectures")
     return str(listed[0]) if isinstance(listed, list) and listed else structure.architecture
@@ -175,8 +175,9 @@ def _architecture(checkpoint: Checkpoint, structure: Structure) -> str:
 def _check_unserved_head(checkpoint: Checkpoint, structure: Structure) -> None:
     """Refuse a head that transformers uses, but vLLM does not."""
     embeddings, head = structure.embeddings, structure.head_source
-    architecture = _architecture(checkpoint, structure)
-    if structure.head is None or head == embeddings or fault_of_head(architecture) != NO_HEAD:
+    architecture = vllm_architecture(checkpoint, structure)
+    no_head = served(architecture).head_fault == NO_HEAD
+    if structure.head is None or head == embeddings or not no_head:
         return
     if any_differ(checkpoint, [(embeddings, head)]):
         raise QuantizeError(
@@ -211,9 +212,7 @@ def _select_groups(layer: DecoderLayer, ignore: Sequence[str]) -> DecoderLayer:
             f" leaves out some matrices of the experts of {block}, but not others: "
             "they are served together, ignore all or none of them",
         )
-    weights = {linear.weight_name for group in kept for linear in group}
-    stacks = tuple(stack for stack in layer.stacks if weights >= stack.slices.keys())
-    return dataclasses.replace(layer, groups=kept, stacks=stacks)
+    return layer.with_groups(kept)
 
 
 def _is_ignored(group: InputGroup, ignore: Sequence[str]) -> bool:

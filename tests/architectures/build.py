@@ -34,6 +34,7 @@ class Architecture:
         values: of the transformers config, with those of text and tower in their own dictionaries.
         pooling: vLLM's task for a model without a language head, or None.
         unbuildable: why transformers cannot build it here, or None.
+        allow_partial: whether it is quantized although much of it stays in 16 bits.
         image: its processor and the tokens that stand for an image; None for one that is served
             with text alone.
     """
@@ -47,6 +48,7 @@ class Architecture:
     values: dict[str, Any]
     pooling: str | None
     unbuildable: str | None
+    allow_partial: bool
     image: dict[str, Any] | None
 
 
@@ -79,6 +81,7 @@ def _complete(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Archite
         values=values,
         pooling=entry.get("pooling"),
         unbuildable=entry.get("unbuildable"),
+        allow_partial=entry.get("allow_partial", False),
         image=entry.get("image"),
     )
 

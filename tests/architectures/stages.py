@@ -1,5 +1,6 @@
 """The stages that need no engine, for one architecture in one folder."""
 
+import dataclasses
 import math
 import re
 from functools import cached_property
@@ -49,10 +50,10 @@ class Offline:
         self._read(self.model)
 
     def plan(self) -> None:
-        self.kept_share = kept_share(make_plan(self.model, NONE))
+        self.kept_share = kept_share(make_plan(self.model, self._wanted(NONE)))
 
     def none(self) -> None:
-        quantize(self.model, self.quantized, NONE)
+        quantize(self.model, self.quantized, self._wanted(NONE))
         verify(self.quantized)
 
     def dequantize(self) -> None:
@@ -73,8 +74,11 @@ class Offline:
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
     def calibrated(self) -> None:
-        quantize(self.model, self.few_tokens, FEW_TOKENS)
+        quantize(self.model, self.few_tokens, self._wanted(FEW_TOKENS))
         verify(self.few_tokens)
+
+    def _wanted(self, request: QuantizeRequest) -> QuantizeRequest:
+        return dataclasses.replace(request, allow_partial=self.architecture.allow_partial)
 
     def _read(self, directory: Path) -> Any:
         """A plain checkpoint in transformers, where it must have just the tensors of the model."""

@@ -1,0 +1,267 @@
+"""What vLLM serves of a quantized model, as the sources of its model classes tell.
+
+A quantized layer needs ``quant_config`` where vLLM's model class builds it, and a quantized head
+also ``prefix=<its name>``. Where vLLM is installed, its sources are read; elsewhere a list that
+``tools/served.py`` made of them answers.
+"""
+
+import ast
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeGuard
+
+from offline_quantize.model.structure import DecoderLayer, InputGroup, Kept, Linear, Structure
+from offline_quantize.planning.vllm_sources import (
+    Definition,
+    Sources,
+    argument,
+    calls,
+    installed_vllm,
+    target_of,
+)
+
+SERVED = Path(__file__).with_name("served.json")
+NO_HEAD = "which has no head and makes logits with the embeddings"
+NO_CONFIG = "which builds its head without a quantization config"
+NO_NAME = "which does not tell the quantization config its head's name"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM's model class makes of an architecture's matrices; nothing where it has no class.
+
+    Attributes:
+        head_fault: why a quantized head cannot be served: NO_HEAD, NO_CONFIG, NO_NAME or None.
+        plain: last parts of the names of linears that are never built with a quantization config
+            -> the class and the attribute that they are loaded into.
+        cut: last parts of the names of linears whose inputs are cut between ranks.
+    """
+
+    head_fault: str | None = None
+    plain: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    cut: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Of JSON; what is empty is left out."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value}
+
+
+@functools.cache
+def served(architecture: str, sources: Path | None = None) -> Served:
+    """What vLLM serves of an architecture.
+
+    Args:
+        sources: vLLM's package directory; None for that of the installed vLLM, if there is one, or
+            else the list that was made of it.
+    """
+    sources = sources or installed_vllm()
+    if sources is not None:
+        return _read(Sources(sources), architecture)
+    values = json.loads(SERVED.read_text()).get(architecture, {})
+    return Served(**values | {"cut": tuple(values.get("cut", ()))})
+
+
+def read_all(sources: Path, multimodal: Iterable[str]) -> dict[str, Served]:
+    """Architectures -> what vLLM serves of them.
+
+    Args:
+        sources: vLLM's package directory.
+        multimodal: the architectures to consider besides those that are for text only.
+    """
+    read = Sources(sources)
+    return {name: _read(read, name) for name in sorted({*read.text_models, *multimodal})}
+
+
+def as_served(structure: Structure, architecture: str) -> Structure:
+    """The structure of a model with what vLLM's class makes of it.
+
+    Linears that cannot be served quantized are kept, and those that vLLM cuts may be cut.
+
+    Args:
+        architecture: the name that vLLM goes by.
+    """
+    known = served(architecture)
+    kept: dict[str, Kept] = {}
+    layers: list[DecoderLayer] = []
+    for layer in structure.layers:
+        groups: list[InputGroup] = []
+        for group in layer.groups:
+            linears: list[Linear] = []
+            for linear in group:
+                if place := _plain_place(linear, known):
+                    reason = f"vLLM builds {place} without a quantization config"
+                    kept[linear.weight_name] = Kept(reason, linear.num_weights)
+                else:
+                    cut = linear.row_parallel or linear.name.rpartition(".")[2] in known.cut
+                    linears.append(dataclasses.replace(linear, row_parallel=cut))
+            if linears:
+                groups.append(InputGroup.of(linears))
+        layers.append(layer.with_groups(groups))
+    return dataclasses.replace(structure, layers=tuple(layers), kept=kept | dict(structure.kept))
+
+
+def _plain_place(linear: Linear, known: Served) -> str | None:
+    """Where vLLM holds a linear that it cannot serve quantized; experts are no linears there."""
+    if linear.routed:
+        return None
+    places = (place for name, place in known.plain.items() if linear.name.endswith(f".{name}"))
+    return next(places, None)
+
+
+def _read(sources: Sources, architecture: str) -> Served:
+    if architecture not in sources.registered:
+        return Served()
+    built = [layer for node in sources.reached(architecture) for layer in _built(node)]
+    cut = {layer.attribute for layer in built if layer.kind == "RowParallelLinear"}
+    # The names in a tower for images say nothing of a decoder that other classes are built for.
+    plain = _plain(sources, architecture, built) if architecture in sources.text_models else {}
+    return Served(_head_fault(sources, architecture), plain, tuple(sorted(cut)))
+
+
+# --- linears
+
+
+class _Built(NamedTuple):
+    """``self.<attribute> = <kind>(...)`` in a class."""
+
+    owner: str
+    attribute: str
+    kind: str
+    configured: bool
+
+
+@functools.cache
+def _built(node: ast.ClassDef) -> list[_Built]:
+    """Linears of vLLM that a class builds, and whatever it gives a quantization config."""
+    return [
+        _Built(node.name, target.attr, call.func.id, configured)
+        for part in ast.walk(node)
+        if isinstance(part, ast.Assign | ast.AnnAssign) and part.value
+        if isinstance(target := target_of(part), ast.Attribute)
+        for call in ast.walk(part.value)
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+        if (configured := _gets_config(call)) or _is_linear(call.func.id)
+    ]
+
+
+def _is_linear(kind: str) -> bool:
+    return kind.endswith("ParallelLinear") or kind == "ReplicatedLinear"
+
+
+def _gets_config(call: ast.Call) -> bool:
+    unpacked = any(keyword.arg is None for keyword in call.keywords)  # which may have one
+    return unpacked or argument(call, "quant_config") is not None
+
+
+def _plain(sources: Sources, architecture: str, built: Iterable[_Built]) -> dict[str, str]:
+    """See :class:`Served`; one that is loaded into several places is plain in all of them."""
+    places: dict[str, _Built] = {}
+    configured: set[str] = set()
+    for layer in built:
+        places.setdefault(layer.attribute, layer)
+        if layer.configured:
+            configured.add(layer.attribute)
+    loaded_into: dict[str, set[str]] = {name: {name} for name in places}
+    for node in sources.reached(architecture):
+        for part, whole in _stacked(node):
+            loaded_into.setdefault(part, set()).add(whole)
+    found: dict[str, str] = {}
+    for name, attributes in sorted(loaded_into.items()):
+        if attributes <= places.keys() - configured:
+            place = places[min(attributes)]
+            found[name] = f"{place.owner}.{place.attribute}"
+    return found
+
+
+@functools.cache
+def _stacked(node: ast.ClassDef) -> list[tuple[str, str]]:
+    """Names of linears in a checkpoint, and the attribute that holds several of them.
+
+    As ``packed_modules_mapping`` has them, or the tuples (attribute, name, part) of a loader, in
+    which names may have several parts.
+    """
+    found: list[tuple[str, str]] = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Tuple) and len(part.elts) == 3:
+            whole, name, _ = map(_text, part.elts)
+            if whole and name:
+                found.append((name.strip("."), whole.rpartition(".")[2]))
+        elif isinstance(part, ast.Assign) and ast.unparse(part.targets[0]) == _PACKED:
+            found += _packed(part.value)
+    return found
+
+
+_PACKED = "packed_modules_mapping"
+
+
+def _packed(mapping: ast.expr) -> Iterator[tuple[str, str]]:
+    if not isinstance(mapping, ast.Dict):
+        return
+    for whole, names in zip(mapping.keys, mapping.values, strict=True):
+        for name in names.elts if isinstance(names, ast.List) else ():
+            if _text(whole) and _text(name):
+                yield _text(name), _text(whole)
+
+
+def _text(node: ast.expr | None) -> str:
+    """A constant that is a text, else an empty one."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+
+
+# --- the head
+
+
+def _head_fault(sources: Sources, architecture: str) -> str | None:
+    classes = sources.classes(architecture)
+    heads = [head for found in classes for head in _heads(sources, found, set())]
+    if classes and not heads:
+        return None if any(_wraps_any_model(found.node) for found in classes) else NO_HEAD
+    return next((fault for fault in map(_fault_of_call, heads) if fault), None)
+
+
+def _heads(sources: Sources, definition: Definition, seen: set[int]) -> Iterator[ast.Assign]:
+    """Assignments of a head in a class, or else in the classes that it names or asks for."""
+    if id(definition.node) in seen:
+        return
+    seen.add(id(definition.node))
+    if own := [part for part in ast.walk(definition.node) if _is_head(part)]:
+        yield from own
+        return
+    for named in sources.named(definition):
+        yield from _heads(sources, named, seen)
+
+
+def _is_head(node: ast.AST) -> TypeGuard[ast.Assign]:
+    """Whether this is ``self.<name> = ParallelLMHead(...)``, perhaps one of two choices."""
+    return (
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Attribute)
+        and any(calls(part, "ParallelLMHead") for part in ast.walk(node.value))
+    )
+
+
+def _fault_of_call(assignment: ast.Assign) -> str | None:
+    target = assignment.targets[0]
+    assert isinstance(target, ast.Attribute)
+    call = next(p for p in ast.walk(assignment.value) if calls(p, "ParallelLMHead"))
+    assert isinstance(call, ast.Call)
+    if argument(call, "quant_config") is None:
+        return NO_CONFIG
+    prefix = argument(call, "prefix")
+    if not isinstance(prefix, ast.Call) or not calls(prefix, "maybe_prefix"):
+        return NO_NAME
+    return None if _text(prefix.args[-1]) == target.attr else NO_NAME
+
+
+def _wraps_any_model(node: ast.AST) -> bool:
+    """Whether another model class is built inside, which depends on the checkpoint."""
+    found = [part for part in ast.walk(node) if calls(part, "init_vllm_registered_model")]
+    return any(
+        "architectures" not in {keyword.arg for keyword in call.keywords}
+        for call in found
+        if isinstance(call, ast.Call)
+    )
