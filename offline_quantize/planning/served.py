@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from offline_quantize.model.structure import DecoderLayer, InputGroup, Kept, Linear, Structure
+from offline_quantize.model.structure import InputGroup, Kept, Linear, Structure
 from offline_quantize.planning.vllm_sources import (
     Definition,
     Sources,
@@ -85,23 +85,30 @@ def as_served(structure: Structure, architecture: str) -> Structure:
         architecture: the name that vLLM goes by.
     """
     known = served(architecture)
-    kept: dict[str, Kept] = {}
-    layers: list[DecoderLayer] = []
-    for layer in structure.layers:
-        groups: list[InputGroup] = []
-        for group in layer.groups:
-            linears: list[Linear] = []
-            for linear in group:
-                if place := _plain_place(linear, known):
-                    reason = f"vLLM builds {place} without a quantization config"
-                    kept[linear.weight_name] = Kept(reason, linear.num_weights)
-                else:
-                    cut = linear.row_parallel or linear.name.rpartition(".")[2] in known.cut
-                    linears.append(dataclasses.replace(linear, row_parallel=cut))
-            if linears:
-                groups.append(InputGroup.of(linears))
-        layers.append(layer.with_groups(groups))
-    return dataclasses.replace(structure, layers=tuple(layers), kept=kept | dict(structure.kept))
+    kept = {
+        linear.weight_name: Kept(
+            f"vLLM builds {place} without a quantization config", linear.num_weights
+        )
+        for linear in structure.linears()
+        if (place := _plain_place(linear, known))
+    }
+    layers = tuple(
+        layer.with_groups(filter(None, (_as_served(group, known) for group in layer.groups)))
+        for layer in structure.layers
+    )
+    return dataclasses.replace(structure, layers=layers, kept=kept | dict(structure.kept))
+
+
+def _as_served(group: InputGroup, known: Served) -> InputGroup | None:
+    """None where nothing of it can be served quantized."""
+    linears = [
+        dataclasses.replace(
+            linear, row_parallel=linear.row_parallel or linear.name.rpartition(".")[2] in known.cut
+        )
+        for linear in group
+        if not _plain_place(linear, known)
+    ]
+    return InputGroup.of(linears) if linears else None
 
 
 def _plain_place(linear: Linear, known: Served) -> str | None:
