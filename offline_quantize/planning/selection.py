@@ -34,7 +34,7 @@ def check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
             f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
             f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
         )
-    for name, tensor in structure.tied.items():
+    for name, tensor in sorted(structure.tied.items()):
         raise QuantizeError(
             f"{checkpoint.directory}: {name} is tied to {tensor} and has no tensor of its own, "
             "as vLLM needs it: save the model with both, and with tie_word_embeddings false"
