@@ -147,8 +147,10 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
     def _check_arrived(self, layer: Any) -> None:
         if self.moe.has_bias:
             for stem in MATRICES:
-                if getattr(layer, f"{stem}_weight").isnan().all():
-                    raise TensorError(f"{self.prefix}: the checkpoint lacks its {stem}_weight")
+                for number, weight in enumerate(getattr(layer, f"{stem}_weight")):
+                    if weight.isnan().all():  # as they were made
+                        where = f"{self.prefix}: {stem} of this rank's expert {number}"
+                        raise TensorError(f"the checkpoint lacks {where}")
             return
         missing = [
             f"{self.prefix}.{expert}.{name}.weight"

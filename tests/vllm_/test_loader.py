@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.distributed import DistError
 
 pytest.importorskip("vllm")
 
@@ -149,6 +150,19 @@ def test_what_vllm_cannot_load_is_named(tmp_path: Path) -> None:
         TensorError, match=r"vLLM cannot load its weights \(RuntimeError: Cannot find"
     ):
         load(settings(directory))
+
+
+def test_what_other_ranks_did_is_not_told_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write(tmp_path / "model", "embed.weight", "norm.weight")
+
+    def fail(*_: object) -> None:
+        raise DistError("rank 1 is gone")
+
+    monkeypatch.setattr(Model, "load_weights", fail)
+    with pytest.raises(DistError, match="rank 1 is gone"):
+        QamwModelLoader(LoadConfig()).load_weights(Model(), settings(model))
 
 
 def test_check_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
