@@ -7,7 +7,7 @@ from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
 from offline_quantize.model.tied import any_differ
-from offline_quantize.planning.served import NO_HEAD, served
+from offline_quantize.planning.served import NO_HEAD, name_in_vllm, served
 from qamw_kernels.codec.encode import check_source_dtype
 from qamw_kernels.errors import first_few
 from qamw_kernels.format.packing import UNIT_INPUTS
@@ -101,9 +101,11 @@ def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> L
     """
     if not wanted:
         return None
-    architecture = vllm_architecture(checkpoint, structure)
     if structure.head is None:
-        raise QuantizeError(Option("quantize_lm_head", True), f": {architecture} makes no logits")
+        raise QuantizeError(
+            Option("quantize_lm_head", True), f": {structure.architecture} makes no logits"
+        )
+    architecture = vllm_architecture(checkpoint, structure)
     if fault := served(architecture).head_fault:
         raise QuantizeError(
             Option("quantize_lm_head", True),
@@ -169,7 +171,9 @@ def check_tensors(
 def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
     """The name that vLLM goes by."""
     listed = checkpoint.config.get("architectures")
-    return str(listed[0]) if isinstance(listed, list) and listed else structure.architecture
+    names = list(map(str, listed)) if isinstance(listed, list) else []
+    names = names or [structure.architecture]
+    return name_in_vllm(names) or names[0]
 
 
 def _check_unserved_head(checkpoint: Checkpoint, structure: Structure) -> None:
@@ -192,8 +196,9 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _check_patterns(structure: Structure, ignore: Sequence[str]) -> None:
     names = [linear.name for linear in structure.linears()] or ["none"]
+    kept = [name.removesuffix(".weight") for name in structure.kept]  # so they stay anyway
     for pattern in ignore:
-        if not any(_matches(name, [pattern]) for name in names):
+        if not any(_matches(name, [pattern]) for name in (*names, *kept)):
             raise QuantizeError(
                 Option("ignore", [pattern]),
                 f" matches no linear layer of the decoder; names look like {names[0]} "

@@ -9,7 +9,7 @@ import ast
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -28,6 +28,12 @@ SERVED = Path(__file__).with_name("served.json")
 NO_HEAD = "which has no head and makes logits with the embeddings"
 NO_CONFIG = "which builds its head without a quantization config"
 NO_NAME = "which does not tell the quantization config its head's name"
+_WRITES = "ForCausalLM", "LMHeadModel"
+_READS = (
+    *("ForSequenceClassification", "ForTokenClassification"),
+    *("ForRewardModel", "ForRewardModeling", "RewardModel", "EmbeddingModel", "Model"),
+)
+"""Ends of the names of classes with and without a language head."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,31 @@ def served(architecture: str, sources: Path | None = None) -> Served:
         return _read(Sources(sources), architecture)
     values = json.loads(SERVED.read_text()).get(architecture, {})
     return Served(**values | {"cut": tuple(values.get("cut", ()))})
+
+
+def name_in_vllm(architectures: Iterable[str], sources: Path | None = None) -> str | None:
+    """The name of vLLM's class for a model: the first of several names that vLLM knows.
+
+    What only reads, such as a classifier, is made of the class that also writes.
+
+    Args:
+        architectures: as config.json lists them.
+        sources: see :func:`served`.
+    Returns:
+        None where it knows none of them.
+    """
+    sources = sources or installed_vllm()
+    known: Collection[str] = (
+        Sources(sources).registered if sources else json.loads(SERVED.read_text())
+    )
+    names = (name for listed in architectures for name in (listed, *_writing(listed)))
+    return next((name for name in names if name in known), None)
+
+
+def _writing(architecture: str) -> Iterator[str]:
+    for end in _READS:
+        if architecture.endswith(end):
+            yield from (architecture.removesuffix(end) + other for other in _WRITES)
 
 
 def read_all(sources: Path, multimodal: Iterable[str]) -> dict[str, Served]:

@@ -19,6 +19,7 @@ from offline_quantize.planning.served import (
     SERVED,
     Served,
     as_served,
+    name_in_vllm,
     read_all,
     served,
 )
@@ -191,6 +192,42 @@ def test_without_vllm_the_list_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["JambaForCausalLM", "Gemma2ForCausalLM", "LlamaForCausalLM", "Unknown"]
     listed = [served.__wrapped__(name) for name in names]
     assert listed == [served(name, sources) for name in names]
+
+
+@pytest.mark.parametrize(
+    "listed, name",
+    [
+        (["Mine", "MambaForCausalLM", "LlamaForCausalLM"], "MambaForCausalLM"),
+        (["MambaModel"], "MambaForCausalLM"),
+        (["GPT2Model"], "GPT2LMHeadModel"),
+        (["JambaForSequenceClassification"], "JambaForCausalLM"),
+        (["MineForCausalLM", "MineModel"], None),
+        ([], None),
+    ],
+)
+def test_the_name_that_vllm_goes_by(
+    listed: list[str], name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in vLLM's sources, where they are installed, as in the list."""
+    assert name_in_vllm(listed) == name
+    monkeypatch.setattr("offline_quantize.planning.served.installed_vllm", lambda: None)
+    assert name_in_vllm(listed) == name
+
+
+def test_names_before_the_one_that_vllm_knows_hide_nothing(tmp_path: Path) -> None:
+    model = build(tmp_path / "mamba", "mamba")
+    config = json.loads((model / "config.json").read_text())
+    config["architectures"] = ["Mine", "MambaForCausalLM"]
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantizeError, match=r"vLLM builds MambaMixer\.in_proj without"):
+        make_plan(model)
+
+
+def test_what_is_kept_anyway_may_be_ignored(tmp_path: Path) -> None:
+    model = build(tmp_path / "jamba", "jamba")
+    request = QuantizeRequest(allow_partial=True)
+    ignoring = QuantizeRequest(allow_partial=True, ignore=["*.in_proj", "*.router"])
+    assert make_plan(model, ignoring).format == make_plan(model, request).format
 
 
 def test_linears_that_vllm_builds_plain_are_kept(tmp_path: Path) -> None:
