@@ -73,9 +73,11 @@ class QamwModelLoader(DefaultModelLoader):
             TensorError: see :func:`check_plain`; known when a tensor arrives.
         """
         weights = super().get_all_weights(model_config, model)
-        if not is_packed_model(model_config):
+        if model_config.quantization != QUANT_METHOD:
             return weights
         weights = self._named(weights)
+        if not is_packed_model(model_config):
+            return self._checked(weights) if verification_is_on() else weights
         if verification_is_on():
             self._check(model_config)
             weights = self._checked(weights, NameCheck(format_of(model_config.hf_config)))
@@ -107,15 +109,16 @@ class QamwModelLoader(DefaultModelLoader):
         except (QamwError, torch.OutOfMemoryError, torch.AcceleratorError, DistError):
             raise  # not of the checkpoint
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
-            if not is_packed_model(model_config):
+            if model_config.quantization != QUANT_METHOD:
                 raise
             module, _, suffix = READING.name.rpartition(".")
             if suffix in LAYER_TENSORS and (layers := unserved_layers(model, module, str(error))):
                 raise TensorError(describe_unserved(model, module, layers)) from error
             where = f"{READING.name}, or what follows it" if READING.name else "its weights"
+            command = "verify" if is_packed_model(model_config) else "plan"
             raise TensorError(
                 f"{model_config.model}: vLLM cannot load {where} "
-                f"({type(error).__name__}: {error}); 'qamw verify' says what does not fit"
+                f"({type(error).__name__}: {error}); 'qamw {command}' says what does not fit"
             ) from error
 
     def _check_order(self) -> None:
@@ -178,11 +181,16 @@ class QamwModelLoader(DefaultModelLoader):
 
     @staticmethod
     def _checked(
-        weights: Iterable[tuple[str, torch.Tensor]], names: NameCheck
+        weights: Iterable[tuple[str, torch.Tensor]], names: NameCheck | None = None
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """The same weights; layers check what is quantized."""
+        """The same weights; layers check what is packed.
+
+        Args:
+            names: of a packed checkpoint; None for a plain one.
+        """
         for name, tensor in weights:
-            names.check(name, tensor)
+            if names:
+                names.check(name, tensor)
             if name.rpartition(".")[2] not in LAYER_TENSORS:
                 check_plain(tensor, name)
             yield name, tensor
