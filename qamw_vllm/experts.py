@@ -212,12 +212,12 @@ class QamwMoEMethod(FusedMoEMethodBase):
         if state_of(layer) is LayerState.READY:
             return
         self._loader.check_loaded()
-        if (form := self._loader.form) is not None:
-            form.drop_other()
-            if form.index_bits is None:
-                layer._replace_quant_method(self._plain)
-                self._plain.process_weights_after_loading(layer)
-                return
+        form = self._loader.form
+        form.drop_other()
+        if form.index_bits is None:
+            layer._replace_quant_method(self._plain)
+            self._plain.process_weights_after_loading(layer)
+            return
         experts = {}
         for stem in MATRICES:
             qweight, row_norms, input_scales = (

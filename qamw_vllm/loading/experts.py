@@ -40,15 +40,15 @@ class ExpertsLoader:
         layer: vLLM's RoutedExperts.
         prefix: the experts' name in the checkpoint.
         names: shard id -> the matrix's name in the checkpoint.
-        shapes: shard id -> (N, K, index bits) in the checkpoint; where the layer has a
-            :attr:`form`, the bits are those that config.json leads to expect.
+        shapes: shard id -> (N, K, index bits) in the checkpoint; the bits are those that
+            config.json leads to expect.
 
     Attributes:
-        form: of experts that take the form of what arrives; None where it is fixed.
+        form: the form that they have; its maker gives it before the first tensor arrives.
         check_possible: is called before they are loaded as quantized ones, and may refuse.
     """
 
-    form: ExpertsForm | None = None
+    form: ExpertsForm
 
     def __init__(
         self,
@@ -102,9 +102,8 @@ class ExpertsLoader:
         tensor = next(suffixes, "weight")
         name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}"
         stem, position = PLACES[shard_id]
-        if self.form is not None:
-            self._settle(self.form, name, loaded, shard_id)
-            param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may know an earlier one
+        self._settle(name, loaded, shard_id)
+        param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may know an earlier one
         if tensor == "weight":
             self.arrived.add((local, shard_id, tensor))
             return self._load_plain(
@@ -129,7 +128,7 @@ class ExpertsLoader:
         loaded: bool | None = self.layer.weight_loader(*arguments)
         return loaded
 
-    def _settle(self, form: ExpertsForm, name: str, loaded: torch.Tensor, shard_id: str) -> None:
+    def _settle(self, name: str, loaded: torch.Tensor, shard_id: str) -> None:
         """Have the experts take the form of what arrives, which is the same for all of a layer."""
         quantized = not name.endswith(".weight")
         first = self._quantized is None
@@ -141,15 +140,15 @@ class ExpertsLoader:
             )
         self._quantized = quantized
         if not quantized:
-            if form.index_bits is not None:
-                form.become_plain()
+            if self.form.index_bits is not None:
+                self.form.become_plain()
             return
         if first:
             self.check_possible()
         if name.endswith(".qweight"):
-            self._settle_rate(form, name, loaded.shape[0], shard_id)
+            self._settle_rate(name, loaded.shape[0], shard_id)
 
-    def _settle_rate(self, form: ExpertsForm, name: str, found: int, shard_id: str) -> None:
+    def _settle_rate(self, name: str, found: int, shard_id: str) -> None:
         stem, _ = PLACES[shard_id]
         *_, expected = self.shapes[shard_id]
         known = stem in self._rated
@@ -164,7 +163,7 @@ class ExpertsLoader:
                 f"{name} has {found} index bits, but {matrices} that arrived before have "
                 f"{expected}: vLLM serves them together, so they must have one rate"
             )
-        form.change_rate(stem, found)
+        self.form.change_rate(stem, found)
         for shard in shards:
             rows, inputs, _ = self.shapes[shard]
             self.shapes[shard] = rows, inputs, found
@@ -177,7 +176,7 @@ class ExpertsLoader:
         Raises:
             TensorError: names the tensor, what was expected and what was found.
         """
-        plain = self.form is not None and self.form.index_bits is None
+        plain = self.form.index_bits is None
         if self.dummy:
             for stem in () if plain else MATRICES:
                 parameters = (getattr(self.layer, f"{stem}_{suffix}") for suffix in LAYER_TENSORS)

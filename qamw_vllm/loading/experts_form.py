@@ -11,8 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
-from qamw_kernels.format.packing import UNIT_INPUTS
-from qamw_vllm.loading.form import note_for_reload
+from qamw_vllm.loading.form import no_tensor, note_for_reload, room
 from qamw_vllm.state import LoadSummary
 
 MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -118,8 +117,8 @@ class ExpertsForm:
 
     def _register(self, stem: str, name: str) -> None:
         if self.index_bits is None:
-            shape, dtype = layer_tensors(0, UNIT_INPUTS, 0)[name]
-            self._add(f"{stem}_{name}", tuple(0 for _ in (0, *shape)), dtype)
+            shape, dtype = no_tensor(name)
+            self._add(f"{stem}_{name}", (0, *shape), dtype)
             return
         shape, dtype = layer_tensors(*self._shape.of(stem), self.index_bits[stem])[name]
         if name == "input_scales":  # every matrix brings its own copy
@@ -131,8 +130,6 @@ class ExpertsForm:
             self._add(f"{stem}_weight", (0, 0, 0), torch.get_default_dtype())
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        device = self._device if 0 not in shape else torch.device("cpu")
-        empty = torch.empty(shape, dtype=dtype, device=device)
-        parameter = Parameter(empty, requires_grad=False)
+        parameter = Parameter(room(shape, dtype, self._device), requires_grad=False)
         parameter.weight_loader = self._loader  # type: ignore[attr-defined]  # vLLM looks for it
         self._layer.register_parameter(name, parameter)

@@ -42,6 +42,19 @@ class LayerShape:
     dtype: torch.dtype
 
 
+def no_tensor(name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the empty parameter of a plain layer for one of LAYER_TENSORS."""
+    shape, dtype = layer_tensors(0, UNIT_INPUTS, 0)[name]
+    return tuple(0 for _ in shape), dtype
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What a parameter begins as; an empty one lies on the CPU, where vLLM's offloading of weights
+    leaves it alone.
+    """
+    return torch.empty(shape, dtype=dtype, device="cpu" if 0 in shape else device)
+
+
 def note_for_reload(layer: Any) -> None:
     """Have vLLM's reload restore the parameters, and their loaders, that the layer has now."""
     get_layerwise_info(layer).restore_metadata = capture_layer_to_meta(layer)
@@ -76,8 +89,8 @@ class LayerForm:
         if index_bits is not None:
             summary.expect_layer()
         own = ("weight",) if index_bits is None else LAYER_TENSORS
-        # Those that are empty come last, and lie on the CPU: vLLM's offloading of weights looks at
-        # the device of the first, and leaves alone what is there.
+        # Those that are empty come last: vLLM's offloading of weights looks at the device of the
+        # first.
         for name in (*own, *(name for name in FORM_TENSORS if name not in own)):
             self._register(name)
 
@@ -103,8 +116,7 @@ class LayerForm:
 
     def _register(self, name: str) -> None:
         shape, dtype = self._size(name)
-        device = self._device if 0 not in shape else torch.device("cpu")
-        data, loader = torch.empty(shape, dtype=dtype, device=device), self._loaders[name]
+        data, loader = room(shape, dtype, self._device), self._loaders[name]
         parameter: BasevLLMParameter
         if name == "weight":
             parameter = ModelWeightParameter(
@@ -125,8 +137,7 @@ class LayerForm:
         if name == "weight":
             return ((rows, inputs) if self.index_bits is None else (0, 0)), self._shape.dtype
         if self.index_bits is None:
-            shape, dtype = layer_tensors(0, UNIT_INPUTS, 0)[name]
-            return tuple(0 for _ in shape), dtype
+            return no_tensor(name)
         shape, dtype = layer_tensors(rows, inputs, self.index_bits)[name]
         # Each stacked matrix brings its own copy of the input scales; that they agree is checked
         # after loading.

@@ -11,7 +11,6 @@ pytest.importorskip("vllm")
 
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
-from qamw_kernels.format.config import layer_tensors
 from qamw_vllm.loading.experts import ExpertsLoader
 from qamw_vllm.loading.experts_form import ExpertsForm, ExpertsShape
 from qamw_vllm.state import LoadSummary
@@ -27,29 +26,33 @@ def make_experts(
     tp_rank: int = 0,
     tp_size: int = 1,
     expert_map: tuple[int, ...] = (0, 1),
-) -> tuple[SimpleNamespace, ExpertsLoader]:
-    """What the loader sees of vLLM's RoutedExperts: two experts of 128 x 64, hidden size 64."""
-    here = sum(number >= 0 for number in expert_map)
+) -> tuple[Any, ExpertsLoader]:
+    """What the loader sees of vLLM's RoutedExperts: two experts of 128 x 64, hidden size 64.
+
+    They take the form of what arrives; 11 index bits are expected.
+    """
+    here, inner = sum(number >= 0 for number in expert_map), 128 // tp_size
+    layer: Any = torch.nn.Module()
     parallel = SimpleNamespace(tp_size=tp_size)
-    layer = SimpleNamespace(
-        moe_config=SimpleNamespace(moe_parallel_config=parallel, tp_rank=tp_rank),
-        global_num_experts=len(expert_map),
-        local_num_experts=here,
-        _map_global_expert_id_to_local_expert_id=lambda expert: expert_map[expert],
-    )
-    for stem, rows, inputs, matrices in (
-        ("w13", 256 // tp_size, 64, 2),
-        ("w2", 64, 128 // tp_size, 1),
-    ):
-        for name, (shape, dtype) in layer_tensors(rows, inputs, BITS).items():
-            shape = (here, matrices, *shape) if name == "input_scales" else (here, *shape)
-            empty = torch.zeros(shape, dtype=dtype)
-            setattr(layer, f"{stem}_{name}", torch.nn.Parameter(empty, requires_grad=False))
-    return layer, ExpertsLoader(layer, "experts", NAMES, SHAPES)
+    layer.moe_config = SimpleNamespace(moe_parallel_config=parallel, tp_rank=tp_rank)
+    layer.global_num_experts, layer.local_num_experts = len(expert_map), here
+    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert_map[expert]
+    layer.weight_loader = lambda param, loaded, name, shard, expert, success: success or None
+    loader = ExpertsLoader(layer, "experts", NAMES, SHAPES)
+
+    def make_plain() -> None:
+        for stem, rows, inputs in (("w13", 2 * inner, 64), ("w2", 64, inner)):
+            parameter = torch.nn.Parameter(torch.zeros(here, rows, inputs), requires_grad=False)
+            layer.register_parameter(f"{stem}_weight", parameter)
+
+    bits = {"w13": BITS, "w2": BITS}
+    shape = ExpertsShape(here, hidden=64, inner=inner)
+    loader.form = ExpertsForm(layer, shape, bits, loader.load, make_plain, LoadSummary())
+    return layer, loader
 
 
 def load_experts(
-    layer: SimpleNamespace,
+    layer: Any,
     loader: ExpertsLoader,
     change: Change = lambda name, tensor: tensor,
 ) -> dict[str, torch.Tensor]:
@@ -131,27 +134,6 @@ def test_damaged_experts_are_refused(
         loader.check_loaded()
 
 
-def make_module() -> tuple[Any, ExpertsLoader]:
-    """Two experts that take the form of what arrives; 11 index bits are expected."""
-    simple, _ = make_experts()
-    layer: Any = torch.nn.Module()
-    for name in ("moe_config", "global_num_experts", "local_num_experts"):
-        setattr(layer, name, getattr(simple, name))
-    layer._map_global_expert_id_to_local_expert_id = lambda expert: expert
-    layer.weight_loader = lambda param, loaded, name, shard, expert, success: success or None
-    loader = ExpertsLoader(layer, "experts", NAMES, SHAPES)
-
-    def make_plain() -> None:
-        for stem, rows, inputs in (("w13", 256, 64), ("w2", 64, 128)):
-            parameter = torch.nn.Parameter(torch.zeros(2, rows, inputs), requires_grad=False)
-            layer.register_parameter(f"{stem}_weight", parameter)
-
-    bits = {"w13": BITS, "w2": BITS}
-    shape = ExpertsShape(2, hidden=64, inner=128)
-    loader.form = ExpertsForm(layer, shape, bits, loader.load, make_plain, LoadSummary())
-    return layer, loader
-
-
 def arrive(layer: Any, loader: ExpertsLoader, shard: str, expert: int, index_bits: int) -> None:
     """Deliver a matrix of an expert by the parameters that the layer has."""
     rows, inputs, _ = SHAPES[shard]
@@ -162,7 +144,7 @@ def arrive(layer: Any, loader: ExpertsLoader, shard: str, expert: int, index_bit
 
 
 def test_experts_take_the_rates_that_arrive() -> None:
-    layer, loader = make_module()
+    layer, loader = make_experts()
     for expert in range(2):
         for shard, index_bits in (("w1", 8), ("w3", 8), ("w2", 9)):
             arrive(layer, loader, shard, expert, index_bits)
@@ -170,7 +152,7 @@ def test_experts_take_the_rates_that_arrive() -> None:
     assert layer.w13_qweight.shape == (2, 8, 256, 1)
     assert layer.w2_qweight.shape == (2, 9, 64, 2)
     assert layer.w13_weight.numel() == 0
-    layer, loader = make_module()
+    layer, loader = make_experts()
     arrive(layer, loader, "w1", 0, 8)
     message = r"experts.0.up_proj.qweight has 9 .* gate_proj and up_proj that arrived before have 8"
     with pytest.raises(TensorError, match=message):
@@ -178,17 +160,16 @@ def test_experts_take_the_rates_that_arrive() -> None:
 
 
 def test_experts_that_arrive_plain_are_plain() -> None:
-    layer, loader = make_module()
+    layer, loader = make_experts()
     for expert in range(2):
         for shard in SHAPES:
             name = f"{'w2' if shard == 'w2' else 'w13'}_weight"
             loader.load(getattr(layer, name), torch.ones(1), name, shard, expert)
     loader.check_loaded()
     assert layer.w13_weight.shape == (2, 256, 64) and layer.w13_qweight.numel() == 0
-    assert loader.form is not None
     loader.form.drop_other()
     assert set(dict(layer.named_parameters())) == {"w13_weight", "w2_weight"}
-    layer, loader = make_module()
+    layer, loader = make_experts()
     loader.load(layer.w2_weight, torch.ones(1), "w2_weight", "w2", 0)
     with pytest.raises(TensorError, match=r"lacks experts.0.gate_proj.weight, "):
         loader.check_loaded()
