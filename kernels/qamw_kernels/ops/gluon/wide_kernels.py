@@ -254,7 +254,6 @@ def wide_gemm_kernel(
     place = (input_tiles, first_block, first - first_block * input_tiles)
     # Two units on their way to L2: that which is loaded next, and one more.
     prefetch_unit(weight, place, True, SHAPE)
-    prefetch_unit(weight, next_place(place), first + 1 < last, SHAPE)
     end = (last + input_tiles - 1) // input_tiles
     prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
@@ -268,6 +267,8 @@ def wide_gemm_kernel(
     copies = (token, (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
+    # HBM serves requests in turn: those for first units come before those for second ones.
+    prefetch_unit(weight, next_place(place), first + 1 < last, SHAPE)
     lookup = (table, slot // 4 % 32 * 4)
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
     for row_block in range(first_block, end):

@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    16: Tile(3, programs=2),
+    16: Tile(4),
     32: Tile(3, programs=2),
     64: Tile(4),
     128: Tile(4),
