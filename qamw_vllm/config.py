@@ -116,6 +116,11 @@ class QamwConfig(QuantizationConfig):
         """
         if set(config) == {"quant_method", "bits_per_weight"}:
             return cls(plan=OnlinePlan(config["bits_per_weight"]))
+        if "format_version" not in config:
+            raise FormatError(
+                "quantization_config: neither a format_version, as in a QAM-W checkpoint, nor just "
+                f"quant_method and bits_per_weight, as for a plain one; got {sorted(config)}"
+            )
         return cls(QamwFormat.from_dict(config))
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: "WeightsMapper") -> None:

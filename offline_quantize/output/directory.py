@@ -20,6 +20,7 @@ from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE, check_finished, json_bytes
 from offline_quantize.output.journal import Journal
 from offline_quantize.output.lock import locked
+from qamw_kernels.errors import TensorError
 from qamw_kernels.files import TEMPORARY, sync, write_atomically
 from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
@@ -79,7 +80,11 @@ class Output:
             Output.check_target(directory, source, resume)
         with locked(directory):
             Output.check_target(directory, source, resume)
-            yield Journal.read(directory) if resume else None
+            try:
+                yield Journal.read(directory) if resume else None
+            except TensorError:  # no run can go on with such a model
+                _forget_start(directory)
+                raise
 
     @staticmethod
     def check_target(directory: Path, source: Path, resume: bool) -> None:
@@ -201,6 +206,16 @@ class Output:
         if not (self._resumable and (self.directory / PROGRESS).exists()):
             return ()
         return "; once that is mended, ", Option("resume", True), " goes on"
+
+
+def _forget_start(directory: Path) -> None:
+    """Remove the journal of a run that ended before there was anything to go on from."""
+    try:
+        journal = Journal.read(directory)
+    except QuantizeError:  # there is none, or nobody can tell
+        return
+    if not journal.files and journal.state is None:
+        (directory / PROGRESS).unlink()
 
 
 def _is_blank(directory: Path) -> bool:

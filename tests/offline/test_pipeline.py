@@ -174,7 +174,7 @@ def test_what_does_not_fit_on_the_disk_is_refused(tmp_path: Path, tiny_llama: Pa
         ("model.layers.0.input_layernorm.weight", (7,)),
     ],
 )
-def test_nan_is_refused_by_name_and_leaves_nothing_loadable(
+def test_nan_is_refused_by_name(
     tmp_path: Path, tiny_llama: Path, request_: QuantizeRequest, name: str, at: tuple[int, ...]
 ) -> None:
     """Also where nothing is quantized."""
@@ -185,6 +185,8 @@ def test_nan_is_refused_by_name_and_leaves_nothing_loadable(
     with pytest.raises(TensorError, match=re.escape(f"{name}{list(at)} is nan")):
         quantize(model, tmp_path / "out", request_)
     assert not (tmp_path / "out" / "config.json").exists()
+    after_layers = name.startswith("model.embed")  # when a shard is finished
+    assert after_layers or not (tmp_path / "out").exists()
 
 
 def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:

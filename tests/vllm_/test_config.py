@@ -51,12 +51,14 @@ def test_config_contract() -> None:
             {"codebooks": {"circular-gaussian-2048-v1": "0" * 64}},
             "codebooks: this version of qamw ships",
         ),
+        ({"format_version": ...}, r"neither a format_version, .* got \['codebooks', 'ignore'"),
         ({"group_size": 128}, r"unknown keys \['group_size'\]"),
     ],
 )
 def test_config_refuses(change: dict[str, Any], message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        QamwConfig.from_config({**QamwFormat(BITS, {K: 64}).to_dict(), **change})
+        changed = QamwFormat(BITS, {K: 64}).to_dict() | change
+        QamwConfig.from_config({key: x for key, x in changed.items() if x is not ...})
 
 
 @needs_cpu
