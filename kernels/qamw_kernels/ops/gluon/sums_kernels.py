@@ -53,15 +53,16 @@ def add_sums_kernel(
 ):
     """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
 
-    Program (i, j) has rows ROWS * i and on, and tokens 16 j and on: enough that finding its parts
-    is not most of what it does.
+    Program (i, j) has rows ROWS * i and on, and tokens 16 j and on. Every warp loads the part of
+    another program: they come from far away, and all at the same time.
 
     p_sums: [token groups, programs, 2, TOKENS / 8, warp, 128] float32, see
         :func:`store_sums`. A program that ends a row block, but did not start it, has its sums of
         it in the first place, otherwise in the second.
     """
-    SUMS: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
-    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, 4], [0, 1])
+    WARPS_OF_THIS: gl.constexpr = gl.num_warps()
+    PARTS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS_OF_THIS, 1], [1, 0])
+    ROWS_FIRST: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS_OF_THIS], [0, 1])
     OCTET: gl.constexpr = ROWS * 8  # sums of 8 tokens
     gdc_wait()
     first_row, first_token = gl.program_id(0) * ROWS, gl.program_id(1) * 16
@@ -72,17 +73,18 @@ def add_sums_kernel(
     first = ((start + 1) * programs - 1) // units
     last = ((start + input_tiles) * programs - 1) // units
     if first < last:
-        index = gl.arange(0, 2 * OCTET, SUMS)
+        index = gl.arange(0, 2 * OCTET, gl.SliceLayout(0, PARTS))
         octet = first_token % TOKENS // 8 + index // OCTET
         p_part = p_sums + (octet * WARPS + first_row // 16 % WARPS) * 128 + index % OCTET
         p_part += (first_token // TOKENS * programs * 2).to(gl.int64) * (TOKENS * block_rows)
-        total = gl.zeros([2 * OCTET], gl.float32, SUMS)
-        for program in range(first, last + 1, 2):
-            for i in gl.static_range(2):  # loaded at once
-                # The program that begins the row block has it last, the others have it first.
-                which = ((program + i) * 2 + (program + i == first).to(gl.int32)).to(gl.int64)
-                m_part = program + i <= last
-                total += gl.load(p_part + which * (TOKENS * block_rows), mask=m_part, other=0.0)
+        part = gl.arange(0, WARPS_OF_THIS, gl.SliceLayout(1, PARTS))
+        total = gl.zeros([2 * OCTET], gl.float32, gl.SliceLayout(0, PARTS))
+        for program in range(first, last + 1, WARPS_OF_THIS):
+            # The program that begins the row block has it last, the others have it first.
+            which = ((program + part) * 2 + (program + part == first).to(gl.int32)).to(gl.int64)
+            p_parts = p_part.expand_dims(0) + (which * (TOKENS * block_rows)).expand_dims(1)
+            m_parts = (program + part <= last).expand_dims(1)
+            total += gl.sum(gl.load(p_parts, mask=m_parts, other=0.0), 0)
         y = total.reshape([2, ROWS // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
         y = gl.convert_layout(y.reshape([ROWS, 16]), ROWS_FIRST)
         n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, ROWS_FIRST))

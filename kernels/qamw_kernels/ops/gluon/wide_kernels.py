@@ -165,13 +165,17 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
     STAGES: gl.constexpr = places.shape[2] // 32  # of a block
     ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, with a tile
     index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
-    warp, word = gl.max_constancy(anew(index // 128), 128), index % 128
+    warp, word = anew(index // 128), index % 128
+    # Compilers do not see by themselves, as they do not see through anew, that words of a thread
+    # are 16 bytes in a row.
     p_words = tile_pointers(weight, place, warp, SHAPE) + word
+    p_words = gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
         if stage == 12:
             p_next = tile_pointers(weight, next_place(place), warp, SHAPE) + word
+            p_next = gl.max_contiguous(gl.multiple_of(p_next, 16), 4)
             words = renew_words(words, p_next, more, 0)
         elif stage % 4 == 0:
             words = renew_words(words, p_words, True, stage // 4 + 1)

@@ -19,7 +19,7 @@ from qamw_kernels.ops.weight import TiledWeight
 MAX_TOKENS = 1024  # of a GPU that was not measured; see benchmarks/kernels/results/model.md
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
 BLOCK_INPUTS = 128  # of the blocks of activations that are copied to shared memory
-ADDED_ROWS = 128  # by a program of the kernel that adds up
+ADDED_ROWS = 32  # by a program of the kernel that adds up
 
 
 class Tile(NamedTuple):
@@ -261,7 +261,7 @@ def gemm(
 
 def sum_constants(dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of the kernel that adds up, and options of its compiler."""
-    options = {"num_warps": 4, "launch_pdl": True}
+    options = {"num_warps": 8, "launch_pdl": True}
     return {"DTYPE": TL_DTYPES[dtype], "ROWS": ADDED_ROWS, **options}
 
 
