@@ -192,8 +192,8 @@ class Machine:
             self._wgmma(group, instruction)
         elif name == "mbarrier":
             self._mbarrier(group, opcode, operands)
-        elif name == "griddepcontrol":
-            pass  # programs of one kernel run after those of another
+        elif name in ("griddepcontrol", "fence"):
+            pass  # programs of one kernel run after those of another, and see what was written
         elif "prefetch" in opcode:
             self._check_prefetch(group, *operands)
         elif name == "cp":

@@ -105,7 +105,9 @@ class Registers:
         elif name == "cvta":
             self.write(target, self.read(sources[0], bits))
         elif name == "cvt":
-            self.write(target, self._convert(opcode[-2], kind, sources[0]))
+            to = opcode[-2].removesuffix("x2")
+            low, *above = (self._convert(to, kind, source) for source in reversed(sources))
+            self.write(target, low.astype(U32) | above[0].astype(U32) << 16 if above else low)
         else:
             self.write(target, self._integer(opcode, kind, bits, sources))
 

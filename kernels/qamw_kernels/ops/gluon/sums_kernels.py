@@ -62,6 +62,7 @@ def add_sums_kernel(
     """
     WARPS_OF_THIS: gl.constexpr = gl.num_warps()
     PARTS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS_OF_THIS, 1], [1, 0])
+    SUMS: gl.constexpr = gl.BlockedLayout([WARPS_OF_THIS, 2], [1, 32], [1, WARPS_OF_THIS], [1, 0])
     ROWS_FIRST: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [1, WARPS_OF_THIS], [0, 1])
     OCTET: gl.constexpr = ROWS * 8  # sums of 8 tokens
     gdc_wait()
@@ -78,13 +79,14 @@ def add_sums_kernel(
         p_part = p_sums + (octet * WARPS + first_row // 16 % WARPS) * 128 + index % OCTET
         p_part += (first_token // TOKENS * programs * 2).to(gl.int64) * (TOKENS * block_rows)
         part = gl.arange(0, WARPS_OF_THIS, gl.SliceLayout(1, PARTS))
-        total = gl.zeros([2 * OCTET], gl.float32, gl.SliceLayout(0, PARTS))
+        total = gl.zeros([2 * OCTET], gl.float32, gl.SliceLayout(0, SUMS))
         for program in range(first, last + 1, WARPS_OF_THIS):
             # The program that begins the row block has it last, the others have it first.
             which = ((program + part) * 2 + (program + part == first).to(gl.int32)).to(gl.int64)
             p_parts = p_part.expand_dims(0) + (which * (TOKENS * block_rows)).expand_dims(1)
             m_parts = (program + part <= last).expand_dims(1)
-            total += gl.sum(gl.load(p_parts, mask=m_parts, other=0.0), 0)
+            parts = gl.load(p_parts, mask=m_parts, other=0.0)
+            total += gl.sum(gl.convert_layout(parts, SUMS), 0)  # a thread has all parts of a sum
         y = total.reshape([2, ROWS // 16, 8, 4, 2, 2]).permute([1, 4, 2, 0, 3, 5])
         y = gl.convert_layout(y.reshape([ROWS, 16]), ROWS_FIRST)
         n = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, ROWS_FIRST))

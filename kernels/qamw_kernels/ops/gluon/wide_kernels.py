@@ -173,6 +173,8 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
+            # Or older compilers keep where every stage's activations are, in registers or worse.
+            block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
         if stage == 12:
             p_next = tile_pointers(weight, next_place(place), warp, SHAPE) + word
             p_next = gl.max_contiguous(gl.multiple_of(p_next, 16), 4)
@@ -180,7 +182,7 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
         elif stage % 4 == 0:
             words = renew_words(words, p_words, True, stage // 4 + 1)
         a = decode_stage(table, words, lane4, stage, places.dtype, MMA)
-        x = places.index(stage // STAGES % PLACES).slice(stage % STAGES * 32, 32, dim=1)
+        x = block.slice(stage % STAGES * 32, 32, dim=1)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
         wait_for_all_but_one_stage(unit)
         if stage % STAGES == 0:
@@ -220,6 +222,7 @@ def wide_gemm_kernel(
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
     PLACES: gl.constexpr,
+    AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
 ):
@@ -233,6 +236,7 @@ def wide_gemm_kernel(
     p_sums: float32, see :mod:`qamw_kernels.ops.gluon.sums_kernels`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
     PLACES: for blocks of activations; it divides the blocks of 512 inputs.
+    AHEAD: units that tiles are prefetched before they are decoded.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
@@ -256,7 +260,6 @@ def wide_gemm_kernel(
     first_block = first // input_tiles
     weight = (p_tiles, N)
     place = (input_tiles, first_block, first - first_block * input_tiles)
-    # Two units on their way to L2: that which is loaded next, and one more.
     prefetch_unit(weight, place, True, SHAPE)
     end = (last + input_tiles - 1) // input_tiles
     prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
@@ -271,8 +274,9 @@ def wide_gemm_kernel(
     copies = (token, (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    # HBM serves requests in turn: those for first units come before those for second ones.
-    prefetch_unit(weight, next_place(place), first + 1 < last, SHAPE)
+    if AHEAD > 1:
+        # HBM serves requests in turn: those for first units come before those for second ones.
+        prefetch_unit(weight, next_place(place), first + 1 < last, SHAPE)
     lookup = (table, slot // 4 % 32 * 4)
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
     for row_block in range(first_block, end):
@@ -281,8 +285,10 @@ def wide_gemm_kernel(
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, MMA))
         for unit in range(begin, stop):
             place = (input_tiles, row_block, anew(unit - start))
-            ahead = next_place(next_place(place))
-            prefetch_unit(weight, ahead, unit + 2 < last, SHAPE)
+            ahead = place
+            for _ in gl.static_range(AHEAD):
+                ahead = next_place(ahead)
+            prefetch_unit(weight, ahead, unit + AHEAD < last, SHAPE)
             more, number = unit + 1 < last, anew(unit - first)
             acc, words, copies = multiply_unit(
                 acc, words, weight, place, more, lookup, ring, copies, number, SHAPE

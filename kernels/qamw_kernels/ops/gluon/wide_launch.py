@@ -18,8 +18,12 @@ from qamw_kernels.ops.weight import TiledWeight
 
 MAX_TOKENS = 1024  # of a GPU that was not measured; see benchmarks/kernels/results/model.md
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
-BLOCK_INPUTS = 128  # of the blocks of activations that are copied to shared memory
+BARRIERS = 32  # bytes of the barriers of at most 4 blocks of activations
+MAX_BLOCK_INPUTS = 256  # of the blocks of activations that are copied to shared memory
 ADDED_ROWS = 32  # by a program of the kernel that adds up
+AHEAD = 1
+"""Units that tiles are prefetched before their use: with more, those of all programs together do
+not stay in L2 until then."""
 
 
 class Tile(NamedTuple):
@@ -56,7 +60,7 @@ ADDING_UNITS = 1
 """What it costs to add up row blocks that programs share, in units of a program's work."""
 
 
-def _load(name: str) -> ModuleType | None:
+def load(name: str) -> ModuleType | None:
     """A module beside this one, where its kernels can be compiled."""
     if not table.HAS_GATHER:
         return None
@@ -66,7 +70,7 @@ def _load(name: str) -> ModuleType | None:
         return None
 
 
-kernels, sums_kernels = _load("wide_kernels"), _load("sums_kernels")
+kernels, sums_kernels = load("wide_kernels"), load("sums_kernels")
 
 
 class Share(NamedTuple):
@@ -112,11 +116,13 @@ class Shape(NamedTuple):
     Attributes:
         tile: how it multiplies.
         rows: of a row block.
-        places: for blocks of activations, of a tile's inputs or half of them.
+        block_inputs: of the blocks of activations.
+        places: for such blocks, of a tile's inputs or a part of them.
     """
 
     tile: Tile
     rows: int
+    block_inputs: int
     places: int
 
 
@@ -137,13 +143,15 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
         inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
-    return Shape(tile, TILE_ROWS << tile.log_warps, min(inputs, TILE_INPUTS) // BLOCK_INPUTS)
+    inputs = min(inputs, TILE_INPUTS)
+    block_inputs = min(inputs // 2, MAX_BLOCK_INPUTS)
+    return Shape(tile, TILE_ROWS << tile.log_warps, block_inputs, inputs // block_inputs)
 
 
 def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + 8 * TILE_INPUTS // BLOCK_INPUTS  # and barriers
+    free -= table.table_bytes(index_bits) + BARRIERS
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
@@ -179,8 +187,9 @@ def constants(
         "INDEX_BITS": index_bits,
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
-        "BLOCK_INPUTS": BLOCK_INPUTS,
+        "BLOCK_INPUTS": shape.block_inputs,
         "PLACES": shape.places,
+        "AHEAD": AHEAD,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
@@ -236,7 +245,7 @@ def gemm(
     if adds:
         room = (groups, share.programs, 2, tokens * shape.rows)
         sums = torch.empty(room, dtype=torch.float32, device=y.device)
-    block_shape = (tokens, BLOCK_INPUTS)
+    block_shape = (tokens, shape.block_inputs)
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
         kernels.wide_gemm_kernel,

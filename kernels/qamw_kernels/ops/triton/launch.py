@@ -13,7 +13,12 @@ import triton
 
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
-from qamw_kernels.ops.gluon import narrow_launch, routed_launch, wide_launch
+from qamw_kernels.ops.gluon import (
+    dequantize_launch,
+    narrow_launch,
+    routed_launch,
+    wide_launch,
+)
 from qamw_kernels.ops.gluon.products import product_for
 from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, Processor
 from qamw_kernels.ops.routing import Routing
@@ -359,6 +364,10 @@ def dequantize(
     """The weight [N, K] in ``dtype``, in the basis of the unrotated input."""
     num_rows, num_inputs, size = weight.num_rows, weight.num_inputs, weight.rotation_block_size
     out = torch.empty(num_rows, num_inputs, dtype=dtype, device=weight.tiles.device)
+    processor = launcher.processor(out.device)
+    if processor and dequantize_launch.fits(dtype, weight.index_bits, size, processor):
+        dequantize_launch.dequantize(weight, out, processor, launcher)
+        return out
     constants = dequantize_constants(weight.index_bits, size, dtype)
     grid = (
         triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),

@@ -1,0 +1,169 @@
+# mypy: ignore-errors
+"""Decoding a weight into a matrix on sm_90, for the vendor's GEMM to multiply.
+
+Words are decoded as in :mod:`qamw_kernels.ops.gluon.wide_kernels`, and the Hadamard matrix has the
+place of the activations: it is symmetric, and remains one if inputs and outputs both change places
+as the inputs do there. So the accumulators of a lane are 8 outputs in a row, and are stored as they
+are.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from qamw_kernels.ops.gluon.look_up import load_quadrant
+from qamw_kernels.ops.gluon.sums_kernels import first_unit
+from qamw_kernels.ops.gluon.wide_kernels import (
+    anew,
+    decode_stage,
+    next_place,
+    no_words,
+    prefetch_unit,
+    renew_words,
+    tile_pointers,
+    wait_for_all_but_one_stage,
+)
+
+
+@gluon.jit
+def swapped(k):
+    """Inputs with bits 1, 2 and bits 3, 4 of their numbers swapped."""
+    return (k & ~0b11110) | ((k & 0b110) << 2) | ((k & 0b11000) >> 2)
+
+
+@gluon.jit
+def hadamard_blocks(B: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Blocks [B, B] of +1 and -1 along the diagonal of a matrix [WIDTH, WIDTH]."""
+    i = swapped(gl.arange(0, WIDTH, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
+    j = swapped(gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
+    odd = i & j & (B - 1)
+    odd ^= odd >> 4
+    odd ^= odd >> 2
+    odd ^= odd >> 1
+    sign = gl.where((odd & 1) != 0, -1.0, 1.0)
+    return gl.where(i // B == j // B, sign, 0.0).to(DTYPE)
+
+
+@gluon.constexpr_function
+def outputs_layout(WARPS, WIDTH):
+    """Which outputs [16 * WARPS, WIDTH] a thread has: 8 in a row are registers in a row."""
+    columns = [[0, 1 << i] for i in range(WIDTH.bit_length() - 1)]
+    rows = [[1 << i, 0] for i in range((16 * WARPS).bit_length() - 1)]
+    registers, lanes = [*columns[:3], *columns[5:], rows[3]], [*columns[3:5], *rows[:3]]
+    return gl.DistributedLinearLayout(registers, lanes, rows[4:], [], [16 * WARPS, WIDTH])
+
+
+@gluon.jit
+def write_outputs(
+    acc,
+    row_block,
+    first,
+    weight,
+    output,
+    B: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    DTYPE: gl.constexpr,
+):
+    """A row block's outputs from ``first`` on; ``output``: the kernel's arguments of these names."""
+    p_row_norms, p_input_scales, p_out, K = output
+    ROWS: gl.constexpr = acc.shape[0]
+    WIDTH: gl.constexpr = acc.shape[1]
+    values = acc.reshape([ROWS, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4])
+    # Registers in the order of the outputs: they stay in their lanes.
+    values = gl.convert_layout(values.reshape([ROWS, WIDTH]), LAYOUT, assert_trivial=True)
+    n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)))
+    k = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    norms = gl.load(p_row_norms + n, mask=n < weight[1], other=0.0) * B**-0.5
+    scales = gl.load(p_input_scales + k, mask=k < K, other=0.0).to(gl.float32)
+    values = values * norms.expand_dims(1) * scales.expand_dims(0)
+    p = (p_out + n.to(gl.int64) * K).expand_dims(1) + k.expand_dims(0)
+    p = gl.max_contiguous(gl.multiple_of(p, [16, 16]), [1, 8])  # not seen through anew
+    gl.store(p, values.to(DTYPE), mask=(n < weight[1]).expand_dims(1) & (k < K).expand_dims(0))
+
+
+@gluon.jit(do_not_specialize=["N"])
+def dequantize_kernel(
+    p_tiles,
+    p_row_norms,
+    p_input_scales,
+    p_quadrant,
+    p_out,
+    N,
+    K,
+    INDEX_BITS: gl.constexpr,
+    B: gl.constexpr,
+    WIDTH: gl.constexpr,
+    DTYPE: gl.constexpr,
+    WARPS: gl.constexpr,
+    WARP_BASES: gl.constexpr,
+):
+    """out [N, K] = row_norms * (coordinates [N, K], every rotation block transformed) * input_scales.
+
+    Programs share out the units of the wide kernel, in the order of memory.
+
+    WIDTH: outputs at once, a multiple of B.
+    """
+    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
+    ROWS: gl.constexpr = WARPS * 16
+    STAGES: gl.constexpr = WIDTH // 32
+    WORDS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
+    )
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 16]
+    )
+    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, WIDTH], DTYPE)
+    ROW_MAJOR: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
+    OUTPUTS: gl.constexpr = outputs_layout(WARPS, WIDTH)
+    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
+    matrix = gl.allocate_shared_memory(DTYPE, [WIDTH, WIDTH], MATRIX)
+
+    input_tiles = (K + 511) // 512
+    units = (N + ROWS - 1) // ROWS * input_tiles
+    first = first_unit(gl.program_id(0), gl.num_programs(0), units, 1)
+    last = first_unit(gl.program_id(0) + 1, gl.num_programs(0), units, 1)
+    row_block = first // input_tiles
+    weight = (p_tiles, N)
+    place = (input_tiles, row_block, first - row_block * input_tiles)
+    prefetch_unit(weight, place, True, SHAPE)
+    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    matrix.store(hadamard_blocks(B, WIDTH, DTYPE, ROW_MAJOR))
+    fence_async_shared()
+    slot = gl.arange(0, WARPS * 128, WORDS)
+    p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
+    words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
+    gl.barrier()
+
+    lane4 = slot // 4 % 32 * 4
+    output = (p_row_norms, p_input_scales, p_out, K)
+    for unit in range(first, last):
+        following = next_place(place)
+        prefetch_unit(weight, following, unit + 1 < last, SHAPE)
+        index = gl.arange(0, WARPS * 128, WORDS)
+        warp, word = anew(index // 128), index % 128
+        p_words = tile_pointers(weight, place, warp, SHAPE) + word
+        p_words = gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
+        p_next = tile_pointers(weight, following, warp, SHAPE) + word
+        p_next = gl.max_contiguous(gl.multiple_of(p_next, 16), 4)
+        acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
+        for stage in gl.static_range(16):
+            if stage == 12:
+                words = renew_words(words, p_next, unit + 1 < last, 0)
+            elif stage % 4 == 0:
+                words = renew_words(words, p_words, True, stage // 4 + 1)
+            a = decode_stage(table, words, lane4, stage, DTYPE, MMA)
+            h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
+            acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)
+            if stage % STAGES == STAGES - 1:
+                acc = warpgroup_mma_wait(0, deps=[acc])
+                block = place[2] * 512 + stage // STAGES * WIDTH
+                write_outputs(acc, place[1], block, weight, output, B, OUTPUTS, DTYPE)
+            else:
+                wait_for_all_but_one_stage(unit)
+        place = following

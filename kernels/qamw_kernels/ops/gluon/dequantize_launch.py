@@ -1,0 +1,67 @@
+"""Launcher of the Gluon kernel that decodes a weight into a matrix.
+
+It needs compute capability 9.0, and a Triton that can compile the kernel: 3.7.1 or newer.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+
+from qamw_kernels.ops.gluon import table, wide_launch
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.tiling import TILE_ROWS
+from qamw_kernels.ops.weight import TiledWeight
+
+WIDTH = 128  # outputs that a warp has at once
+LOG_WARPS = 4
+kernels = wide_launch.load("dequantize_kernels")
+
+
+def fits(
+    dtype: torch.dtype, index_bits: int, rotation_block_size: int, processor: Processor | None
+) -> bool:
+    """Whether the kernel can decode weights of these rates and rotations on a processor."""
+    if kernels is None or processor is None or processor.compute_capability != 90:
+        return False
+    needed = table.table_bytes(index_bits) + 2 * WIDTH**2
+    room = dtype in table.DTYPES and needed < processor.shared_memory
+    return room and rotation_block_size <= WIDTH
+
+
+@functools.cache
+def constants(index_bits: int, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and options of its compiler."""
+    warps = 1 << LOG_WARPS
+    return {
+        "INDEX_BITS": index_bits,
+        "B": rotation_block_size,
+        "WIDTH": WIDTH,
+        "DTYPE": TL_DTYPES[dtype],
+        "WARPS": warps,
+        "WARP_BASES": tuple((128 << i,) for i in range(LOG_WARPS)),
+        "num_warps": warps,
+        "maxnreg": table.registers(warps),
+    }
+
+
+def dequantize(
+    weight: TiledWeight, out: torch.Tensor, processor: Processor, launcher: Launcher
+) -> None:
+    """Launch the kernel: out [N, K] = the weight, in the basis of the unrotated input."""
+    assert kernels is not None
+    row_blocks: int = triton.cdiv(weight.num_rows, TILE_ROWS << LOG_WARPS)
+    size = weight.rotation_block_size
+    launcher.launch(
+        kernels.dequantize_kernel,
+        (min(row_blocks * weight.tiles.shape[1], processor.multiprocessors),),
+        weight.tiles,
+        weight.row_norms,
+        weight.input_scales,
+        weight.quadrant_words,
+        out,
+        weight.num_rows,
+        weight.num_inputs,
+        **constants(weight.index_bits, size, out.dtype),
+    )
