@@ -31,6 +31,7 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 python -m pytest -q tests/kernels_/ops/test_routing.py || failed="$failed routing"
 python -m benchmarks.kernels.linear "$out/linear.json" --save-crossover
+python -m benchmarks.serving.steps --json "$out/steps.json"
 
 if [ -n "$model" ]; then
     python -m pytest -q tests/vllm_/test_experts.py -k slots || failed="$failed experts"
@@ -42,7 +43,7 @@ if [ -n "$model" ]; then
                 --output-json "$out/latency-$name-$batch.json" \
                 >"$out/latency-$name-$batch.log" 2>&1
             # vLLM's monitor warns of what is compiled while it serves. Ours must not be.
-            ours='(rotate|gemm|routed_gemm|decode_gemm|dequantize)_kernel'
+            ours='[a-z_]*(rotate|gemm|sums|dequantize)_kernel'
             ! grep -E "during inference: $ours" "$out/latency-$name-$batch.log" \
                 || failed="$failed compiled-while-serving"
         done

@@ -141,11 +141,11 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 
 
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:
-    """Figures of the Gluon kernel for 9 to 1024 tokens, and of the one that adds up its sums."""
+    """Figures of the Gluon kernels that decode for warpgroup products, and of what adds up."""
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
-    from qamw_kernels.ops.gluon import wide_launch
+    from qamw_kernels.ops.gluon import dequantize_launch, wide_launch
 
     if wide_launch.kernels is None or target != 90:
         return
@@ -154,7 +154,8 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     def decoding(bodies: list[Loop]) -> Loop:
         return max(bodies, key=lambda b: b["LDS"])
 
-    for bits, tokens in [*((bits, 16) for bits in range(6, 13)), (11, 32), (11, 64), (11, 128)]:
+    more = [(11, tokens) for tokens in wide_launch.TILES if tokens > 16]
+    for bits, tokens in [*((bits, 16) for bits in range(6, 13)), *more]:
         constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
         kernel = wide_launch.kernels.wide_gemm_kernel
         name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
@@ -163,6 +164,12 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     assert wide_launch.sums_kernels is not None
     kernel = wide_launch.sums_kernels.add_sums_kernel
     yield row("add_sums (Gluon)", target, kernel, constants)
+    assert dequantize_launch.kernels is not None
+    for bits in range(6, 13):
+        constants = dequantize_launch.constants(bits, 128, torch.bfloat16)
+        kernel = dequantize_launch.kernels.dequantize_kernel
+        name = f"dequantize (Gluon), b = {bits}, B = 128"
+        yield row(name, target, kernel, constants, 128, decoding)
 
 
 def triton_rows(target: int) -> Iterator[dict[str, Any]]:

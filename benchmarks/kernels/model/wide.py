@@ -53,8 +53,8 @@ def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Reques
     """Of every instruction.
 
     A turn is a unit, of which a warp has one tile. The words of the tile's first quarter are loaded
-    in the turn before, as the last ones of that turn. All are brought to L2 two turns before; those
-    of the first two units before the loops, where the turn is -1.
+    in the turn before, as the last ones of that turn. All are brought to L2 one turn before; those
+    of the first unit before the loops, where the turn is -1.
 
     Args:
         copy_bytes: of a block of activations.
@@ -78,7 +78,7 @@ def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Reques
             requests[i] = Request(Source.L2, 32)
         elif x.name == "STG":  # y, or sums that another kernel adds up
             requests[i] = Request(Source.L2, max(32 * width(x), 128))
-    assert (prefetches, loads) == (3, index_bits)
+    assert (prefetches, loads) == (2, index_bits)
     return requests
 
 
@@ -126,7 +126,7 @@ def wide_launch(
     input_tiles = -(-num_inputs // TILE_INPUTS)
     listing = wide_listing(index_bits, grid.tokens)
     outer, inner = _nest(listing)
-    copy_bytes = 2 * grid.tokens * kernel.BLOCK_INPUTS
+    copy_bytes = 2 * grid.tokens * shape.block_inputs
     requests = _requests(listing, index_bits, copy_bytes)
     blocks = Blocks(listing, requests, machine)
     endings = _endings(listing)  # where a row block is whole, the second is left out
@@ -165,7 +165,7 @@ def wide_launch(
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
         tile_bytes=index_bits * WORD_BYTES,
-        copies_each=TILE_INPUTS / kernel.BLOCK_INPUTS,
+        copies_each=TILE_INPUTS / shape.block_inputs,
         token_blocks=grid.groups,
         ready=machine.dependent_end,
     )
@@ -195,17 +195,18 @@ def adding_launch(
     blocks = Blocks(listing, requests, machine)
     if_none = next(i for i, x in enumerate(listing.code) if x.opcode == "EXIT")
     input_tiles, programs = -(-num_inputs // TILE_INPUTS), grid.share.programs
+    warps = kernel.sum_constants(torch.bfloat16)["num_warps"]
     units = -(-num_rows // rows) * input_tiles
 
     @functools.cache
     def steps(row_block: int) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that adds up rows of a row block, two parts at once.
+        """Of every warp of a program that adds up rows of a row block, one part per warp.
 
         A row block that one program had alone has nothing to add up.
         """
         start = row_block * input_tiles
         parts = {((unit + 1) * programs - 1) // units for unit in (start, start + input_tiles - 1)}
-        turns = -(-(max(parts) - min(parts) + 1) // 2)
+        turns = -(-(max(parts) - min(parts) + 1) // warps)
         walked = _cut(walk(listing, lambda *_: turns), {if_none + 1})
         taken = walked if len(parts) > 1 else itertools.takewhile(lambda s: s.first == 0, walked)
         return tuple(BlockStep(blocks.number(s), 0, -1) for s in taken)
@@ -213,10 +214,10 @@ def adding_launch(
     return Launch(
         blocks.records,
         [
-            (0, [steps(first // rows)] * 4)
+            (0, [steps(first // rows)] * warps)
             for first in range(0, num_rows, kernel.ADDED_ROWS)
             for _ in range(0, num_tokens, 16)
         ],
-        programs_each=16,
+        programs_each=64 // warps,
         ready=machine.dependent_end,
     )

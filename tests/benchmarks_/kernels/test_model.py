@@ -126,7 +126,7 @@ def test_paths_go_round_loops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather")
-@pytest.mark.parametrize("num_tokens, groups, row_blocks", [(20, 1, 3), (130, 2, 2)])
+@pytest.mark.parametrize("num_tokens, groups, row_blocks", [(20, 1, 3), (100, 1, 2), (260, 2, 3)])
 def test_every_tile_of_a_weight_is_multiplied_once(
     num_tokens: int, groups: int, row_blocks: int
 ) -> None:

@@ -26,6 +26,7 @@ from qamw_kernels.ops.gluon.wide_kernels import (
     renew_words,
     tile_pointers,
     wait_for_all_but_one_stage,
+    word_pointers,
 )
 
 
@@ -36,8 +37,8 @@ def swapped(k):
 
 
 @gluon.jit
-def hadamard_blocks(B: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Blocks [B, B] of +1 and -1 along the diagonal of a matrix [WIDTH, WIDTH]."""
+def hadamard(B: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Matrices [B, B] of +1 and -1 along the diagonal of one [WIDTH, WIDTH], both sides swapped."""
     i = swapped(gl.arange(0, WIDTH, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
     j = swapped(gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
     odd = i & j & (B - 1)
@@ -68,7 +69,7 @@ def write_outputs(
     LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    """A row block's outputs from ``first`` on; ``output``: the kernel's arguments of these names."""
+    """A row block's outputs from ``first`` on. ``output``: kernel arguments of these names."""
     p_row_norms, p_input_scales, p_out, K = output
     ROWS: gl.constexpr = acc.shape[0]
     WIDTH: gl.constexpr = acc.shape[1]
@@ -81,8 +82,52 @@ def write_outputs(
     scales = gl.load(p_input_scales + k, mask=k < K, other=0.0).to(gl.float32)
     values = values * norms.expand_dims(1) * scales.expand_dims(0)
     p = (p_out + n.to(gl.int64) * K).expand_dims(1) + k.expand_dims(0)
-    p = gl.max_contiguous(gl.multiple_of(p, [16, 16]), [1, 8])  # not seen through anew
     gl.store(p, values.to(DTYPE), mask=(n < weight[1]).expand_dims(1) & (k < K).expand_dims(0))
+
+
+@gluon.jit
+def decode_unit(
+    words,
+    weight,
+    place,
+    more,
+    lookup,
+    matrix,
+    output,
+    B: gl.constexpr,
+    MMA: gl.constexpr,
+    SHAPE: gl.constexpr,
+):
+    """Decode and write a tile per warp. Returns the words of the next one, if there is ``more``.
+
+    words: of the tile, those of its first quarter.
+    matrix: of Hadamard, in shared memory.
+    """
+    table, lane4 = lookup
+    ROWS: gl.constexpr = SHAPE[1] * 16
+    WIDTH: gl.constexpr = matrix.shape[0]
+    STAGES: gl.constexpr = WIDTH // 32  # of as many outputs
+    OUTPUTS: gl.constexpr = outputs_layout(SHAPE[1], WIDTH)
+    index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
+    warp, word = anew(index // 128), index % 128
+    p_words = word_pointers(weight, place, warp, word, SHAPE)
+    acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
+    for stage in gl.static_range(16):
+        if stage == 12:
+            p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
+            words = renew_words(words, p_next, more, 0)
+        elif stage % 4 == 0:
+            words = renew_words(words, p_words, True, stage // 4 + 1)
+        a = decode_stage(table, words, lane4, stage, matrix.dtype, MMA)
+        h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
+        acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)
+        if stage % STAGES == STAGES - 1:
+            acc = warpgroup_mma_wait(0, deps=[acc])
+            first = place[2] * 512 + stage // STAGES * WIDTH
+            write_outputs(acc, place[1], first, weight, output, B, OUTPUTS, matrix.dtype)
+        else:
+            wait_for_all_but_one_stage(stage)
+    return words
 
 
 @gluon.jit(do_not_specialize=["N"])
@@ -101,16 +146,15 @@ def dequantize_kernel(
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
 ):
-    """out [N, K] = row_norms * (coordinates [N, K], every rotation block transformed) * input_scales.
+    """out [N, K] = row_norms * unrotate(coordinates [N, K]) * input_scales.
 
     Programs share out the units of the wide kernel, in the order of memory.
 
-    WIDTH: outputs at once, a multiple of B.
+    WIDTH: outputs at once, a multiple of the rotation block size B.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
     ROWS: gl.constexpr = WARPS * 16
-    STAGES: gl.constexpr = WIDTH // 32
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
@@ -120,7 +164,6 @@ def dequantize_kernel(
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, WIDTH], DTYPE)
     ROW_MAJOR: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    OUTPUTS: gl.constexpr = outputs_layout(WARPS, WIDTH)
     table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
     matrix = gl.allocate_shared_memory(DTYPE, [WIDTH, WIDTH], MATRIX)
 
@@ -133,37 +176,17 @@ def dequantize_kernel(
     place = (input_tiles, row_block, first - row_block * input_tiles)
     prefetch_unit(weight, place, True, SHAPE)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
-    matrix.store(hadamard_blocks(B, WIDTH, DTYPE, ROW_MAJOR))
+    matrix.store(hadamard(B, WIDTH, DTYPE, ROW_MAJOR))
     fence_async_shared()
     slot = gl.arange(0, WARPS * 128, WORDS)
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
     words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
     gl.barrier()
 
-    lane4 = slot // 4 % 32 * 4
+    lookup = (table, slot // 4 % 32 * 4)
     output = (p_row_norms, p_input_scales, p_out, K)
     for unit in range(first, last):
-        following = next_place(place)
-        prefetch_unit(weight, following, unit + 1 < last, SHAPE)
-        index = gl.arange(0, WARPS * 128, WORDS)
-        warp, word = anew(index // 128), index % 128
-        p_words = tile_pointers(weight, place, warp, SHAPE) + word
-        p_words = gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
-        p_next = tile_pointers(weight, following, warp, SHAPE) + word
-        p_next = gl.max_contiguous(gl.multiple_of(p_next, 16), 4)
-        acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
-        for stage in gl.static_range(16):
-            if stage == 12:
-                words = renew_words(words, p_next, unit + 1 < last, 0)
-            elif stage % 4 == 0:
-                words = renew_words(words, p_words, True, stage // 4 + 1)
-            a = decode_stage(table, words, lane4, stage, DTYPE, MMA)
-            h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
-            acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)
-            if stage % STAGES == STAGES - 1:
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                block = place[2] * 512 + stage // STAGES * WIDTH
-                write_outputs(acc, place[1], block, weight, output, B, OUTPUTS, DTYPE)
-            else:
-                wait_for_all_but_one_stage(unit)
-        place = following
+        more = unit + 1 < last
+        prefetch_unit(weight, next_place(place), more, SHAPE)
+        words = decode_unit(words, weight, place, more, lookup, matrix, output, B, MMA, SHAPE)
+        place = next_place(place)

@@ -139,6 +139,13 @@ def tile_pointers(weight, place, warp, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def word_pointers(weight, place, warp, word, SHAPE: gl.constexpr):
+    """At a unit's words of a thread: compilers cannot see that they are 16 bytes in a row."""
+    p_words = tile_pointers(weight, place, warp, SHAPE) + word
+    return gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
+
+
+@gluon.jit
 def prefetch_unit(weight, place, wanted, SHAPE: gl.constexpr):
     """The tiles of a unit, if it is ``wanted``."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [SHAPE[1]], [0])
@@ -166,18 +173,14 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
     ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, with a tile
     index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
     warp, word = anew(index // 128), index % 128
-    # Compilers do not see by themselves, as they do not see through anew, that words of a thread
-    # are 16 bytes in a row.
-    p_words = tile_pointers(weight, place, warp, SHAPE) + word
-    p_words = gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
+    p_words = word_pointers(weight, place, warp, word, SHAPE)
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
             # Or older compilers keep where every stage's activations are, in registers or worse.
             block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
         if stage == 12:
-            p_next = tile_pointers(weight, next_place(place), warp, SHAPE) + word
-            p_next = gl.max_contiguous(gl.multiple_of(p_next, 16), 4)
+            p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
             words = renew_words(words, p_next, more, 0)
         elif stage % 4 == 0:
             words = renew_words(words, p_words, True, stage // 4 + 1)
@@ -222,7 +225,6 @@ def wide_gemm_kernel(
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
     PLACES: gl.constexpr,
-    AHEAD: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
 ):
@@ -236,7 +238,6 @@ def wide_gemm_kernel(
     p_sums: float32, see :mod:`qamw_kernels.ops.gluon.sums_kernels`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
     PLACES: for blocks of activations; it divides the blocks of 512 inputs.
-    AHEAD: units that tiles are prefetched before they are decoded.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
@@ -274,9 +275,6 @@ def wide_gemm_kernel(
     copies = (token, (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    if AHEAD > 1:
-        # HBM serves requests in turn: those for first units come before those for second ones.
-        prefetch_unit(weight, next_place(place), first + 1 < last, SHAPE)
     lookup = (table, slot // 4 % 32 * 4)
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
     for row_block in range(first_block, end):
@@ -285,11 +283,9 @@ def wide_gemm_kernel(
         acc = warpgroup_mma_init(gl.zeros([ROWS, TOKENS], gl.float32, MMA))
         for unit in range(begin, stop):
             place = (input_tiles, row_block, anew(unit - start))
-            ahead = place
-            for _ in gl.static_range(AHEAD):
-                ahead = next_place(ahead)
-            prefetch_unit(weight, ahead, unit + AHEAD < last, SHAPE)
             more, number = unit + 1 < last, anew(unit - first)
+            # No further ahead: L2 would not keep what all programs together have asked for.
+            prefetch_unit(weight, next_place(place), more, SHAPE)
             acc, words, copies = multiply_unit(
                 acc, words, weight, place, more, lookup, ring, copies, number, SHAPE
             )

@@ -21,9 +21,6 @@ RESERVED = 1024  # bytes of shared memory of every program that the driver has
 BARRIERS = 32  # bytes of the barriers of at most 4 blocks of activations
 MAX_BLOCK_INPUTS = 256  # of the blocks of activations that are copied to shared memory
 ADDED_ROWS = 32  # by a program of the kernel that adds up
-AHEAD = 1
-"""Units that tiles are prefetched before their use: with more, those of all programs together do
-not stay in L2 until then."""
 
 
 class Tile(NamedTuple):
@@ -39,12 +36,13 @@ class Tile(NamedTuple):
 
 
 TILES = {
-    16: Tile(4),
+    16: Tile(3, programs=2),
     32: Tile(3, programs=2),
     64: Tile(4),
     128: Tile(4),
+    256: Tile(3),
 }
-"""By the tokens that a program has: the fastest by the model in benchmarks/kernels.
+"""By the tokens that a program has: the fastest of those that were measured on an H100.
 
 All 16 warps of a multiprocessor have 128 registers for a thread. Where that is little, compilers
 spill what they read once a tile or less often.
@@ -189,7 +187,6 @@ def constants(
         "TOKENS": tokens,
         "BLOCK_INPUTS": shape.block_inputs,
         "PLACES": shape.places,
-        "AHEAD": AHEAD,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
