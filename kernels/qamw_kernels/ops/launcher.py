@@ -21,6 +21,11 @@ TL_DTYPES = {
 }
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv was a quarter of what a launch cost the host."""
+    return -(-a // b)
+
+
 @dataclass(frozen=True)
 class Processor:
     """What the choice of a kernel and of its grid depends on.

@@ -4,10 +4,9 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
 from qamw_kernels.ops.gluon import table
-from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.weight import TiledWeight
 
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
@@ -49,8 +48,8 @@ def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> in
     """
 
     def rounds(log: int) -> int:
-        runs: int = triton.cdiv(triton.cdiv(num_row_tiles, 1 << log), programs)
-        turns: int = triton.cdiv(num_input_tiles, WARPS >> log)
+        runs = cdiv(cdiv(num_row_tiles, 1 << log), programs)
+        turns = cdiv(num_input_tiles, WARPS >> log)
         return runs * turns
 
     return min(range(len(WARP_BASES) + 1), key=rounds)
@@ -109,8 +108,8 @@ def gemm(
     num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
     log = log_row_tiles(num_row_tiles, num_input_tiles, programs)
     grid = (
-        min(triton.cdiv(num_row_tiles, 1 << log), programs),
-        triton.cdiv(num_tokens, 8 * parts),
+        min(cdiv(num_row_tiles, 1 << log), programs),
+        cdiv(num_tokens, 8 * parts),
     )
     launcher.launch(
         kernel,

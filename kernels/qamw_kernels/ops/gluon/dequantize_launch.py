@@ -7,10 +7,9 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
 from qamw_kernels.ops.gluon import table, wide_launch
-from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
@@ -51,7 +50,7 @@ def dequantize(
 ) -> None:
     """Launch the kernel: out [N, K] = the weight, in the basis of the unrotated input."""
     assert kernels is not None
-    row_blocks: int = triton.cdiv(weight.num_rows, TILE_ROWS << LOG_WARPS)
+    row_blocks = cdiv(weight.num_rows, TILE_ROWS << LOG_WARPS)
     size = weight.rotation_block_size
     launcher.launch(
         kernels.dequantize_kernel,

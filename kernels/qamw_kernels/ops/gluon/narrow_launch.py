@@ -4,10 +4,9 @@ import functools
 from typing import Any
 
 import torch
-import triton
 
 from qamw_kernels.ops.gluon import table
-from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS
 from qamw_kernels.ops.weight import TiledWeight
 
@@ -35,7 +34,7 @@ def slots(index_bits: int, shared_memory: int) -> int:
 
 def slices(num_input_tiles: int) -> int:
     """Parts of the inputs that all warps together have one after the other."""
-    return int(triton.cdiv(num_input_tiles, SLICE_TILES))
+    return cdiv(num_input_tiles, SLICE_TILES)
 
 
 def begins_early(processor: Processor) -> bool:
@@ -74,7 +73,7 @@ def fits(
     """Whether the kernel can multiply so many tokens with so many inputs on a processor."""
     if num_tokens > MAX_TOKENS or processor is None or not table.fits(dtype, index_bits, processor):
         return False
-    needed = slices(triton.cdiv(num_inputs, TILE_INPUTS))
+    needed = slices(cdiv(num_inputs, TILE_INPUTS))
     return needed <= slots(index_bits, processor.shared_memory)
 
 
@@ -88,11 +87,11 @@ def gemm(
 ) -> None:
     """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
     num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
-    run: int = triton.cdiv(num_row_tiles, processor.multiprocessors)
+    run = cdiv(num_row_tiles, processor.multiprocessors)
     fixed = constants(weight.index_bits, rotated.dtype, processor)
     launcher.launch(
         kernel,
-        (triton.cdiv(num_row_tiles, run),),
+        (cdiv(num_row_tiles, run),),
         rotated.view(torch.int32),
         weight.tiles,
         weight.row_norms,

@@ -3,10 +3,9 @@
 from typing import Any
 
 import torch
-import triton
 
 from qamw_kernels.ops.gluon import narrow_launch, table
-from qamw_kernels.ops.launcher import Launcher, Processor
+from qamw_kernels.ops.launcher import Launcher, Processor, cdiv
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_INPUTS
 from qamw_kernels.ops.weight import TiledWeight
@@ -47,7 +46,7 @@ def fits(
 
 def row_tiles_at_once(num_inputs: int) -> int:
     """Row tiles that have warps of their own, one for every half tile along the inputs."""
-    return max(narrow_launch.WARPS // int(triton.cdiv(num_inputs, TILE_INPUTS // 2)), 1)
+    return max(narrow_launch.WARPS // cdiv(num_inputs, TILE_INPUTS // 2), 1)
 
 
 def gemm(
@@ -66,7 +65,7 @@ def gemm(
     num_inputs, (num_row_tiles, num_input_tiles) = weight.num_inputs, weight.tiles.shape[1:3]
     at_once = row_tiles_at_once(num_inputs)
     fixed = narrow_launch.constants(weight.index_bits, rotated.dtype, processor)
-    turns: int = len(routing.experts) * triton.cdiv(num_row_tiles, at_once)
+    turns = len(routing.experts) * cdiv(num_row_tiles, at_once)
     launcher.launch(
         narrow_kernel,
         (min(processor.multiprocessors, turns),),

@@ -9,10 +9,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from qamw_kernels.ops.gluon import table
-from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
@@ -86,10 +85,10 @@ class Share(NamedTuple):
 @functools.cache
 def share_out(row_blocks: int, input_tiles: int, programs: int) -> Share:
     """The share that lets the busiest of at most ``programs`` programs end first."""
-    most = triton.cdiv(row_blocks * input_tiles, programs)  # units of a program
-    if triton.cdiv(row_blocks, programs) * input_tiles <= most + ADDING_UNITS:
+    most = cdiv(row_blocks * input_tiles, programs)  # units of a program
+    if cdiv(row_blocks, programs) * input_tiles <= most + ADDING_UNITS:
         return Share(min(programs, row_blocks), input_tiles)
-    return Share(triton.cdiv(row_blocks * input_tiles, most), 1)  # no more than that takes
+    return Share(cdiv(row_blocks * input_tiles, most), 1)  # no more than that takes
 
 
 class Grid(NamedTuple):
@@ -153,6 +152,7 @@ def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_mem
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
+@functools.lru_cache(maxsize=4096)
 def grid(
     num_tokens: int, num_rows: int, input_tiles: int, index_bits: int, processor: Processor
 ) -> Grid:
@@ -160,8 +160,8 @@ def grid(
     tokens = tokens_of(num_tokens)
     shape = shape_of(index_bits, tokens, processor.shared_memory)
     programs = shape.tile.programs * processor.multiprocessors
-    groups = triton.cdiv(num_tokens, tokens)
-    row_blocks = triton.cdiv(num_rows, shape.rows)
+    groups = cdiv(num_tokens, tokens)
+    row_blocks = cdiv(num_rows, shape.rows)
     share = share_out(row_blocks, input_tiles, max(programs // groups, 1))
     return Grid(tokens, groups, share, share.grain < input_tiles and share.programs > 1)
 
@@ -289,7 +289,7 @@ def add_sums(
     assert sums_kernels is not None
     launcher.launch(
         sums_kernels.add_sums_kernel,
-        (triton.cdiv(weight.num_rows, ADDED_ROWS), triton.cdiv(len(y), 16)),
+        (cdiv(weight.num_rows, ADDED_ROWS), cdiv(len(y), 16)),
         sums,
         weight.row_norms,
         y if bias is None else bias,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
@@ -20,7 +19,7 @@ from qamw_kernels.ops.gluon import (
     wide_launch,
 )
 from qamw_kernels.ops.gluon.products import product_for
-from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, Processor
+from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.triton.kernels import (
@@ -265,7 +264,7 @@ def routed_gemm(
         if routing.block_size == GEMM_TILES[kind, y.dtype.itemsize].BLOCK_M
     )
     constants = gemm_constants(weight.index_bits, y.dtype, kind)
-    row_blocks = triton.cdiv(weight.num_rows, TILE_ROWS * constants["ROW_TILES"])
+    row_blocks = cdiv(weight.num_rows, TILE_ROWS * constants["ROW_TILES"])
     launcher.launch(
         routed_gemm_kernel,
         (row_blocks, len(routing.experts)),
@@ -306,7 +305,7 @@ def rotate(
     many = swapped and num_blocks > ROTATE_MANY
     constants = rotate_constants(rotation_block_size, x.dtype, swapped, early, many)
     grid = (
-        triton.cdiv(num_blocks, constants["BLOCK_R"]),
+        cdiv(num_blocks, constants["BLOCK_R"]),
         rotation_block_size // constants["WIDTH"],
     )
     launcher.launch(
@@ -336,8 +335,8 @@ def gemm(
     kind = "skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide"
     constants = gemm_constants(weight.index_bits, rotated.dtype, kind)
     grid = (
-        triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
-        triton.cdiv(num_tokens, constants["BLOCK_M"]),
+        cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
+        cdiv(num_tokens, constants["BLOCK_M"]),
     )
     launcher.launch(
         gemm_kernel,
@@ -370,7 +369,7 @@ def dequantize(
         return out
     constants = dequantize_constants(weight.index_bits, size, dtype)
     grid = (
-        triton.cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
+        cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
         num_inputs // constants["WIDTH"],
     )
     launcher.launch(
