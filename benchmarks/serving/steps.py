@@ -19,9 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.server import ENVIRONMENT
+
 BATCHES = (1, 8, 32, 64, 128, 256)
 PROMPT_TOKENS, TOKENS, REPEATS = 32, 64, 3
 INDEX_BITS = 11
+RESULT = "steps.json"
 
 
 def model_config(layers: int, tiny: bool) -> dict[str, Any]:
@@ -65,7 +68,8 @@ def measure(directory: Path, batches: list[int], vocab: int) -> list[dict[str, f
         "cudagraph_mode": "FULL_DECODE_ONLY",
         "cudagraph_capture_sizes": sorted(batches),
     }
-    options = {"compilation_config": graphs} if torch.cuda.is_available() else {}
+    cuda = torch.cuda.is_available()
+    options = {"compilation_config": graphs} if cuda else {"dtype": "float32"}
     llm = LLM(
         str(directory),
         load_format="dummy",
@@ -73,7 +77,7 @@ def measure(directory: Path, batches: list[int], vocab: int) -> list[dict[str, f
         max_model_len=1024,
         max_num_seqs=max(batches),
         enable_prefix_caching=False,
-        enforce_eager=not options,
+        enforce_eager=not cuda,
         **options,
     )
     random.seed(0)
@@ -115,7 +119,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.in_process:
         vocab = json.loads((args.in_process / "config.json").read_text())["vocab_size"]
-        print(json.dumps(measure(args.in_process, args.batches, vocab)))
+        rows = measure(args.in_process, args.batches, vocab)
+        (args.in_process / RESULT).write_text(json.dumps(rows))
         return
     config = model_config(args.layers, args.tiny)
     quantized = config | {"quantization_config": quantization_config(config)}
@@ -124,14 +129,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "config.json").write_text(json.dumps(made))
             command = [sys.executable, "-m", "benchmarks.serving.steps", "--in-process", directory]
-            done = subprocess.run(
+            subprocess.run(
                 [*command, "--batches", *map(str, args.batches)],
-                env={"HF_HUB_OFFLINE": "1", **os.environ},
-                stdout=subprocess.PIPE,
-                text=True,
+                env={**ENVIRONMENT, **os.environ},
                 check=True,
             )
-        found[name] = json.loads(done.stdout.splitlines()[-1])
+            found[name] = json.loads(Path(directory, RESULT).read_text())
         for row in found[name]:
             print(f"{name}, batch {row['batch']}: {row['ms_per_step']:.2f} ms", flush=True)
     if args.json:
