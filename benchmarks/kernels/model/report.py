@@ -42,7 +42,8 @@ Written by `make kernels-model`, without a GPU: **modelled, not measured**. The 
 replayed instruction by instruction on a model of the multiprocessors and their memory
 (`benchmarks/kernels/model`, every assumption with its source in `assumptions.py`). bfloat16, the
 layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
-its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s.
+its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s. docs/kernels.md says how far off
+this is, where an H100 was measured (`h100.json`).
 
 Of decoding into a workspace, for more than {wide.MAX_TOKENS} tokens, only the traffic counts here:
 those figures are too good. So are those from 256 tokens on, where tensor cores are busy most of the
