@@ -90,15 +90,12 @@ def _requests(listing: Listing) -> list[Request]:
     Prefetches come in pairs, of a whole tile and of half of one: the first stands for both, with
     half a tile for every warp.
     """
-    turns = _nest(listing)[3]
     requests, prefetches, chunk = [NOTHING] * len(listing.code), 0, 0
     for i, x in enumerate(listing.code):
         if x.name == "UBLKPF":
-            inside = turns.first <= i <= turns.last
-            # Before and behind the loop, for the first turns of a block.
-            ahead = narrow_launch.AHEAD if inside else 1 + prefetches // 2 % narrow_launch.AHEAD
-            requests[i] = Request(Source.WORDS, ahead=NEVER if prefetches % 2 else ahead)
-            prefetches = 0 if inside and prefetches % 2 else prefetches + 1
+            # A turn ahead: in the loop, and for a block's first turn before and behind it.
+            requests[i] = Request(Source.WORDS, ahead=NEVER if prefetches % 2 else 1)
+            prefetches += 1
         elif x.name == "LDG" and goes_past_l1(x):
             requests[i] = Request(Source.WORDS, 512, ahead=1, bypass=True)
         elif x.name == "LDG" and ".128" in x.opcode:
@@ -190,8 +187,7 @@ class _Path:
         used = self.halves * routed_launch.row_tiles_at_once(self.num_inputs)
         own = TILE_BYTES // 2 * (warp % self.halves) if warp < used else -1
         # Turns of a block have numbers of their own, which no prefetch before it reaches.
-        ahead = narrow_launch.AHEAD + 1
-        firsts = [sum(self.turns[:i]) + ahead * i for i in range(len(self.turns) + 1)]
+        firsts = [sum(self.turns[:i]) + 2 * i for i in range(len(self.turns) + 1)]
         found, done = [], -1
         for step in walk(self.listing, self.trips):
             where = dict(step.turns)

@@ -42,13 +42,11 @@ def _requests(listing: Listing) -> list[Request]:
     The words of a turn are loaded in the turn before, those of the first before the loops.
     Prefetches come in pairs, of a whole tile and of half of one, which the layers here do not have.
     """
-    batches = _nest(listing)[0]
     requests, prefetches, chunk = [NOTHING] * len(listing.code), 0, 0
     for i, x in enumerate(listing.code):
         if x.name == "UBLKPF":
-            # Before the loops, one pair for every turn of the distance.
-            ahead = min(1 + prefetches // 2, kernel.AHEAD) if i < batches.first else kernel.AHEAD
-            requests[i] = Request(Source.WORDS, ahead=NEVER if prefetches % 2 else ahead)
+            # A turn ahead: a pair before the loops, and one in them.
+            requests[i] = Request(Source.WORDS, ahead=NEVER if prefetches % 2 else 1)
             prefetches += 1
         elif x.name == "LDG" and goes_past_l1(x):
             requests[i] = Request(Source.WORDS, 512, ahead=1, bypass=True)
@@ -57,7 +55,7 @@ def _requests(listing: Listing) -> list[Request]:
             chunk += 1
         elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
             requests[i] = Request(Source.L2, 32)
-    assert prefetches == 2 * (kernel.AHEAD + 1)
+    assert prefetches == 4
     assert chunk == 2 * CHUNKS, "activations before the loops, and in the last turn of a slice"
     return requests
 

