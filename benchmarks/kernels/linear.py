@@ -67,7 +67,7 @@ def environment() -> dict[str, Any]:
     """What the figures were measured with."""
     smi = functools.partial(output_of, "nvidia-smi", "--format=csv,noheader")
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "driver": smi("--query-gpu=driver_version"),
         "clocks": smi("--query-gpu=clocks.sm,clocks.mem,clocks.max.sm"),
         "cuda": torch.version.cuda,

@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.kernels.linear import environment
 from benchmarks.serving.server import ENVIRONMENT
 
 BATCHES = (1, 8, 32, 64, 128, 256)
@@ -124,7 +125,7 @@ def main() -> None:
         return
     config = model_config(args.layers, args.tiny)
     quantized = config | {"quantization_config": quantization_config(config)}
-    found = {}
+    rows = []
     for name, made in {"bf16": config, f"qamw-{INDEX_BITS / 2:g}": quantized}.items():
         with tempfile.TemporaryDirectory() as directory:
             Path(directory, "config.json").write_text(json.dumps(made))
@@ -134,11 +135,13 @@ def main() -> None:
                 env={**ENVIRONMENT, **os.environ},
                 check=True,
             )
-            found[name] = json.loads(Path(directory, RESULT).read_text())
-        for row in found[name]:
+            found = json.loads(Path(directory, RESULT).read_text())
+        for row in found:
             print(f"{name}, batch {row['batch']}: {row['ms_per_step']:.2f} ms", flush=True)
+            rows.append({"model": name, **row})
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n")
+        data = {"environment": environment(), "method": __doc__, "steps": rows}
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -46,8 +46,7 @@ its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s. docs/kernels
 this is, where an H100 was measured (`h100.json`).
 
 Of decoding into a workspace, for more than {wide.MAX_TOKENS} tokens, only the traffic counts here:
-those figures are too good. So are those from 256 tokens on, where tensor cores are busy most of the
-time: here they keep the boost clock, on a GPU that is short of power they do not.
+those figures are too good.
 """
 
 
