@@ -248,7 +248,7 @@ def main() -> None:
     text = "[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n"
     (RESULTS / "machine_code.json").write_text(text)
     (RESULTS / "machine_code.md").write_text(markdown(found))
-    # An H100 took up to twice as long where one version of Triton made small loads, and spilled.
+    # An H100 took up to 1.5 times as long with a Triton that made small loads, and spilled.
     slow = [r for r in found if "wide" in r["kernel"] and "Gluon" in r["kernel"]]
     slow = [r for r in slow if r["other_loads"] or r["spills"]]
     if slow:
