@@ -24,9 +24,11 @@ from qamw_kernels.ops.gluon.wide_kernels import (
     no_words,
     prefetch_unit,
     renew_words,
+    sums_layout,
     tile_pointers,
     wait_for_all_but_one_stage,
     word_pointers,
+    words_layout,
 )
 
 
@@ -144,7 +146,6 @@ def dequantize_kernel(
     WIDTH: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
-    WARP_BASES: gl.constexpr,
 ):
     """out [N, K] = row_norms * unrotate(coordinates [N, K]) * input_scales.
 
@@ -155,12 +156,7 @@ def dequantize_kernel(
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
     ROWS: gl.constexpr = WARPS * 16
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
-    )
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, WIDTH, 16]
-    )
+    MMA: gl.constexpr = sums_layout(WARPS, WIDTH)
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, WIDTH], DTYPE)
     ROW_MAJOR: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
@@ -178,7 +174,7 @@ def dequantize_kernel(
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
     matrix.store(hadamard(B, WIDTH, DTYPE, ROW_MAJOR))
     fence_async_shared()
-    slot = gl.arange(0, WARPS * 128, WORDS)
+    slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
     words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
     gl.barrier()

@@ -39,7 +39,6 @@ def constants(index_bits: int, rotation_block_size: int, dtype: torch.dtype) -> 
         "WIDTH": WIDTH,
         "DTYPE": TL_DTYPES[dtype],
         "WARPS": warps,
-        "WARP_BASES": tuple((128 << i,) for i in range(LOG_WARPS)),
         "num_warps": warps,
         "maxnreg": table.registers(warps),
     }

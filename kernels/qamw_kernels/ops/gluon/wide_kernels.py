@@ -43,6 +43,21 @@ from qamw_kernels.ops.gluon.ring import make_ring, start_copy, wait_for
 from qamw_kernels.ops.gluon.sums_kernels import first_unit, store_sums
 
 
+@gluon.constexpr_function
+def words_layout(WARPS):
+    """Which of the words that a program loads at once a thread has: 4 in a row, 16 bytes."""
+    bases = [[1 << i] for i in range((128 * WARPS).bit_length() - 1)]
+    return gl.DistributedLinearLayout(bases[:2], bases[2:7], bases[7:], [], [128 * WARPS])
+
+
+@gluon.constexpr_function
+def sums_layout(WARPS, COLUMNS):
+    """Of a warpgroup product: a warp has 16 rows."""
+    return gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16]
+    )
+
+
 @gluon.jit
 def anew(x):
     """x, int32. The compiler cannot know it before, and so keeps nothing that depends on it in
@@ -226,7 +241,6 @@ def wide_gemm_kernel(
     BLOCK_INPUTS: gl.constexpr,
     PLACES: gl.constexpr,
     WARPS: gl.constexpr,
-    WARP_BASES: gl.constexpr,
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias.
 
@@ -238,17 +252,11 @@ def wide_gemm_kernel(
     p_sums: float32, see :mod:`qamw_kernels.ops.gluon.sums_kernels`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
     PLACES: for blocks of activations; it divides the blocks of 512 inputs.
-    WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
     ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
     SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
     ROWS: gl.constexpr = WARPS * 16
-    WORDS: gl.constexpr = gl.DistributedLinearLayout(
-        [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
-    )
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, TOKENS, 16]
-    )
+    MMA: gl.constexpr = sums_layout(WARPS, TOKENS)
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
     ring = make_ring(x_blocks, PLACES, DTYPE)
@@ -265,7 +273,7 @@ def wide_gemm_kernel(
     end = (last + input_tiles - 1) // input_tiles
     prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
-    slot = gl.arange(0, WARPS * 128, WORDS)
+    slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
     words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
     gl.barrier()

@@ -184,8 +184,6 @@ def constants(
         "BLOCK_INPUTS": shape.block_inputs,
         "PLACES": PLACES,
         "WARPS": warps,
-        # A warp has 128 of the words that a program loads at once.
-        "WARP_BASES": tuple((128 << i,) for i in range(tile.log_warps)),
         "num_warps": warps,
         "maxnreg": table.registers(warps * tile.programs),
         "launch_pdl": True,
