@@ -15,7 +15,9 @@ from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
-MAX_TOKENS = 1024  # an H100 takes 763 us, and 921 us where the weight is decoded first
+MAX_TOKENS = 1024
+"""With so many, the layers of a block of Llama-3-8B take an H100 763 us, and about 921 us where
+weights are decoded first; see benchmarks/kernels/results/h100.json."""
 RESERVED = 1024  # bytes of shared memory of every program that the driver has
 PLACES = 2  # in shared memory for blocks of activations: one is multiplied, the other arrives
 ADDED_ROWS = 32  # by a program of the kernel that adds up
