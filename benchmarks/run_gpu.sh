@@ -23,12 +23,15 @@ check() {
 }
 check python -m pytest -q --junitxml "$out/triton_checks.xml" || failed="$failed triton_checks"
 if command -v compute-sanitizer >/dev/null; then
+    # Of a small tile, lanes of the rotation kernel store the same element twice: racecheck alone
+    # is read for what it found.
     for tool in memcheck synccheck racecheck; do
-        check compute-sanitizer --tool $tool --error-exitcode 1 \
+        code=1
+        [ $tool != racecheck ] || code=0
+        check compute-sanitizer --tool $tool --error-exitcode $code \
             python -m pytest -q -k 'end_to_end or exact or routed' >"$out/$tool.log" \
-            || [ $tool = racecheck ] || failed="$failed $tool"
+            || failed="$failed $tool"
     done
-    # Of a small tile, lanes of the rotation kernel store the same element twice.
     ! grep 'Race reported' "$out/racecheck.log" | grep -v rotate_kernel \
         || failed="$failed racecheck"
 fi

@@ -192,8 +192,11 @@ class Machine:
             self._wgmma(group, instruction)
         elif name == "mbarrier":
             self._mbarrier(group, opcode, operands)
-        elif name in ("griddepcontrol", "fence"):
-            pass  # programs of one kernel run after those of another, and see what was written
+        elif name == "griddepcontrol":
+            pass  # programs of one kernel run after those of another
+        elif name == "fence":
+            assert opcode[1:3] == ["proxy", "async"], opcode
+            self.shared.fence(group.warps)
         elif "prefetch" in opcode:
             self._check_prefetch(group, *operands)
         elif name == "cp":
@@ -269,6 +272,8 @@ class Machine:
         if kind == "mma_async":
             descriptor = group.registers.values[operands[2]]
             assert (descriptor == descriptor[0]).all()
+            at = second_operand_bytes(int(descriptor[0]), columns_of(instruction.opcode))
+            self.shared.check_fenced(at // UNIT)
             known = self.shared.clocks[group.warps].copy()
             group.products[-1].append((instruction, int(descriptor[0]), known))
         elif kind == "commit_group":

@@ -80,7 +80,8 @@ def multiply_in_warpgroups(
     d, a, _, accumulate, *scales = operands
     kind = opcode[-1]
     assert scales[:2] == ["1", "1"] and scales[2] == "0", operands
-    adds = accumulate != "0" and bool(registers.values[accumulate].all())
+    adds = accumulate != "0" and bool(registers.values[accumulate].any())
+    assert not adds or registers.values[accumulate].all()
     products = _of_lanes(_first_operand(registers, a, kind) @ to_float(right, kind).T)
     for i, name in enumerate(names(d)):
         before = registers.read_float(name) if adds else 0

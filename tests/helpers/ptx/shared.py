@@ -62,6 +62,7 @@ class Shared:
         self._writer: Array = np.zeros(num_units, np.int32)
         self._written: Array = np.zeros(num_units, np.int32)  # at which time of the writer
         self._read: Array = np.zeros((num_units, num_agents), np.int32)
+        self._unfenced: Array = np.zeros(num_units, bool)  # warpgroup products may not see it
 
     def join(self) -> None:
         """A barrier of all warps."""
@@ -88,6 +89,15 @@ class Shared:
             where = f"byte {UNIT * int(units[unit])}"
             raise AssertionError(f"race: {agents[unit]} writes {where}, which {reader} still reads")
         self._writer[units], self._written[units] = agents, times
+        self._unfenced[units] = agents < self.num_warps  # what copies write, products see
+
+    def fence(self, warps: Array) -> None:
+        """From now on warpgroup products see what ``warps`` have written."""
+        self._unfenced &= ~np.isin(self._writer, warps)
+
+    def check_fenced(self, units: Array) -> None:
+        """A warpgroup product is about to read ``units``."""
+        assert not self._unfenced[units].any(), "no fence between what is stored and a product"
 
     def _check_writer(self, units: Array, agents: Array, clocks: Array, verb: str) -> None:
         writer = self._writer[units]

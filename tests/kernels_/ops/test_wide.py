@@ -109,6 +109,8 @@ def test_main_loop(index_bits: int, tokens: int) -> None:
     constants = wide_launch.constants(index_bits, torch.bfloat16, tokens, SHARED_BYTES[90])
     compiled = compile_for(90, wide_launch.kernels.wide_gemm_kernel, constants)
     instructions = disassemble(compiled)
+    spilled = [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)]
+    assert not spilled
     assert registers(compiled) <= constants["maxnreg"]
     shape = wide_launch.shape_of(index_bits, tokens, SHARED_BYTES[90])
     main = next(body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD)
@@ -118,7 +120,7 @@ def test_main_loop(index_bits: int, tokens: int) -> None:
     loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
     assert loads == main["LDG.E.128.STRONG.GPU"] == index_bits, main
     assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32, main
-    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|STS|STG", opcode)], main
+    assert not [opcode for opcode in main if re.match("SHFL|STS|STG", opcode)], main
     used = shape.tile.programs * (compiled.metadata.shared + wide_launch.RESERVED)
     assert used <= SHARED_BYTES[90] + wide_launch.RESERVED
 

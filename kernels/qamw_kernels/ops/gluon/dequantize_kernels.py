@@ -28,6 +28,7 @@ from qamw_kernels.ops.gluon.wide_kernels import (
     tile_pointers,
     wait_for_all_but_one_stage,
     word_pointers,
+    words_ahead,
     words_layout,
 )
 
@@ -115,11 +116,7 @@ def decode_unit(
     p_words = word_pointers(weight, place, warp, word, SHAPE)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
     for stage in gl.static_range(16):
-        if stage == 12:
-            p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
-            words = renew_words(words, p_next, more, 0)
-        elif stage % 4 == 0:
-            words = renew_words(words, p_words, True, stage // 4 + 1)
+        words = words_ahead(words, p_words, weight, place, more, warp, word, stage, SHAPE)
         a = decode_stage(table, words, lane4, stage, matrix.dtype, MMA)
         h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
         acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)

@@ -14,7 +14,7 @@ from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.weight import TiledWeight
 
 WIDTH = 128  # outputs that a warp has at once
-LOG_WARPS = 4
+WARPS = 16
 kernels = wide_launch.load("dequantize_kernels")
 
 
@@ -32,15 +32,14 @@ def fits(
 @functools.cache
 def constants(index_bits: int, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
-    warps = 1 << LOG_WARPS
     return {
         "INDEX_BITS": index_bits,
         "B": rotation_block_size,
         "WIDTH": WIDTH,
         "DTYPE": TL_DTYPES[dtype],
-        "WARPS": warps,
-        "num_warps": warps,
-        "maxnreg": table.registers(warps),
+        "WARPS": WARPS,
+        "num_warps": WARPS,
+        "maxnreg": table.registers(WARPS),
     }
 
 
@@ -49,7 +48,7 @@ def dequantize(
 ) -> None:
     """Launch the kernel: out [N, K] = the weight, in the basis of the unrotated input."""
     assert kernels is not None
-    row_blocks = cdiv(weight.num_rows, TILE_ROWS << LOG_WARPS)
+    row_blocks = cdiv(weight.num_rows, TILE_ROWS * WARPS)
     size = weight.rotation_block_size
     launcher.launch(
         kernels.dequantize_kernel,

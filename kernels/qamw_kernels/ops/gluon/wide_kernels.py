@@ -170,11 +170,27 @@ def prefetch_unit(weight, place, wanted, SHAPE: gl.constexpr):
 
 
 @gluon.jit
+def words_ahead(
+    words, p_words, weight, place, more, warp, word, STAGE: gl.constexpr, SHAPE: gl.constexpr
+):
+    """``words``, with those that a stage loads: a quarter of a tile before they are needed.
+
+    All at once: whoever waits for one waits for all. The last ones are the next tile's, if there
+    is ``more``.
+    """
+    if STAGE == 12:
+        p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
+        words = renew_words(words, p_next, more, 0)
+    elif STAGE % 4 == 0:
+        words = renew_words(words, p_words, True, STAGE // 4 + 1)
+    return words
+
+
+@gluon.jit
 def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, SHAPE: gl.constexpr):
     """acc + a tile per warp times its activations.
 
-    Words are loaded a quarter of a tile before they are needed, all at once: whoever waits for one
-    waits for all. Returned are also those of the next tile, and what is left of ``copies``.
+    Returned are also the words of the next tile, and what is left of ``copies``.
 
     words: of the tile, those of its first quarter.
     more: whether there is a unit after it.
@@ -194,11 +210,7 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
             # Or older compilers keep where every stage's activations are, in registers or worse.
             block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
-        if stage == 12:
-            p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
-            words = renew_words(words, p_next, more, 0)
-        elif stage % 4 == 0:
-            words = renew_words(words, p_words, True, stage // 4 + 1)
+        words = words_ahead(words, p_words, weight, place, more, warp, word, stage, SHAPE)
         a = decode_stage(table, words, lane4, stage, places.dtype, MMA)
         x = block.slice(stage % STAGES * 32, 32, dim=1)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
