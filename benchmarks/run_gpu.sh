@@ -27,7 +27,7 @@ if command -v compute-sanitizer >/dev/null; then
     # is read for what it found.
     for tool in memcheck synccheck racecheck; do
         code=1
-        [ $tool != racecheck ] || code=0
+        [ $tool != racecheck ] || code=0  # the exit code of pytest
         check compute-sanitizer --tool $tool --error-exitcode $code \
             python -m pytest -q -k 'end_to_end or exact or routed' >"$out/$tool.log" \
             || failed="$failed $tool"

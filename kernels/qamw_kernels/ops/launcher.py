@@ -22,7 +22,7 @@ TL_DTYPES = {
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. triton.cdiv was a quarter of what a launch cost the host."""
+    """a / b, rounded up. triton.cdiv is for kernels: on the host it is many times slower."""
     return -(-a // b)
 
 
