@@ -57,6 +57,12 @@ class _Warmer:
         routing = sort_slots(chosen, block_size, 1)
         launch.routed_linear(self._tokens(weight, 1), expert, routing, 1, self.launcher)
 
+    def rotated_and_sorted(self, index_bits: int, rotation_block_size: int) -> None:
+        weight = self._weight(index_bits, rotation_block_size)
+        chosen = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
+        x, routing = self._tokens(weight, 1), sort_slots(chosen, 1, 1)
+        launch.rotate_sorted(x, weight, routing, 1, self.launcher)
+
     def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""
         num_inputs, device = max(rotation_block_size, UNIT_INPUTS), self.device
@@ -115,6 +121,8 @@ def warm_up(
         warmer.sums(min(rates), least)
         for size in rotation_block_sizes:
             warmer.many_rotated(min(rates), size)
+            if experts:
+                warmer.rotated_and_sorted(min(rates), size)
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
         for bits in rates:

@@ -6,20 +6,25 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
-from qamw_kernels.format.codebook import load_codebook
+from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops, registers
+from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.format.packing import pack_planes
-from qamw_kernels.ops.gluon import narrow_launch, routed_launch, table
+from qamw_kernels.ops.gluon import narrow_launch, routed_launch, table, wide_launch
 from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.routing import Routing, sort_slots
 from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.weight import TiledWeight, quadrant_words
 from tests.helpers.ptx.launcher import PtxLauncher
+from tests.kernels_.ops.test_wide import PAIRS_PER_THREAD, swap
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather"),
 ]
+needs_wide = pytest.mark.skipif(
+    routed_launch.wide_kernels is None, reason="this Triton lacks what the wide kernel needs"
+)
 HERE = (0, 2, 3, 5)  # of six experts, those of this rank
 
 
@@ -48,28 +53,58 @@ def route(chosen: torch.Tensor, block_size: int) -> Routing:
     return routing._replace(experts=experts)
 
 
-CASES: dict[str, tuple[list[list[int]], int, int, int, int, torch.dtype, int | None]] = {
+def sorted_tokens(x: torch.Tensor, routing: Routing, num_slots: int) -> torch.Tensor:
+    """x [tokens, K] as the wide kernel wants it: [sorted slots, K], swapped; NaN for padding."""
+    out = torch.full((len(routing.slots), x.shape[1]), torch.nan, dtype=x.dtype)
+    used = (routing.slots < num_slots).nonzero().flatten()
+    out[used] = swap(x)[routing.slots[used] // (num_slots // len(x))]
+    return out
+
+
+FEW = [[0, 5]] * 9 + [[2, 1]]
+MANY = [[i % 5, 5] for i in range(40)]
+NARROW: dict[str, Any] = {
     # Experts of every token; slots of a token, rows, inputs, index bits; the order of warps.
     "one token": ([[3, 1]], 1, 70, 448, 11, torch.bfloat16, None),
     "warps one by one": ([[3, 0], [2, 3]], 1, 70, 1024, 11, torch.bfloat16, 1),
-    "more than a block": ([[0, 5]] * 9 + [[2, 1]], 1, 700, 768, 6, torch.bfloat16, None),
+    "more than a block": (FEW, 1, 700, 768, 6, torch.bfloat16, None),
     "a token for every slot": ([[5, 3], [0, 4], [5, 2]], 2, 150, 768, 11, torch.float16, None),
     "all experts elsewhere": ([[1, 4], [4, 1]], 1, 70, 448, 6, torch.bfloat16, None),
 }
+WIDE: dict[str, Any] = {
+    # Slots of a block before that. Where a block has several row blocks, some programs go on from
+    # the end of one block to the next one.
+    "one token": (16, [[3, 1]], 1, 70, 448, 11, torch.bfloat16, None),
+    "warps one by one": (16, [[3, 0], [2, 3], [5, 0]], 1, 300, 576, 11, torch.bfloat16, 1),
+    "in another order": (16, [[3, 0], [2, 3], [5, 0]], 1, 300, 576, 11, torch.bfloat16, 2),
+    "more than a block": (16, MANY, 1, 700, 768, 6, torch.bfloat16, None),
+    "a token for every slot": (32, FEW, 2, 300, 1088, 11, torch.float16, None),
+    "64 slots": (64, MANY, 1, 530, 576, 11, torch.bfloat16, None),
+    "the largest blocks": (256, MANY, 1, 150, 576, 12, torch.bfloat16, None),
+    "all experts elsewhere": (16, [[1, 4], [4, 1]], 1, 70, 448, 6, torch.bfloat16, None),
+}
+CASES = {f"narrow, {name}": (8, *case) for name, case in NARROW.items()}
+CASES |= {f"wide, {name}": case for name, case in WIDE.items()}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_ptx_is_right(case: Any) -> None:
-    rows, per_token, num_rows, num_inputs, index_bits, dtype, seed = case
+    block_size, rows, per_token, num_rows, num_inputs, index_bits, dtype, seed = case
+    if routed_launch.is_wide(block_size) and routed_launch.wide_kernels is None:
+        pytest.skip("this Triton lacks what the wide kernel needs")
     chosen = torch.tensor(rows, dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
     weight, exact = experts_of(num_rows, num_inputs, index_bits, generator)
     x = torch.randn(per_token * len(chosen), num_inputs, generator=generator).to(dtype)
     y = torch.zeros(chosen.numel(), num_rows, dtype=dtype)
     launcher = PtxLauncher(3, seed)
-    routing = route(chosen, 8)
+    routing = route(chosen, block_size)
     processor = launcher.processor(y.device)
-    routed_launch.gemm(x, weight, routing, y, processor, launcher)
+    if routed_launch.is_wide(block_size):
+        ordered = sorted_tokens(x, routing, len(y))
+        routed_launch.wide_gemm(ordered, weight, routing, y, processor, launcher)
+    else:
+        routed_launch.narrow_gemm(x, weight, routing, y, processor, launcher)
     expected = torch.zeros(y.shape, dtype=torch.float64)
     for slot, expert in enumerate(chosen.flatten().tolist()):
         if expert in HERE:
@@ -83,7 +118,7 @@ def test_ptx_is_right(case: Any) -> None:
 
 
 @pytest.mark.parametrize("index_bits", [6, 12])
-def test_machine_code(index_bits: int) -> None:
+def test_machine_code_of_narrow(index_bits: int) -> None:
     """No spills; every half tile is loaded once, past L1, and multiplied by the tensor cores."""
     processor = Processor(132, SHARED_BYTES[90], 90)
     constants = narrow_launch.constants(index_bits, torch.bfloat16, processor)
@@ -95,12 +130,72 @@ def test_machine_code(index_bits: int) -> None:
     assert "griddepcontrol.wait" in compiled.asm["ptx"]
 
 
-def test_many_slots_of_an_expert_are_left_to_the_plain_kernel() -> None:
-    def fits(target: int, num_inputs: int = 768, block_size: int = 8) -> bool:
-        gpu = Processor(132, SHARED_BYTES[target], target)
-        return routed_launch.fits(block_size, num_inputs, torch.bfloat16, 11, gpu)
+COMPILED = [(11, 16), (11, 64), (11, 128), (12, 256)]
+ALL = [(bits, slots) for bits in INDEX_BITS for slots in routed_launch.WIDE_SLOTS]
 
-    assert routed_launch.block_size(16 * 128, 128) == 8
-    assert routed_launch.block_size(16 * 128 + 1, 128) == 0
-    assert fits(90) and fits(100)
-    assert not fits(89) and not fits(90, num_inputs=32832) and not fits(90, block_size=16)
+
+@needs_wide
+@pytest.mark.parametrize(
+    "index_bits, slots",
+    [*COMPILED, *(pytest.param(*x, marks=pytest.mark.matrix) for x in ALL if x not in COMPILED)],
+)
+def test_machine_code_of_wide(index_bits: int, slots: int) -> None:
+    """The main loop is that of the wide kernel for linear layers: nothing is spilled."""
+    assert routed_launch.wide_kernels is not None
+    kernel = routed_launch.wide_kernels.routed_wide_gemm_kernel
+    constants = wide_launch.constants(index_bits, torch.bfloat16, slots, SHARED_BYTES[90])
+    compiled = compile_for(90, kernel, constants)
+    instructions = disassemble(compiled)
+    assert not [opcode for opcode, _ in instructions if opcode.startswith(("LDL", "STL"))], "spills"
+    assert registers(compiled) <= constants["maxnreg"]
+    main = next(body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD)
+    most = 10 if constants["BLOCK_INPUTS"] < 128 else 9
+    assert main.total() <= most * PAIRS_PER_THREAD, main
+    loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
+    assert loads == main["LDG.E.128.STRONG.GPU"] == index_bits, main
+    assert sum(n for opcode, n in main.items() if opcode.startswith("HGMMA")) == 32, main
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+
+
+class Gpu:
+    """A launcher that only knows a processor."""
+
+    def __init__(self, compute_capability: int) -> None:
+        shared = SHARED_BYTES[compute_capability]
+        self._processor = Processor(132, shared, compute_capability)
+
+    def processor(self, device: torch.device) -> Processor:
+        return self._processor
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        raise AssertionError("nothing is launched here")
+
+
+@pytest.mark.parametrize(
+    "compute_capability, expected",
+    [
+        (90, [8, 8, 16, 16, 32, 64, 128, 256, 256]),
+        (100, [8, 8, 8, 8, 8, 64, 64, 64, 64]),
+        (89, [16, 16, 16, 16, 16, 64, 64, 64, 64]),
+    ],
+)
+def test_block_sizes(compute_capability: int, expected: list[int]) -> None:
+    """Most experts have one block; where no kernel here takes so many slots, it is a plain one."""
+    generator = torch.Generator().manual_seed(0)
+    weight, _ = experts_of(16, 768, 11, generator)
+    gpu = Gpu(compute_capability)
+
+    def size(average: int, weight: TiledWeight = weight) -> int:
+        return launch.routed_block_size(128 * average, 128, torch.bfloat16, [weight], gpu)
+
+    found = [size(average) for average in (1, 6, 7, 12, 16, 51, 100, 128, 4096)]
+    assert found == expected
+    # More inputs than the narrow kernel takes.
+    long, _ = experts_of(16, 32832, 11, generator)
+    assert size(1, long) == 16
+
+
+def test_block_sizes_of_float32() -> None:
+    weight, _ = experts_of(16, 768, 11, torch.Generator().manual_seed(0))
+    sizes = [launch.routed_block_size(n, 1, torch.float32, [weight], Gpu(90)) for n in (16, 17)]
+    assert sizes == [16, 32]

@@ -75,6 +75,8 @@ def routed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     processor = recorder.processor(torch.device("cpu"))
     if processor is None or dtype not in table.DTYPES:
         return {"routed_gemm_kernel"}
+    if processor.compute_capability == 90:
+        return {"routed_narrow_gemm_kernel", "routed_wide_gemm_kernel", "rotate_sorted_kernel"}
     return {"routed_narrow_gemm_kernel", "routed_gemm_kernel"}
 
 

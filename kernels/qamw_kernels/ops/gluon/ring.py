@@ -4,8 +4,10 @@
 All warps of a program read the same blocks, in the order of the tiles along the inputs: those of
 one row block after those of the one before, from the first input again.
 
-``copies`` of a program are (token, number of its blocks that are left, input tiles, k of the next
+``copies`` of a program are (tokens, number of its blocks that are left, input tiles, k of the next
 one); they are started as places become free. Blocks take the places in turn, again and again.
+Tokens are (the first of a block,) where a program has no others, or (the first of a block, row
+blocks that are to have the same tokens yet, all row blocks).
 """
 
 from triton.experimental import gluon
@@ -29,15 +31,27 @@ def make_ring(x_blocks, PLACES: gl.constexpr, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def next_tokens(tokens, ends, TOKENS: gl.constexpr):
+    """Those of the block after this one; ``ends``: it is the last of a row block."""
+    if len(tokens) == 3:
+        token, left, row_blocks = tokens
+        left -= ends.to(gl.int32)
+        token = gl.where(left == 0, token + TOKENS, token)
+        tokens = token, gl.where(left == 0, row_blocks, left), row_blocks
+    return tokens
+
+
+@gluon.jit
 def start_copy(ring, PLACE: gl.constexpr, copies):
     """Start the copy of the next block, if there is one. Returns ``copies`` after that."""
     x_blocks, places, full = ring
-    token, left, input_tiles, k = copies
+    tokens, left, input_tiles, k = copies
     BLOCK_INPUTS: gl.constexpr = x_blocks.block_shape[1]
     mbarrier.expect(full.index(PLACE), x_blocks.nbytes_per_cta, left > 0)
-    copy_block(x_blocks, [token, k], full.index(PLACE), places.index(PLACE), left > 0)
-    k = gl.where(k + BLOCK_INPUTS < input_tiles * 512, k + BLOCK_INPUTS, 0)
-    return token, left - 1, input_tiles, k
+    copy_block(x_blocks, [tokens[0], k], full.index(PLACE), places.index(PLACE), left > 0)
+    ends = k + BLOCK_INPUTS >= input_tiles * 512
+    tokens = next_tokens(tokens, ends, x_blocks.block_shape[0])
+    return tokens, left - 1, input_tiles, gl.where(ends, 0, k + BLOCK_INPUTS)
 
 
 @gluon.jit

@@ -1,10 +1,14 @@
-"""Launcher of the Gluon kernels for mixtures of experts."""
+"""Launchers of the Gluon kernels for mixtures of experts.
+
+A block of slots has as many as a program of the kernel has tokens: 8 for the narrow one, which runs
+on compute capability 9.0 and newer, more for the wide one, which runs on 9.0.
+"""
 
 from typing import Any
 
 import torch
 
-from qamw_kernels.ops.gluon import narrow_launch, table
+from qamw_kernels.ops.gluon import narrow_launch, table, wide_launch
 from qamw_kernels.ops.launcher import Launcher, Processor, cdiv
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_INPUTS
@@ -15,14 +19,29 @@ narrow_kernel: Any = None
 if table.HAS_GATHER:
     from qamw_kernels.ops.gluon.routed_kernels import routed_narrow_gemm_kernel as narrow_kernel
 
+wide_kernels = wide_launch.load("routed_wide_kernels")
+
 NARROW_SLOTS = narrow_launch.MAX_TOKENS
-BLOCK_SIZES = (NARROW_SLOTS,)
-MAX_AVERAGE = 16
+WIDE_SLOTS = tuple(wide_launch.TILES)
+BLOCK_SIZES = (NARROW_SLOTS, *WIDE_SLOTS)
+MAX_AVERAGE = {NARROW_SLOTS: 6.0, **{size: size / 1.25 for size in WIDE_SLOTS[:-1]}}
+"""Slots of an expert, on average, up to which a block size is the best: most experts then have no
+more than one block, which costs little more with more slots. The largest has no limit."""
+NARROW_MAX_AVERAGE = 16
+"""The same for the narrow kernel where there is no wide one."""
 
 
-def block_size(num_slots: int, num_experts: int) -> int:
-    """Slots of a block; 0: leave it to the plain kernel, which is quicker than many such blocks."""
-    return NARROW_SLOTS if num_slots <= MAX_AVERAGE * num_experts else 0
+def sizes_for(num_slots: int, num_experts: int) -> list[int]:
+    """Block sizes, the best first; where no kernel takes them, they are left to the plain one."""
+    average = num_slots / num_experts
+    best = next((s for s, most in MAX_AVERAGE.items() if average <= most), WIDE_SLOTS[-1])
+    narrow = [NARROW_SLOTS] if average <= NARROW_MAX_AVERAGE else []
+    return [best, WIDE_SLOTS[0], *narrow]
+
+
+def is_wide(block_size: int) -> bool:
+    """Whether blocks of this size are those of the wide kernel, whose tokens are sorted before."""
+    return block_size > NARROW_SLOTS
 
 
 def fits(
@@ -38,8 +57,10 @@ def fits(
         dtype: of the activations.
         processor: None for one that runs no compiled kernels.
     """
-    if block_size != NARROW_SLOTS or processor is None:
+    if block_size not in BLOCK_SIZES or processor is None:
         return False
+    if is_wide(block_size):
+        return wide_launch.fits(block_size, num_inputs, dtype, index_bits, processor)
     early = narrow_launch.begins_early(processor)
     return early and narrow_launch.fits(NARROW_SLOTS, num_inputs, dtype, index_bits, processor)
 
@@ -49,7 +70,7 @@ def row_tiles_at_once(num_inputs: int) -> int:
     return max(narrow_launch.WARPS // cdiv(num_inputs, TILE_INPUTS // 2), 1)
 
 
-def gemm(
+def narrow_gemm(
     rotated: torch.Tensor,
     weight: TiledWeight,
     routing: Routing,
@@ -84,4 +105,43 @@ def gemm(
         at_once,
         fixed["SLOTS"] // narrow_launch.slices(num_input_tiles) * at_once,
         **fixed,
+    )
+
+
+def wide_gemm(
+    rotated: torch.Tensor,
+    weight: TiledWeight,
+    routing: Routing,
+    y: torch.Tensor,
+    processor: Processor,
+    launcher: Launcher,
+) -> None:
+    """Launch the kernel for larger blocks: the rows of y [slots, N] whose experts are here.
+
+    Args:
+        rotated: [sorted slots, K], swapped; see :mod:`qamw_kernels.ops.gluon.routed_wide_kernels`.
+    """
+    assert wide_kernels is not None
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    size, bits, memory = routing.block_size, weight.index_bits, processor.shared_memory
+    shape = wide_launch.shape_of(bits, size, memory)
+    block_shape = (size, shape.block_inputs)
+    layout = wide_launch.descriptor_layout(block_shape, rotated.dtype)
+    runs = len(routing.experts) * cdiv(weight.num_rows, shape.rows)
+    launcher.launch(
+        wide_kernels.routed_wide_gemm_kernel,
+        (min(shape.tile.programs * processor.multiprocessors, runs),),
+        weight.tiles,
+        TensorDescriptor.from_tensor(rotated, list(block_shape), layout),
+        weight.row_norms,
+        weight.quadrant_words,
+        routing.slots,
+        routing.experts,
+        routing.num_sorted,
+        y,
+        len(y),
+        weight.num_rows,
+        weight.num_inputs,
+        **wide_launch.constants(bits, rotated.dtype, size, memory),
     )

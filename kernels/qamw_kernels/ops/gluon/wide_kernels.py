@@ -24,7 +24,7 @@ launch), and wait for it when they need what it wrote.
 These go together through the functions below:
 
 - ``place``: (input tiles, number of the row block, number of the tile along the inputs).
-- ``weight``: (at its tiles, N).
+- ``weight``: (at the tiles of the first one, row tiles before this one's, N).
 - ``lookup``: (the table in shared memory, 4 * lane of every slot).
 """
 
@@ -147,9 +147,9 @@ def tile_pointers(weight, place, warp, SHAPE: gl.constexpr):
 
     Rows past the end are read again, and not written.
     """
-    p_tiles, N = weight
+    p_tiles, before, N = weight
     input_tiles, row_block, tile = place
-    row_tile = gl.minimum(row_block * SHAPE[1] + warp, (N + 15) // 16 - 1).to(gl.int64)
+    row_tile = before + gl.minimum(row_block * SHAPE[1] + warp, (N + 15) // 16 - 1).to(gl.int64)
     return p_tiles + (row_tile * input_tiles + tile) * (SHAPE[0] * 128)
 
 
@@ -171,7 +171,7 @@ def prefetch_unit(weight, place, wanted, SHAPE: gl.constexpr):
 
 @gluon.jit
 def words_ahead(
-    words, p_words, weight, place, more, warp, word, STAGE: gl.constexpr, SHAPE: gl.constexpr
+    words, p_words, following, more, warp, word, STAGE: gl.constexpr, SHAPE: gl.constexpr
 ):
     """``words``, with those that a stage loads: a quarter of a tile before they are needed.
 
@@ -179,7 +179,7 @@ def words_ahead(
     is ``more``.
     """
     if STAGE == 12:
-        p_next = word_pointers(weight, next_place(place), warp, word, SHAPE)
+        p_next = word_pointers(following[0], following[1], warp, word, SHAPE)
         words = renew_words(words, p_next, more, 0)
     elif STAGE % 4 == 0:
         words = renew_words(words, p_words, True, STAGE // 4 + 1)
@@ -187,12 +187,15 @@ def words_ahead(
 
 
 @gluon.jit
-def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, SHAPE: gl.constexpr):
+def multiply_unit(
+    acc, words, here, following, more, lookup, ring, copies, unit, SHAPE: gl.constexpr
+):
     """acc + a tile per warp times its activations.
 
     Returned are also the words of the next tile, and what is left of ``copies``.
 
     words: of the tile, those of its first quarter.
+    here, following: (weight, place) of this unit and of the one after it.
     more: whether there is a unit after it.
     unit: its number among those of the program.
     """
@@ -204,13 +207,13 @@ def multiply_unit(acc, words, weight, place, more, lookup, ring, copies, unit, S
     ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, with a tile
     index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
     warp, word = anew(index // 128), index % 128
-    p_words = word_pointers(weight, place, warp, word, SHAPE)
+    p_words = word_pointers(here[0], here[1], warp, word, SHAPE)
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
             # Or older compilers keep where every stage's activations are, in registers or worse.
             block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
-        words = words_ahead(words, p_words, weight, place, more, warp, word, stage, SHAPE)
+        words = words_ahead(words, p_words, following, more, warp, word, stage, SHAPE)
         a = decode_stage(table, words, lane4, stage, places.dtype, MMA)
         x = block.slice(stage % STAGES * 32, 32, dim=1)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
@@ -279,7 +282,7 @@ def wide_gemm_kernel(
     first = first_unit(gl.program_id(0), gl.num_programs(0), units, grain)
     last = first_unit(gl.program_id(0) + 1, gl.num_programs(0), units, grain)
     first_block = first // input_tiles
-    weight = (p_tiles, N)
+    weight = (p_tiles, 0, N)
     place = (input_tiles, first_block, first - first_block * input_tiles)
     prefetch_unit(weight, place, True, SHAPE)
     end = (last + input_tiles - 1) // input_tiles
@@ -292,7 +295,7 @@ def wide_gemm_kernel(
     gdc_wait()
 
     token = gl.program_id(1) * TOKENS
-    copies = (token, (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
+    copies = ((token,), (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
     lookup = (table, slot // 4 % 32 * 4)
@@ -304,10 +307,11 @@ def wide_gemm_kernel(
         for unit in range(begin, stop):
             place = (input_tiles, row_block, anew(unit - start))
             more, number = unit + 1 < last, anew(unit - first)
+            following = (weight, next_place(place))
             # No further ahead: L2 would not keep what all programs together have asked for.
-            prefetch_unit(weight, next_place(place), more, SHAPE)
+            prefetch_unit(weight, following[1], more, SHAPE)
             acc, words, copies = multiply_unit(
-                acc, words, weight, place, more, lookup, ring, copies, number, SHAPE
+                acc, words, (weight, place), following, more, lookup, ring, copies, number, SHAPE
             )
         acc = warpgroup_mma_wait(0, deps=[acc])
         if stop - begin == input_tiles:

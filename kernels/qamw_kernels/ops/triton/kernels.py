@@ -114,6 +114,54 @@ def hadamard_tile(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     return cast(hadamard_sign(i[:, None] & i[None, :]), DTYPE)
 
 
+@triton.jit
+def rotate_blocks(
+    p_x,
+    r,
+    m_r,
+    p_input_scales,
+    g,
+    j0,
+    scale,
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """Hadamard transform of the rotation blocks ``r`` of x, those of their tokens being ``g``.
+
+    Returns [len(r), WIDTH] in DTYPE: the outputs j0 and on. Blocks are zeros where not ``m_r``.
+    """
+    # The pieces of a block are added up before they are multiplied, with the signs of the tile of
+    # the matrix that is theirs: everything is loaded at once, and there is one product.
+    piece = tl.arange(0, B // WIDTH) * WIDTH
+    o_i = piece[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
+    m_i = m_r[:, None, None]
+    x = tl.load(p_x + r.to(tl.int64)[:, None, None] * B + o_i, mask=m_i, other=0.0)
+    input_scales = tl.load(p_input_scales + g[:, None, None] * B + o_i, mask=m_i, other=0.0)
+    # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
+    # output does too.
+    signs = (scale * hadamard_sign(piece & j0))[None, :, None]
+    operand = tl.sum(x.to(tl.float32) * input_scales.to(tl.float32) * signs, 1)
+    acc = tl.zeros([r.shape[0], WIDTH], dtype=tl.float32)
+    return cast(dot(cast(operand, DTYPE), hadamard_tile(WIDTH, DTYPE), acc), DTYPE)
+
+
+@triton.jit
+def store_swapped(out, p_out, r, m_r, j0, B: tl.constexpr):
+    """Store outputs j0 and on of rotation blocks ``r``, in the order that the wide kernels want.
+
+    See :mod:`qamw_kernels.ops.gluon.wide_kernels`.
+    """
+    BLOCK_R: tl.constexpr = out.shape[0]
+    WIDTH: tl.constexpr = out.shape[1]
+    # K is a multiple of 32, so these bits of the pair are those of the input. The two of a pair
+    # stay together, and are stored at once.
+    o_pair = r.to(tl.int64)[:, None] * (B // 2) + (j0 // 2 + tl.arange(0, WIDTH // 2))[None, :]
+    o_pair = (o_pair & ~0xF) | ((o_pair & 0x3) << 2) | ((o_pair & 0xC) >> 2)
+    o_out = o_pair[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+    tl.store(p_out + o_out, out.reshape([BLOCK_R, WIDTH // 2, 2]), mask=m_r[:, None, None])
+
+
 @triton.jit(do_not_specialize=["R", "G"])
 def rotate_kernel(
     p_x,
@@ -142,30 +190,47 @@ def rotate_kernel(
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j0 = tl.program_id(1) * WIDTH
     m_r = r < R
-    # The pieces of a block are added up before they are multiplied, with the signs of the tile of
-    # the matrix that is theirs: everything is loaded at once, and there is one product.
-    piece = tl.arange(0, B // WIDTH) * WIDTH
-    o_i = piece[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
-    m_i = m_r[:, None, None]
-    x = tl.load(p_x + r.to(tl.int64)[:, None, None] * B + o_i, mask=m_i, other=0.0)
-    input_scales = tl.load(p_input_scales + (r % G)[:, None, None] * B + o_i, mask=m_i, other=0.0)
-    # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
-    # output does too.
-    signs = (scale * hadamard_sign(piece & j0))[None, :, None]
-    operand = tl.sum(x.to(tl.float32) * input_scales.to(tl.float32) * signs, 1)
-    acc = tl.zeros([BLOCK_R, WIDTH], dtype=tl.float32)
-    acc = dot(cast(operand, DTYPE), hadamard_tile(WIDTH, DTYPE), acc)
+    out = rotate_blocks(p_x, r, m_r, p_input_scales, r % G, j0, scale, B, WIDTH, DTYPE)
     if SWAPPED:
-        # K is a multiple of 32, so these bits of the pair are those of the input. The two of a pair
-        # stay together, and are stored at once.
-        o_pair = r.to(tl.int64)[:, None] * (B // 2) + (j0 // 2 + tl.arange(0, WIDTH // 2))[None, :]
-        o_pair = (o_pair & ~0xF) | ((o_pair & 0x3) << 2) | ((o_pair & 0xC) >> 2)
-        o_out = o_pair[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
-        out = cast(acc, DTYPE).reshape([BLOCK_R, WIDTH // 2, 2])
-        tl.store(p_out + o_out, out, mask=m_i)
+        store_swapped(out, p_out, r, m_r, j0, B)
     else:
         o_out = r.to(tl.int64)[:, None] * B + (j0 + tl.arange(0, WIDTH))[None, :]
-        tl.store(p_out + o_out, cast(acc, DTYPE), mask=m_r[:, None])
+        tl.store(p_out + o_out, out, mask=m_r[:, None])
+
+
+@triton.jit(do_not_specialize=["num_slots", "slots_per_token", "G"])
+def rotate_sorted_kernel(
+    p_x,
+    p_input_scales,
+    p_slots,
+    p_num_sorted,
+    p_out,
+    num_slots,
+    slots_per_token,
+    G,
+    scale,
+    B: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """The same for the tokens of slots in their order: out [sorted slots, K], swapped.
+
+    Slot s has token s // slots_per_token; see :mod:`qamw_kernels.ops.routing`. Padding is not
+    written.
+    """
+    if EARLY:
+        gdc_launch_dependents()
+    num_sorted = tl.load(p_num_sorted)
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    place, g = r // G, r % G
+    slot = tl.load(p_slots + place, mask=place < num_sorted, other=num_slots)
+    m_r = slot < num_slots
+    j0 = tl.program_id(1) * WIDTH
+    block = slot // slots_per_token * G + g
+    out = rotate_blocks(p_x, block, m_r, p_input_scales, g, j0, scale, B, WIDTH, DTYPE)
+    store_swapped(out, p_out, r, m_r, j0, B)
 
 
 @triton.jit

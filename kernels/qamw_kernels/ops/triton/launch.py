@@ -26,6 +26,7 @@ from qamw_kernels.ops.triton.kernels import (
     dequantize_kernel,
     gemm_kernel,
     rotate_kernel,
+    rotate_sorted_kernel,
     routed_gemm_kernel,
 )
 from qamw_kernels.ops.weight import TiledWeight
@@ -95,6 +96,15 @@ def rotate_constants(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+@functools.cache
+def rotate_sorted_constants(
+    rotation_block_size: int, dtype: torch.dtype, early: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of ``rotate_sorted_kernel``, and options of its compiler."""
+    constants = rotate_constants(rotation_block_size, dtype, swapped=True, early=early, many=True)
+    return {name: x for name, x in constants.items() if name != "SWAPPED"}
 
 
 @functools.cache
@@ -210,9 +220,11 @@ def routed_block_size(
         weights: all that will be multiplied with these slots.
     """
     processor = launcher.processor(weights[0].tiles.device)
-    size = routed_launch.block_size(num_slots, num_experts)
-    if all(routed_launch.fits(size, w.num_inputs, dtype, w.index_bits, processor) for w in weights):
-        return size
+    for size in routed_launch.sizes_for(num_slots, num_experts):
+        if all(
+            routed_launch.fits(size, w.num_inputs, dtype, w.index_bits, processor) for w in weights
+        ):
+            return size
     kind = "skinny" if num_slots <= SKINNY_MAX_TOKENS * num_experts else "wide"
     return GEMM_TILES[kind, dtype.itemsize].BLOCK_M
 
@@ -240,11 +252,16 @@ def routed_linear(
     y = torch.zeros(num_slots, weight.num_rows, dtype=x.dtype, device=x.device)
     if num_slots == 0:
         return y
-    weight, processor = weight.contiguous(), launcher.processor(x.device)
-    rotated = rotate(x.contiguous(), weight.input_scales, weight.rotation_block_size, launcher)
+    x, weight, processor = x.contiguous(), weight.contiguous(), launcher.processor(x.device)
     size, num_inputs, index_bits = routing.block_size, weight.num_inputs, weight.index_bits
-    if processor and routed_launch.fits(size, num_inputs, x.dtype, index_bits, processor):
-        routed_launch.gemm(rotated, weight, routing, y, processor, launcher)
+    fits = routed_launch.fits(size, num_inputs, x.dtype, index_bits, processor)
+    if processor and fits and routed_launch.is_wide(size):
+        rotated = rotate_sorted(x, weight, routing, num_slots, launcher)
+        routed_launch.wide_gemm(rotated, weight, routing, y, processor, launcher)
+        return y
+    rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher)
+    if processor and fits:
+        routed_launch.narrow_gemm(rotated, weight, routing, y, processor, launcher)
     else:
         routed_gemm(rotated, weight, routing, y, launcher)
     return y
@@ -299,8 +316,7 @@ def rotate(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    processor = launcher.processor(x.device)
-    early = processor is not None and narrow_launch.begins_early(processor)
+    early = _next_begins_early(launcher, x)
     num_blocks = x.numel() // rotation_block_size
     many = swapped and num_blocks > ROTATE_MANY
     constants = rotate_constants(rotation_block_size, x.dtype, swapped, early, many)
@@ -317,6 +333,44 @@ def rotate(
         num_blocks,
         len(input_scales) // rotation_block_size,
         rotation_block_size**-0.5,
+        **constants,
+    )
+    return out
+
+
+def _next_begins_early(launcher: Launcher, x: torch.Tensor) -> bool:
+    """Whether the kernel behind a rotation may begin before it is complete."""
+    processor = launcher.processor(x.device)
+    return processor is not None and narrow_launch.begins_early(processor)
+
+
+def rotate_sorted(
+    x: torch.Tensor,
+    weight: TiledWeight,
+    routing: Routing,
+    num_slots: int,
+    launcher: Launcher = ON_DEVICE,
+) -> torch.Tensor:
+    """:func:`rotate`, swapped, for the tokens of sorted slots: [sorted slots, K].
+
+    What belongs to no slot is left as it is.
+    """
+    num_sorted, size = len(routing.slots), weight.rotation_block_size
+    out = torch.empty(num_sorted, x.shape[1], dtype=x.dtype, device=x.device)
+    constants = rotate_sorted_constants(size, x.dtype, _next_begins_early(launcher, x))
+    blocks_of_token = x.shape[1] // size
+    launcher.launch(
+        rotate_sorted_kernel,
+        (cdiv(num_sorted * blocks_of_token, constants["BLOCK_R"]), size // constants["WIDTH"]),
+        x,
+        weight.input_scales,
+        routing.slots,
+        routing.num_sorted,
+        out,
+        num_slots,
+        num_slots // len(x),
+        blocks_of_token,
+        size**-0.5,
         **constants,
     )
     return out

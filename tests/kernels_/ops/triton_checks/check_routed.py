@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.linear import routed_linear
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.triton import launch
@@ -50,17 +51,34 @@ def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) 
     numbers = [here.index(e) if e in here else -1 for e in range(NUM_EXPERTS)]
     expert_map = torch.tensor(numbers, dtype=torch.int32, device=DEVICE)
     tiled = TiledWeight.of_experts([weights[e] for e in here])
-    block_size = launch.routed_block_size(num_tokens * TOP_K, 1, dtype, [tiled])
-    routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map if parallel else None)
-    # Behind the first layer of an expert, each slot has an activation of its own.
-    for num_activations in (num_tokens, num_tokens * TOP_K):
-        x = random(num_activations, num_inputs, dtype=dtype)
-        y = routed_linear(x, tiled, routing, num_tokens * TOP_K)
-        assert y.shape == (num_tokens * TOP_K, NUM_ROWS)
-        for slot, expert in enumerate(chosen.flatten().tolist()):
-            if expert in here:
-                activation = x[slot * len(x) // len(y)].double()
-                exact = decode_weight(weights[expert]).double() @ activation
-                assert (y[slot].double() - exact).norm() < CLOSE[dtype] * exact.norm()
-            else:
-                assert not y[slot].any()
+    expert_map = expert_map if parallel else None
+    processor = ON_DEVICE.processor(chosen.device)
+    for block_size in sorted(launch.routed_block_sizes(dtype, index_bits, processor)):
+        routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map)
+        # Behind the first layer of an expert, each slot has an activation of its own.
+        for num_activations in (num_tokens, num_tokens * TOP_K):
+            x = random(num_activations, num_inputs, dtype=dtype)
+            y = routed_linear(x, tiled, routing, num_tokens * TOP_K)
+            assert y.shape == (num_tokens * TOP_K, NUM_ROWS)
+            for slot, expert in enumerate(chosen.flatten().tolist()):
+                if expert in here:
+                    activation = x[slot * len(x) // len(y)].double()
+                    exact = decode_weight(weights[expert]).double() @ activation
+                    assert (y[slot].double() - exact).norm() < CLOSE[dtype] * exact.norm()
+                else:
+                    assert not y[slot].any()
+
+
+@pytest.mark.parametrize("size", [16, 128])
+@pytest.mark.parametrize("slots_per_token", [1, TOP_K])
+def test_sorted_tokens_are_rotated(size: int, slots_per_token: int) -> None:
+    """As all tokens are, and then brought in the order of the slots; padding is left out."""
+    chosen, dtype = choose_experts(9), torch.bfloat16
+    weight = TiledWeight.of(random_weight(1, 256, 8, size))
+    x = random(chosen.numel() // slots_per_token, 256, dtype=dtype)
+    routing = sort_slots(chosen, 8, NUM_EXPERTS)
+    found = launch.rotate_sorted(x, weight, routing, chosen.numel())
+    rotated = launch.rotate(x, weight.input_scales, size, swapped=True)
+    used = (routing.slots < chosen.numel()).nonzero().flatten()
+    assert len(used) == chosen.numel()
+    assert torch.equal(found[used], rotated[routing.slots[used].long() // slots_per_token])
