@@ -1,15 +1,16 @@
 """Launches of the rotation."""
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
 from benchmarks.kernels.model.assumptions import Machine
-from benchmarks.kernels.model.blocks import TARGET, Blocks
-from benchmarks.kernels.model.listing import Listing, read_listing
+from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, Blocks
+from benchmarks.kernels.model.listing import Instruction, Listing, read_listing
 from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
-from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source
+from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, width
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.triton import kernels, launch
 
@@ -17,10 +18,17 @@ PROGRAMS_EACH = 8  # on a multiprocessor: of 256 threads and few registers
 
 
 @functools.cache
-def rotate_listing(rotation_block_size: int, swapped: bool, many: bool) -> Listing:
+def rotate_listing(rotation_block_size: int, swapped: bool) -> Listing:
     """Machine code of the rotation in bfloat16."""
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True, many)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True)
     return read_listing(compile_for(TARGET, kernels.rotate_kernel, constants))
+
+
+@functools.cache
+def rotate_many_listing(rotation_block_size: int, by_expert: bool) -> Listing:
+    """The same of the one for many tokens, or for those of sorted slots."""
+    constants = launch.rotate_many_constants(rotation_block_size, torch.bfloat16, by_expert, True)
+    return read_listing(compile_for(TARGET, kernels.rotate_many_kernel, constants))
 
 
 def rotate_launch(
@@ -30,7 +38,7 @@ def rotate_launch(
     machine: Machine,
     swapped: bool = False,
 ) -> Launch:
-    """The rotation: L2 has the activations, but not the layer's scales, which are loaded last.
+    """The rotation: L2 has the activations, but not the layer's scales.
 
     Only the programs of the first token wait for HBM: the others find the scales in L2.
 
@@ -38,23 +46,80 @@ def rotate_launch(
         swapped: for the wide kernel.
     """
     rows = num_inputs // rotation_block_size
-    many = swapped and num_tokens * rows > launch.ROTATE_MANY
-    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True, many)
-    listing = rotate_listing(rotation_block_size, swapped, many)
+    if swapped and num_tokens * rows > launch.ROTATE_MANY:
+        return rotate_many_launch(num_inputs, num_tokens, rotation_block_size, machine)
+    constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True)
+    listing = rotate_listing(rotation_block_size, swapped)
     loads = [i for i, x in enumerate(listing.code) if x.name == "LDG"]
-    records: list[list[Record]] = []
-    paths: list[list[tuple[BlockStep, ...]]] = []
-    for scales in (Source.HBM, Source.L2):
-        requests = [NOTHING] * len(listing.code)
-        for n, i in enumerate(loads):
-            requests[i] = Request(scales if 2 * n >= len(loads) else Source.L2, 256)
-        blocks, first = Blocks(listing, requests, machine), len(records)
-        walked = walk(listing, lambda *_: 1)
-        steps = tuple(BlockStep(first + blocks.number(s), 0, -1) for s in walked)
-        records += blocks.records
-        paths.append([steps] * constants["num_warps"])
+    of_scales = loads[len(loads) // 2 :]
     pieces = rotation_block_size // constants["WIDTH"]
     of_a_token = -(-rows // constants["BLOCK_R"]) * pieces
     grid = -(-num_tokens * rows // constants["BLOCK_R"]) * pieces
-    programs = [(0, paths[program >= of_a_token]) for program in range(grid)]
-    return Launch(records, programs, PROGRAMS_EACH)
+    turns = [(program < of_a_token, 1) for program in range(grid)]
+    return _launch(listing, of_scales, turns, constants["num_warps"], PROGRAMS_EACH, machine)
+
+
+def rotate_many_launch(
+    num_inputs: int,
+    num_tokens: int,
+    rotation_block_size: int,
+    machine: Machine,
+    by_expert: bool = False,
+) -> Launch:
+    """The same by the kernel for many tokens, or for those of sorted slots, padding included."""
+    constants = launch.rotate_many_constants(rotation_block_size, torch.bfloat16, by_expert, True)
+    listing = rotate_many_listing(rotation_block_size, by_expert)
+    (loop,) = listing.loops
+    of_scales = [
+        i
+        for i, x in enumerate(listing.code[: loop.first])
+        if x.name == "LDG" and ".128" in x.opcode
+    ]
+    spans = num_inputs // max(rotation_block_size, 64)
+    blocks = -(-num_tokens // constants["BLOCK_M"])
+    places = launch.ROTATE_MANY_PROGRAMS * PROCESSOR.multiprocessors
+    programs = min(blocks, max(places // spans, 1))
+    turns = [
+        (program == 0, len(range(program, blocks, programs)))
+        for _ in range(spans)
+        for program in range(programs)
+    ]
+    each = launch.ROTATE_MANY_PROGRAMS
+    return _launch(listing, of_scales, turns, constants["num_warps"], each, machine)
+
+
+def _launch(
+    listing: Listing,
+    of_scales: Sequence[int],
+    turns: Sequence[tuple[bool, int]],
+    warps: int,
+    programs_each: int,
+    machine: Machine,
+) -> Launch:
+    """A launch whose programs go round their loop so often, if there is one.
+
+    Args:
+        of_scales: the instructions that load scales.
+        turns: of every program, whether it waits for HBM, and the turns.
+    """
+    records: list[list[Record]] = []
+    paths: dict[tuple[bool, int], list[tuple[BlockStep, ...]]] = {}
+    for waits in (True, False):
+        requests = [_request(x) for x in listing.code]
+        for i in of_scales:
+            requests[i] = Request(Source.HBM if waits else Source.L2, 256)
+        blocks, first = Blocks(listing, requests, machine), len(records)
+        for key in set(turns):
+            if key[0] == waits:
+                walked = walk(listing, lambda *_, key=key: key[1])
+                steps = tuple(BlockStep(first + blocks.number(s), 0, -1) for s in walked)
+                paths[key] = [steps] * warps
+        records += blocks.records
+    return Launch(records, [(0, paths[key]) for key in turns], programs_each)
+
+
+def _request(instruction: Instruction) -> Request:
+    """Of a load or a store, all that a warp moves."""
+    if instruction.name not in ("LDG", "STG"):
+        return NOTHING
+    return Request(Source.L2, 32 * width(instruction))

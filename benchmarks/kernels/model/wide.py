@@ -2,7 +2,8 @@
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from benchmarks.kernels.model.paths import Step, Turns, walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
 from benchmarks.kernels.model.trace import NOTHING, Request, Source, width
 from benchmarks.kernels.sass import compile_for
+from qamw_kernels.ops.gluon import routed_launch
 from qamw_kernels.ops.gluon import wide_launch as kernel
 from qamw_kernels.ops.tiling import TILE_INPUTS
 
@@ -27,8 +29,19 @@ def wide_listing(index_bits: int, tokens: int) -> Listing:
     Waits that take long go on behind the loop over row blocks, and branch back: these are left out.
     """
     assert kernel.kernels is not None
+    return _listing_of(kernel.kernels.wide_gemm_kernel, index_bits, tokens)
+
+
+@functools.cache
+def routed_wide_listing(index_bits: int, slots: int) -> Listing:
+    """The same of the kernel for mixtures of experts, for blocks of so many slots."""
+    assert routed_launch.wide_kernels is not None
+    return _listing_of(routed_launch.wide_kernels.routed_wide_gemm_kernel, index_bits, slots)
+
+
+def _listing_of(jit_function: Any, index_bits: int, tokens: int) -> Listing:
     constants = kernel.constants(index_bits, torch.bfloat16, tokens, PROCESSOR.shared_memory)
-    listing = read_listing(compile_for(TARGET, kernel.kernels.wide_gemm_kernel, constants))
+    listing = read_listing(compile_for(TARGET, jit_function, constants))
     end = _decoding(listing)[0].last
     return Listing(listing.code[: end + 1], tuple(x for x in listing.loops if x.last <= end))
 
@@ -167,6 +180,58 @@ def wide_launch(
         tile_bytes=index_bits * WORD_BYTES,
         copies_each=TILE_INPUTS / shape.block_inputs,
         token_blocks=grid.groups,
+        ready=machine.dependent_end,
+    )
+
+
+def routed_wide_launch(
+    shape: tuple[int, int],
+    slots: Sequence[int],
+    block_size: int,
+    index_bits: int,
+    machine: Machine,
+) -> Launch:
+    """The kernel for mixtures of experts, with the grid that its launcher chooses.
+
+    HBM is asked for an expert's weight once for each of its blocks of slots: most have one.
+
+    Args:
+        shape: of an expert's matrix.
+        slots: of every expert.
+    """
+    (num_rows, num_inputs), blocks_of_slots = shape, sum(-(-n // block_size) for n in slots)
+    program = kernel.shape_of(index_bits, block_size, PROCESSOR.shared_memory)
+    input_tiles = -(-num_inputs // TILE_INPUTS)
+    listing = routed_wide_listing(index_bits, block_size)
+    outer, inner = _nest(listing)
+    requests = _requests(listing, index_bits, 2 * block_size * program.block_inputs)
+    blocks = Blocks(listing, requests, machine)
+
+    @functools.cache
+    def steps(runs: int) -> tuple[BlockStep, ...]:
+        """Of every warp of a program that has so many row blocks."""
+
+        def trips(loop: Loop, turns: Turns) -> int:
+            return {outer: runs, inner: input_tiles}.get(loop, 1)
+
+        found, turn = [], -1
+        for step in walk(listing, trips):
+            turn += step.first == inner.first
+            offset = 0 if inner in dict(step.turns) else -1
+            found.append(BlockStep(blocks.number(step), offset, turn))
+        return tuple(found)
+
+    runs = blocks_of_slots * -(-num_rows // program.rows)
+    programs = min(program.tile.programs * PROCESSOR.multiprocessors, runs)
+    shares = [runs // programs + (i < runs % programs) for i in range(programs)]
+    return Launch(
+        blocks.records,
+        [(0, [steps(share)] * (1 << program.tile.log_warps)) for share in shares],
+        programs_each=program.tile.programs,
+        tokens=block_size,
+        row_bytes=2 * num_inputs,
+        tile_bytes=index_bits * WORD_BYTES,
+        copies_each=TILE_INPUTS / program.block_inputs,
         ready=machine.dependent_end,
     )
 

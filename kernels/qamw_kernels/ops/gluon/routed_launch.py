@@ -22,13 +22,13 @@ if table.HAS_GATHER:
 wide_kernels = wide_launch.load("routed_wide_kernels")
 
 NARROW_SLOTS = narrow_launch.MAX_TOKENS
-WIDE_SLOTS = tuple(wide_launch.TILES)
+WIDE_SLOTS = (16, 32, 64, 128)
 BLOCK_SIZES = (NARROW_SLOTS, *WIDE_SLOTS)
-MAX_AVERAGE = {NARROW_SLOTS: 6.0, **{size: size / 1.25 for size in WIDE_SLOTS[:-1]}}
-"""Slots of an expert, on average, up to which a block size is the best: most experts then have no
-more than one block, which costs little more with more slots. The largest has no limit."""
+MAX_AVERAGE = {8: 4, 16: 10, 32: 24, 64: 60}
+"""Slots of an expert, on average, up to which a block size is the fastest, by the model of an H100:
+few experts then have a second block, which costs as much as the first."""
 NARROW_MAX_AVERAGE = 16
-"""The same for the narrow kernel where there is no wide one."""
+"""The same for the narrow kernel where the plain one is the other choice."""
 
 
 def sizes_for(num_slots: int, num_experts: int) -> list[int]:

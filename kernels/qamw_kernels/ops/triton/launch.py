@@ -26,7 +26,7 @@ from qamw_kernels.ops.triton.kernels import (
     dequantize_kernel,
     gemm_kernel,
     rotate_kernel,
-    rotate_sorted_kernel,
+    rotate_many_kernel,
     routed_gemm_kernel,
 )
 from qamw_kernels.ops.weight import TiledWeight
@@ -61,9 +61,9 @@ ROTATE_TILES = {
     2: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=8, num_stages=1),
     4: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=4, num_stages=1),
 }
-ROTATE_MANY = 4096
-"""Rotation blocks, from which on a program for the wide kernel takes more of them: what it does
-beside the product counts where there are several programs for every place on the GPU."""
+ROTATE_MANY = 3072
+"""Rotation blocks, from which on a program for a wide kernel takes many of them."""
+ROTATE_MANY_PROGRAMS = 2  # on a multiprocessor
 DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
@@ -73,19 +73,16 @@ def rotate_constants(
     dtype: torch.dtype,
     swapped: bool = False,
     early: bool = False,
-    many: bool = False,
 ) -> dict[str, Any]:
     """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
 
     Args:
         swapped: see :func:`rotate`.
         early: whether the next kernel may begin before this one is complete.
-        many: whether there are more than ROTATE_MANY rotation blocks; it matters if ``swapped``.
     """
     tile = ROTATE_TILES[dtype.itemsize]
     if swapped:  # as many inputs as there are registers for
-        inputs = 8192 if many else 4096
-        tile = tile._replace(BLOCK_M=max(inputs // max(rotation_block_size, 128), tile.BLOCK_M))
+        tile = tile._replace(BLOCK_M=max(4096 // max(rotation_block_size, 128), tile.BLOCK_M))
     return {
         "B": rotation_block_size,
         "WIDTH": min(rotation_block_size, ROTATE_WIDTH),
@@ -99,12 +96,27 @@ def rotate_constants(
 
 
 @functools.cache
-def rotate_sorted_constants(
-    rotation_block_size: int, dtype: torch.dtype, early: bool
+def rotate_many_constants(
+    rotation_block_size: int,
+    dtype: torch.dtype,
+    by_expert: bool = False,
+    early: bool = False,
 ) -> dict[str, Any]:
-    """Compile-time arguments of ``rotate_sorted_kernel``, and options of its compiler."""
-    constants = rotate_constants(rotation_block_size, dtype, swapped=True, early=early, many=True)
-    return {name: x for name, x in constants.items() if name != "SWAPPED"}
+    """Compile-time arguments of ``rotate_many_kernel``, and options of its compiler.
+
+    Args:
+        by_expert: see :func:`rotate_many`.
+        early: as of :func:`rotate_constants`.
+    """
+    return {
+        "B": rotation_block_size,
+        "BLOCK_M": 8192 // max(rotation_block_size, 128),
+        "DTYPE": TL_DTYPES[dtype],
+        "SORTED": by_expert,
+        "EARLY": early,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
 
 
 @functools.cache
@@ -316,10 +328,12 @@ def rotate(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    early = _next_begins_early(launcher, x)
     num_blocks = x.numel() // rotation_block_size
-    many = swapped and num_blocks > ROTATE_MANY
-    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early, many)
+    if swapped and num_blocks > ROTATE_MANY:
+        rotate_many(x, input_scales, rotation_block_size, out, launcher=launcher)
+        return out
+    early = _next_begins_early(launcher, x)
+    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     grid = (
         cdiv(num_blocks, constants["BLOCK_R"]),
         rotation_block_size // constants["WIDTH"],
@@ -355,25 +369,48 @@ def rotate_sorted(
 
     What belongs to no slot is left as it is.
     """
-    num_sorted, size = len(routing.slots), weight.rotation_block_size
-    out = torch.empty(num_sorted, x.shape[1], dtype=x.dtype, device=x.device)
-    constants = rotate_sorted_constants(size, x.dtype, _next_begins_early(launcher, x))
-    blocks_of_token = x.shape[1] // size
+    out = torch.empty(len(routing.slots), x.shape[1], dtype=x.dtype, device=x.device)
+    size = weight.rotation_block_size
+    rotate_many(x, weight.input_scales, size, out, routing, num_slots, launcher)
+    return out
+
+
+def rotate_many(
+    x: torch.Tensor,
+    input_scales: torch.Tensor,
+    rotation_block_size: int,
+    out: torch.Tensor,
+    routing: Routing | None = None,
+    num_slots: int = 0,
+    launcher: Launcher = ON_DEVICE,
+) -> None:
+    """Launch the kernel for many tokens, which are swapped.
+
+    Args:
+        out: [M, K]; [sorted slots, K] by expert.
+        routing: where tokens are to be sorted by expert.
+        num_slots: the same.
+    """
+    processor = launcher.processor(x.device)
+    early = _next_begins_early(launcher, x)
+    constants = rotate_many_constants(rotation_block_size, x.dtype, routing is not None, early)
+    spans = x.shape[1] // max(rotation_block_size, UNIT_INPUTS)
+    places = ROTATE_MANY_PROGRAMS * (processor.multiprocessors if processor else 1)
+    programs = min(cdiv(len(out), constants["BLOCK_M"]), max(places // spans, 1))
     launcher.launch(
-        rotate_sorted_kernel,
-        (cdiv(num_sorted * blocks_of_token, constants["BLOCK_R"]), size // constants["WIDTH"]),
+        rotate_many_kernel,
+        (programs, spans),
         x,
-        weight.input_scales,
-        routing.slots,
-        routing.num_sorted,
+        input_scales,
+        x if routing is None else routing.slots,
+        x if routing is None else routing.num_sorted,
         out,
-        num_slots,
-        num_slots // len(x),
-        blocks_of_token,
-        size**-0.5,
+        len(out) if routing is None else num_slots,
+        1 if routing is None else num_slots // len(x),
+        spans,
+        rotation_block_size**-0.5,
         **constants,
     )
-    return out
 
 
 def gemm(

@@ -76,25 +76,47 @@ def test_rotate(rotation_block_size: int, dtype: torch.dtype) -> None:
         assert_as_good_as_torch(got, of_torch.view_as(x), exact.view_as(x))
 
 
+def swapped(num_inputs: int) -> torch.Tensor:
+    """Bits 1 and 2 of an input's number change places with bits 3 and 4."""
+    inputs = torch.arange(num_inputs, device=DEVICE)
+    return inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
+
+
 @pytest.mark.parametrize("num_tokens", [3, launch.ROTATE_MANY // 3 + 1])
 @pytest.mark.parametrize("rotation_block_size", [16, 64])
 def test_rotate_swaps_inputs(rotation_block_size: int, num_tokens: int) -> None:
-    """Bits 1 and 2 of an input's number change places with bits 3 and 4."""
     x, input_scales = random(num_tokens, 192), random_weight(1, 192, 6).input_scales
     plain = launch.rotate(x, input_scales, rotation_block_size)
-    swapped = launch.rotate(x, input_scales, rotation_block_size, swapped=True)
-    inputs = torch.arange(192, device=DEVICE)
-    others = inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
+    found = launch.rotate(x, input_scales, rotation_block_size, swapped=True)
     # Programs have more rows than those that do not swap, and may add up in another order.
-    torch.testing.assert_close(swapped, plain[:, others], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, plain[:, swapped(192)], rtol=1e-5, atol=1e-5)
 
 
-def test_rotate_overflows_only_where_the_result_does() -> None:
-    x = torch.zeros(1, 128, dtype=torch.float16, device=DEVICE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rotation_block_size", ROTATION_BLOCK_SIZES)
+def test_rotate_many(rotation_block_size: int, dtype: torch.dtype) -> None:
+    num_inputs = 3 * max(64, rotation_block_size)
+    input_scales = random_weight(1, num_inputs, 6).input_scales
+    x = random(133, num_inputs, dtype=dtype)
+    got = torch.empty_like(x)
+    launch.rotate_many(x, input_scales, rotation_block_size, got)
+    blocks = (x.double() * input_scales.double()).view(-1, rotation_block_size)
+    signs, root = hadamard(rotation_block_size).to(DEVICE), math.sqrt(rotation_block_size)
+    exact = (blocks @ (signs.double() / root)).view_as(x)
+    scaled = (x.float() * input_scales.float()).to(dtype).view(-1, rotation_block_size)
+    of_torch = (scaled @ signs.to(dtype) / root).view_as(x)
+    order = swapped(num_inputs)
+    assert_as_good_as_torch(got, of_torch[:, order], exact[:, order])
+
+
+@pytest.mark.parametrize("num_tokens", [1, launch.ROTATE_MANY + 1])
+def test_rotate_overflows_only_where_the_result_does(num_tokens: int) -> None:
+    x = torch.zeros(num_tokens, 128, dtype=torch.float16, device=DEVICE)
     x[0, 5] = 60000
     # 240,000 is no float16.
     input_scales = torch.full((128,), -4, dtype=torch.float16, device=DEVICE)
-    got = launch.rotate(x, input_scales, 128)
+    got = launch.rotate(x, input_scales, 128, swapped=num_tokens > 1)[:1]
+    x = x[:1]
     assert torch.equal(got.abs(), torch.full_like(x, 240000 / math.sqrt(128)))
 
 
