@@ -145,7 +145,7 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
-    from qamw_kernels.ops.gluon import dequantize_launch, wide_launch
+    from qamw_kernels.ops.gluon import dequantize_launch, routed_launch, wide_launch
 
     if wide_launch.kernels is None or target != 90:
         return
@@ -159,6 +159,12 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
         constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
         kernel = wide_launch.kernels.wide_gemm_kernel
         name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
+        yield row(name, target, kernel, constants, 128, decoding)
+    assert routed_launch.wide_kernels is not None
+    for bits, slots in [(11, slots) for slots in routed_launch.WIDE_SLOTS] + [(12, 128)]:
+        constants = wide_launch.constants(bits, torch.bfloat16, slots, shared_memory)
+        kernel = routed_launch.wide_kernels.routed_wide_gemm_kernel
+        name = f"routed_wide_gemm (Gluon), b = {bits}, blocks of {slots} slots"
         yield row(name, target, kernel, constants, 128, decoding)
     constants = wide_launch.sum_constants(torch.bfloat16)
     assert wide_launch.sums_kernels is not None
@@ -191,6 +197,10 @@ def triton_rows(target: int) -> Iterator[dict[str, Any]]:
     yield row("dequantize, b = 11, B = 128", target, kernels.dequantize_kernel, constants)
     constants = launch.rotate_constants(128, torch.bfloat16)
     yield row("rotate, B = 128", target, kernels.rotate_kernel, constants)
+    for by_expert in (False, True):
+        constants = launch.rotate_many_constants(128, torch.bfloat16, by_expert)
+        name = f"rotate_many, B = 128{', by expert' * by_expert}"
+        yield row(name, target, kernels.rotate_many_kernel, constants)
 
 
 def rows() -> list[dict[str, Any]]:

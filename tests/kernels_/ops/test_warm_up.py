@@ -66,7 +66,7 @@ def packed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     if processor is None or dtype not in table.DTYPES:
         return {"gemm_kernel"}
     if processor.compute_capability == 90:
-        return {"narrow_gemm_kernel", "wide_gemm_kernel", "add_sums_kernel"}
+        return {"narrow_gemm_kernel", "wide_gemm_kernel", "add_sums_kernel", "rotate_many_kernel"}
     return {"narrow_gemm_kernel", "decode_gemm_kernel"}
 
 
@@ -76,7 +76,7 @@ def routed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
     if processor is None or dtype not in table.DTYPES:
         return {"routed_gemm_kernel"}
     if processor.compute_capability == 90:
-        return {"routed_narrow_gemm_kernel", "routed_wide_gemm_kernel", "rotate_sorted_kernel"}
+        return {"routed_narrow_gemm_kernel", "routed_wide_gemm_kernel"}
     return {"routed_narrow_gemm_kernel", "routed_gemm_kernel"}
 
 

@@ -66,14 +66,13 @@ def write_outputs(
     acc,
     row_block,
     first,
-    weight,
     output,
     B: gl.constexpr,
     LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
     """A row block's outputs from ``first`` on. ``output``: kernel arguments of these names."""
-    p_row_norms, p_input_scales, p_out, K = output
+    p_row_norms, p_input_scales, p_out, N, K = output
     ROWS: gl.constexpr = acc.shape[0]
     WIDTH: gl.constexpr = acc.shape[1]
     values = acc.reshape([ROWS, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4])
@@ -81,18 +80,18 @@ def write_outputs(
     values = gl.convert_layout(values.reshape([ROWS, WIDTH]), LAYOUT, assert_trivial=True)
     n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)))
     k = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
-    norms = gl.load(p_row_norms + n, mask=n < weight[1], other=0.0) * B**-0.5
+    norms = gl.load(p_row_norms + n, mask=n < N, other=0.0) * B**-0.5
     scales = gl.load(p_input_scales + k, mask=k < K, other=0.0).to(gl.float32)
     values = values * norms.expand_dims(1) * scales.expand_dims(0)
     p = (p_out + n.to(gl.int64) * K).expand_dims(1) + k.expand_dims(0)
-    gl.store(p, values.to(DTYPE), mask=(n < weight[1]).expand_dims(1) & (k < K).expand_dims(0))
+    gl.store(p, values.to(DTYPE), mask=(n < N).expand_dims(1) & (k < K).expand_dims(0))
 
 
 @gluon.jit
 def decode_unit(
     words,
-    weight,
-    place,
+    here,
+    following,
     more,
     lookup,
     matrix,
@@ -104,26 +103,27 @@ def decode_unit(
     """Decode and write a tile per warp. Returns the words of the next one, if there is ``more``.
 
     words: of the tile, those of its first quarter.
+    here, following: (weight, place) of this unit and of the one after it.
     matrix: of Hadamard, in shared memory.
     """
-    table, lane4 = lookup
+    (table, lane4), place = lookup, here[1]
     ROWS: gl.constexpr = SHAPE[1] * 16
     WIDTH: gl.constexpr = matrix.shape[0]
     STAGES: gl.constexpr = WIDTH // 32  # of as many outputs
     OUTPUTS: gl.constexpr = outputs_layout(SHAPE[1], WIDTH)
     index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
     warp, word = anew(index // 128), index % 128
-    p_words = word_pointers(weight, place, warp, word, SHAPE)
+    p_words = word_pointers(here[0], place, warp, word, SHAPE)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
     for stage in gl.static_range(16):
-        words = words_ahead(words, p_words, weight, place, more, warp, word, stage, SHAPE)
+        words = words_ahead(words, p_words, following, more, warp, word, stage, SHAPE)
         a = decode_stage(table, words, lane4, stage, matrix.dtype, MMA)
         h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
         acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)
         if stage % STAGES == STAGES - 1:
             acc = warpgroup_mma_wait(0, deps=[acc])
             first = place[2] * 512 + stage // STAGES * WIDTH
-            write_outputs(acc, place[1], first, weight, output, B, OUTPUTS, matrix.dtype)
+            write_outputs(acc, place[1], first, output, B, OUTPUTS, matrix.dtype)
         else:
             wait_for_all_but_one_stage(stage)
     return words
@@ -165,7 +165,7 @@ def dequantize_kernel(
     first = first_unit(gl.program_id(0), gl.num_programs(0), units, 1)
     last = first_unit(gl.program_id(0) + 1, gl.num_programs(0), units, 1)
     row_block = first // input_tiles
-    weight = (p_tiles, N)
+    weight = (p_tiles, 0, N)
     place = (input_tiles, row_block, first - row_block * input_tiles)
     prefetch_unit(weight, place, True, SHAPE)
     table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
@@ -177,9 +177,10 @@ def dequantize_kernel(
     gl.barrier()
 
     lookup = (table, slot // 4 % 32 * 4)
-    output = (p_row_norms, p_input_scales, p_out, K)
+    output = (p_row_norms, p_input_scales, p_out, N, K)
     for unit in range(first, last):
         more = unit + 1 < last
-        prefetch_unit(weight, next_place(place), more, SHAPE)
-        words = decode_unit(words, weight, place, more, lookup, matrix, output, B, MMA, SHAPE)
-        place = next_place(place)
+        here, following = (weight, place), (weight, next_place(place))
+        prefetch_unit(weight, following[1], more, SHAPE)
+        words = decode_unit(words, here, following, more, lookup, matrix, output, B, MMA, SHAPE)
+        place = following[1]
