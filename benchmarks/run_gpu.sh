@@ -37,10 +37,11 @@ if command -v compute-sanitizer >/dev/null; then
 fi
 python -m pytest -q tests/kernels_/ops/test_routing.py || failed="$failed routing"
 python -m benchmarks.kernels.linear "$out/linear.json" --save-crossover
+python -m benchmarks.kernels.experts "$out/experts.json" || failed="$failed experts"
 python -m benchmarks.serving.steps --json "$out/steps.json" || failed="$failed steps"
 
 if [ -n "$model" ]; then
-    python -m pytest -q tests/vllm_/test_experts.py -k slots || failed="$failed experts"
+    python -m pytest -q tests/vllm_/test_experts.py -k slots || failed="$failed slots"
     for served in "$model" "$checkpoint"; do
         name=$(basename "$served")
         for batch in 1 16 64 256; do
@@ -49,7 +50,7 @@ if [ -n "$model" ]; then
                 --output-json "$out/latency-$name-$batch.json" \
                 >"$out/latency-$name-$batch.log" 2>&1
             # vLLM's monitor warns of what is compiled while it serves. Ours must not be.
-            ours='[a-z_]*(rotate|gemm|sums|dequantize)_kernel'
+            ours='[a-z_]*(rotate|rotate_many|gemm|sums|dequantize)_kernel'
             ! grep -E "during inference: $ours" "$out/latency-$name-$batch.log" \
                 || failed="$failed compiled-while-serving"
         done

@@ -173,7 +173,7 @@ def test_which_kernel_multiplies(
     for capability, expected in ((90, on_sm_90), (100, elsewhere)):
         recorder = Recorder(Processor(132, 227 << 10, capability))
         linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.bfloat16, num_tokens)
-        others = {"rotate_kernel", "add_sums_kernel"}
+        others = {"rotate_kernel", "rotate_many_kernel", "add_sums_kernel"}
         assert {line.split(":")[0] for line in recorder.seen} - others == {expected}
     recorder = Recorder(Processor(132, 227 << 10, 90))
     linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.float32, num_tokens)
