@@ -182,7 +182,7 @@ def triton_rows(target: int) -> Iterator[dict[str, Any]]:
     """Figures of the Triton kernels."""
     import torch
 
-    from qamw_kernels.ops.triton import kernels, launch
+    from qamw_kernels.ops.triton import kernels, launch, rotate_kernels, rotate_launch
 
     def largest(bodies: list[Loop]) -> Loop:
         return max(bodies, key=collections.Counter.total)
@@ -195,12 +195,12 @@ def triton_rows(target: int) -> Iterator[dict[str, Any]]:
             yield row(f"{name}, b = 11, {kind}", target, kernel, constants, pairs, largest)
     constants = launch.dequantize_constants(11, 128, torch.bfloat16)
     yield row("dequantize, b = 11, B = 128", target, kernels.dequantize_kernel, constants)
-    constants = launch.rotate_constants(128, torch.bfloat16)
-    yield row("rotate, B = 128", target, kernels.rotate_kernel, constants)
+    constants = rotate_launch.rotate_constants(128, torch.bfloat16)
+    yield row("rotate, B = 128", target, rotate_kernels.rotate_kernel, constants)
     for by_expert in (False, True):
-        constants = launch.rotate_many_constants(128, torch.bfloat16, by_expert)
+        constants = rotate_launch.rotate_many_constants(128, torch.bfloat16, by_expert)
         name = f"rotate_many, B = 128{', by expert' * by_expert}"
-        yield row(name, target, kernels.rotate_many_kernel, constants)
+        yield row(name, target, rotate_kernels.rotate_many_kernel, constants)
 
 
 def rows() -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch
 from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, width
 from benchmarks.kernels.sass import compile_for
-from qamw_kernels.ops.triton import kernels, launch
+from qamw_kernels.ops.triton import rotate_kernels as kernels
+from qamw_kernels.ops.triton import rotate_launch as launch
 
 PROGRAMS_EACH = 8  # on a multiprocessor: of 256 threads and few registers
 
@@ -46,7 +47,7 @@ def rotate_launch(
         swapped: for the wide kernel.
     """
     rows = num_inputs // rotation_block_size
-    if swapped and num_tokens * rows > launch.ROTATE_MANY:
+    if swapped and num_tokens * rows > launch.MANY_BLOCKS:
         return rotate_many_launch(num_inputs, num_tokens, rotation_block_size, machine)
     constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True)
     listing = rotate_listing(rotation_block_size, swapped)
@@ -77,14 +78,14 @@ def rotate_many_launch(
     ]
     spans = num_inputs // max(rotation_block_size, 64)
     blocks = -(-num_tokens // constants["BLOCK_M"])
-    places = launch.ROTATE_MANY_PROGRAMS * PROCESSOR.multiprocessors
+    places = launch.MANY_PROGRAMS * PROCESSOR.multiprocessors
     programs = min(blocks, max(places // spans, 1))
     turns = [
         (program == 0, len(range(program, blocks, programs)))
         for _ in range(spans)
         for program in range(programs)
     ]
-    each = launch.ROTATE_MANY_PROGRAMS
+    each = launch.MANY_PROGRAMS
     return _launch(listing, of_scales, turns, constants["num_warps"], each, machine)
 
 

@@ -12,7 +12,7 @@ from qamw_kernels.ops.gluon import decode_launch, narrow_launch, wide_launch
 from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
-from qamw_kernels.ops.triton import launch
+from qamw_kernels.ops.triton import launch, rotate_launch
 from qamw_kernels.ops.weight import TiledWeight, quadrant_words
 
 
@@ -31,8 +31,10 @@ class _Warmer:
     def many_rotated(self, index_bits: int, rotation_block_size: int) -> None:
         """More rotation blocks than the packed products of the smallest weights have."""
         weight = self._weight(index_bits, rotation_block_size)
-        x = self._tokens(weight, launch.ROTATE_MANY + 1)
-        launch.rotate(x, weight.input_scales, rotation_block_size, self.launcher, swapped=True)
+        x = self._tokens(weight, rotate_launch.MANY_BLOCKS + 1)
+        rotate_launch.rotate(
+            x, weight.input_scales, rotation_block_size, self.launcher, swapped=True
+        )
 
     def sums(self, index_bits: int, rotation_block_size: int) -> None:
         """Of row blocks that programs share, which the smallest weights have none of."""
@@ -61,7 +63,7 @@ class _Warmer:
         weight = self._weight(index_bits, rotation_block_size)
         chosen = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         x, routing = self._tokens(weight, 1), sort_slots(chosen, 1, 1)
-        launch.rotate_sorted(x, weight, routing, 1, self.launcher)
+        rotate_launch.rotate_sorted(x, weight, routing, 1, self.launcher)
 
     def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""

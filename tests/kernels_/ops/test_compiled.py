@@ -16,10 +16,11 @@ from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.triton.kernels import (
     dequantize_kernel,
     gemm_kernel,
-    rotate_kernel,
     routed_gemm_kernel,
 )
-from qamw_kernels.ops.triton.launch import dequantize_constants, gemm_constants, rotate_constants
+from qamw_kernels.ops.triton.launch import dequantize_constants, gemm_constants
+from qamw_kernels.ops.triton.rotate_kernels import rotate_kernel
+from qamw_kernels.ops.triton.rotate_launch import rotate_constants
 
 pytestmark = [
     pytest.mark.slow,

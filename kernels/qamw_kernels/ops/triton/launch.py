@@ -14,7 +14,6 @@ from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.crossover import gemm_max_tokens
 from qamw_kernels.ops.gluon import (
     dequantize_launch,
-    narrow_launch,
     routed_launch,
     wide_launch,
 )
@@ -25,17 +24,16 @@ from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.triton.kernels import (
     dequantize_kernel,
     gemm_kernel,
-    rotate_kernel,
-    rotate_many_kernel,
     routed_gemm_kernel,
 )
+from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_sorted
 from qamw_kernels.ops.weight import TiledWeight
 
 
 class Tile(NamedTuple):
     """Work of one program.
 
-    BLOCK_M tokens (or rotation blocks) x 16 * ROW_TILES rows, or WIDTH inputs.
+    BLOCK_M tokens, or WIDTH inputs, x 16 * ROW_TILES rows.
     """
 
     BLOCK_M: int
@@ -56,67 +54,8 @@ GEMM_TILES = {
     ("wide", 4): Tile(BLOCK_M=32, ROW_TILES=2, num_warps=8, num_stages=2),
 }
 # The Hadamard matrix is built and multiplied in pieces of at most this many inputs.
-ROTATE_WIDTH, DEQUANTIZE_WIDTH = 64, 128
-ROTATE_TILES = {
-    2: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=8, num_stages=1),
-    4: Tile(BLOCK_M=16, ROW_TILES=0, num_warps=4, num_stages=1),
-}
-ROTATE_MANY = 3072
-"""Rotation blocks, from which on a program for a wide kernel takes many of them."""
-ROTATE_MANY_PROGRAMS = 2  # on a multiprocessor
+DEQUANTIZE_WIDTH = 128
 DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
-
-
-@functools.cache
-def rotate_constants(
-    rotation_block_size: int,
-    dtype: torch.dtype,
-    swapped: bool = False,
-    early: bool = False,
-) -> dict[str, Any]:
-    """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
-
-    Args:
-        swapped: see :func:`rotate`.
-        early: whether the next kernel may begin before this one is complete.
-    """
-    tile = ROTATE_TILES[dtype.itemsize]
-    if swapped:  # as many inputs as there are registers for
-        tile = tile._replace(BLOCK_M=max(4096 // max(rotation_block_size, 128), tile.BLOCK_M))
-    return {
-        "B": rotation_block_size,
-        "WIDTH": min(rotation_block_size, ROTATE_WIDTH),
-        "BLOCK_R": tile.BLOCK_M,
-        "DTYPE": TL_DTYPES[dtype],
-        "SWAPPED": swapped,
-        "EARLY": early,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-@functools.cache
-def rotate_many_constants(
-    rotation_block_size: int,
-    dtype: torch.dtype,
-    by_expert: bool = False,
-    early: bool = False,
-) -> dict[str, Any]:
-    """Compile-time arguments of ``rotate_many_kernel``, and options of its compiler.
-
-    Args:
-        by_expert: see :func:`rotate_many`.
-        early: as of :func:`rotate_constants`.
-    """
-    return {
-        "B": rotation_block_size,
-        "BLOCK_M": 8192 // max(rotation_block_size, 128),
-        "DTYPE": TL_DTYPES[dtype],
-        "SORTED": by_expert,
-        "EARLY": early,
-        "num_warps": 8,
-        "num_stages": 1,
-    }
 
 
 @functools.cache
@@ -309,106 +248,6 @@ def routed_gemm(
         len(y) // len(rotated),
         weight.num_rows,
         weight.num_inputs,
-        **constants,
-    )
-
-
-def rotate(
-    x: torch.Tensor,
-    input_scales: torch.Tensor,
-    rotation_block_size: int,
-    launcher: Launcher = ON_DEVICE,
-    swapped: bool = False,
-) -> torch.Tensor:
-    """x [M, K] times ``input_scales`` [K], each block transformed: what :func:`gemm` multiplies.
-
-    Args:
-        swapped: in the order that :mod:`qamw_kernels.ops.gluon.wide_kernels` wants.
-    """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return out
-    num_blocks = x.numel() // rotation_block_size
-    if swapped and num_blocks > ROTATE_MANY:
-        rotate_many(x, input_scales, rotation_block_size, out, launcher=launcher)
-        return out
-    early = _next_begins_early(launcher, x)
-    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
-    grid = (
-        cdiv(num_blocks, constants["BLOCK_R"]),
-        rotation_block_size // constants["WIDTH"],
-    )
-    launcher.launch(
-        rotate_kernel,
-        grid,
-        x,
-        input_scales,
-        out,
-        num_blocks,
-        len(input_scales) // rotation_block_size,
-        rotation_block_size**-0.5,
-        **constants,
-    )
-    return out
-
-
-def _next_begins_early(launcher: Launcher, x: torch.Tensor) -> bool:
-    """Whether the kernel behind a rotation may begin before it is complete."""
-    processor = launcher.processor(x.device)
-    return processor is not None and narrow_launch.begins_early(processor)
-
-
-def rotate_sorted(
-    x: torch.Tensor,
-    weight: TiledWeight,
-    routing: Routing,
-    num_slots: int,
-    launcher: Launcher = ON_DEVICE,
-) -> torch.Tensor:
-    """:func:`rotate`, swapped, for the tokens of sorted slots: [sorted slots, K].
-
-    What belongs to no slot is left as it is.
-    """
-    out = torch.empty(len(routing.slots), x.shape[1], dtype=x.dtype, device=x.device)
-    size = weight.rotation_block_size
-    rotate_many(x, weight.input_scales, size, out, routing, num_slots, launcher)
-    return out
-
-
-def rotate_many(
-    x: torch.Tensor,
-    input_scales: torch.Tensor,
-    rotation_block_size: int,
-    out: torch.Tensor,
-    routing: Routing | None = None,
-    num_slots: int = 0,
-    launcher: Launcher = ON_DEVICE,
-) -> None:
-    """Launch the kernel for many tokens, which are swapped.
-
-    Args:
-        out: [M, K]; [sorted slots, K] by expert.
-        routing: where tokens are to be sorted by expert.
-        num_slots: the same.
-    """
-    processor = launcher.processor(x.device)
-    early = _next_begins_early(launcher, x)
-    constants = rotate_many_constants(rotation_block_size, x.dtype, routing is not None, early)
-    spans = x.shape[1] // max(rotation_block_size, UNIT_INPUTS)
-    places = ROTATE_MANY_PROGRAMS * (processor.multiprocessors if processor else 1)
-    programs = min(cdiv(len(out), constants["BLOCK_M"]), max(places // spans, 1))
-    launcher.launch(
-        rotate_many_kernel,
-        (programs, spans),
-        x,
-        input_scales,
-        x if routing is None else routing.slots,
-        x if routing is None else routing.num_sorted,
-        out,
-        len(out) if routing is None else num_slots,
-        1 if routing is None else num_slots // len(x),
-        spans,
-        rotation_block_size**-0.5,
         **constants,
     )
 

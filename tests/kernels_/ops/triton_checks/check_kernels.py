@@ -14,7 +14,8 @@ from qamw_kernels.format.config import ROTATION_BLOCK_SIZES
 from qamw_kernels.format.packing import pack_planes, unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.triton import launch
-from qamw_kernels.ops.triton.kernels import cast, dot
+from qamw_kernels.ops.triton.arithmetic import cast, dot
+from qamw_kernels.ops.triton.rotate_launch import MANY_BLOCKS, rotate, rotate_many
 from qamw_kernels.ops.weight import TiledWeight
 from tests.kernels_.ops.triton_checks.common import (
     DEVICE,
@@ -68,7 +69,7 @@ def test_rotate(rotation_block_size: int, dtype: torch.dtype) -> None:
     root = math.sqrt(rotation_block_size)
     for num_tokens in (1, 3, 17):
         x = random(num_tokens, num_inputs, dtype=dtype)
-        got = launch.rotate(x, input_scales, rotation_block_size)
+        got = rotate(x, input_scales, rotation_block_size)
         blocks = (x.double() * input_scales.double()).view(-1, rotation_block_size)
         exact = blocks @ (signs.double() / root)
         scaled = (x.float() * input_scales.float()).to(dtype).view(-1, rotation_block_size)
@@ -82,12 +83,12 @@ def swapped(num_inputs: int) -> torch.Tensor:
     return inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
 
 
-@pytest.mark.parametrize("num_tokens", [3, launch.ROTATE_MANY // 3 + 1])
+@pytest.mark.parametrize("num_tokens", [3, MANY_BLOCKS // 3 + 1])
 @pytest.mark.parametrize("rotation_block_size", [16, 64])
 def test_rotate_swaps_inputs(rotation_block_size: int, num_tokens: int) -> None:
     x, input_scales = random(num_tokens, 192), random_weight(1, 192, 6).input_scales
-    plain = launch.rotate(x, input_scales, rotation_block_size)
-    found = launch.rotate(x, input_scales, rotation_block_size, swapped=True)
+    plain = rotate(x, input_scales, rotation_block_size)
+    found = rotate(x, input_scales, rotation_block_size, swapped=True)
     # Programs have more rows than those that do not swap, and may add up in another order.
     torch.testing.assert_close(found, plain[:, swapped(192)], rtol=1e-5, atol=1e-5)
 
@@ -99,7 +100,7 @@ def test_rotate_many(rotation_block_size: int, dtype: torch.dtype) -> None:
     input_scales = random_weight(1, num_inputs, 6).input_scales
     x = random(133, num_inputs, dtype=dtype)
     got = torch.empty_like(x)
-    launch.rotate_many(x, input_scales, rotation_block_size, got)
+    rotate_many(x, input_scales, rotation_block_size, got)
     blocks = (x.double() * input_scales.double()).view(-1, rotation_block_size)
     signs, root = hadamard(rotation_block_size).to(DEVICE), math.sqrt(rotation_block_size)
     exact = (blocks @ (signs.double() / root)).view_as(x)
@@ -109,13 +110,13 @@ def test_rotate_many(rotation_block_size: int, dtype: torch.dtype) -> None:
     assert_as_good_as_torch(got, of_torch[:, order], exact[:, order])
 
 
-@pytest.mark.parametrize("num_tokens", [1, launch.ROTATE_MANY + 1])
+@pytest.mark.parametrize("num_tokens", [1, MANY_BLOCKS + 1])
 def test_rotate_overflows_only_where_the_result_does(num_tokens: int) -> None:
     x = torch.zeros(num_tokens, 128, dtype=torch.float16, device=DEVICE)
     x[0, 5] = 60000
     # 240,000 is no float16.
     input_scales = torch.full((128,), -4, dtype=torch.float16, device=DEVICE)
-    got = launch.rotate(x, input_scales, 128, swapped=num_tokens > 1)[:1]
+    got = rotate(x, input_scales, 128, swapped=num_tokens > 1)[:1]
     x = x[:1]
     assert torch.equal(got.abs(), torch.full_like(x, 240000 / math.sqrt(128)))
 

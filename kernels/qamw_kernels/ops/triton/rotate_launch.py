@@ -1,0 +1,171 @@
+"""Launchers of the kernels that rotate activations. Needs triton."""
+
+import functools
+from typing import Any
+
+import torch
+
+from qamw_kernels.format.packing import UNIT_INPUTS
+from qamw_kernels.ops.gluon import narrow_launch
+from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, cdiv
+from qamw_kernels.ops.routing import Routing
+from qamw_kernels.ops.triton.rotate_kernels import rotate_kernel, rotate_many_kernel
+from qamw_kernels.ops.weight import TiledWeight
+
+WIDTH = 64  # the Hadamard matrix is built and multiplied in pieces of at most this many inputs
+MANY_BLOCKS = 3072
+"""Rotation blocks, beyond which the kernel for many tokens is the faster one, by the model of an
+H100; it only swaps."""
+MANY_PROGRAMS = 2  # of that kernel, on a multiprocessor
+
+
+@functools.cache
+def rotate_constants(
+    rotation_block_size: int,
+    dtype: torch.dtype,
+    swapped: bool = False,
+    early: bool = False,
+) -> dict[str, Any]:
+    """Compile-time arguments of ``rotate_kernel``, and options of its compiler.
+
+    Args:
+        swapped: see :func:`rotate`.
+        early: whether the next kernel may begin before this one is complete.
+    """
+    blocks = 16
+    if swapped:  # as many inputs as there are registers for
+        blocks = max(4096 // max(rotation_block_size, 128), blocks)
+    return {
+        "B": rotation_block_size,
+        "WIDTH": min(rotation_block_size, WIDTH),
+        "BLOCK_R": blocks,
+        "DTYPE": TL_DTYPES[dtype],
+        "SWAPPED": swapped,
+        "EARLY": early,
+        "num_warps": 8 if dtype.itemsize == 2 else 4,
+        "num_stages": 1,
+    }
+
+
+@functools.cache
+def rotate_many_constants(
+    rotation_block_size: int,
+    dtype: torch.dtype,
+    by_expert: bool = False,
+    early: bool = False,
+) -> dict[str, Any]:
+    """Compile-time arguments of ``rotate_many_kernel``, and options of its compiler.
+
+    Args:
+        by_expert: see :func:`rotate_many`.
+        early: as of :func:`rotate_constants`.
+    """
+    return {
+        "B": rotation_block_size,
+        "BLOCK_M": 8192 // max(rotation_block_size, 128),
+        "DTYPE": TL_DTYPES[dtype],
+        "SORTED": by_expert,
+        "EARLY": early,
+        "num_warps": 8,
+        "num_stages": 1,
+    }
+
+
+def rotate(
+    x: torch.Tensor,
+    input_scales: torch.Tensor,
+    rotation_block_size: int,
+    launcher: Launcher = ON_DEVICE,
+    swapped: bool = False,
+) -> torch.Tensor:
+    """x [M, K] times ``input_scales`` [K], each block transformed: what products multiply.
+
+    Args:
+        swapped: in the order that :mod:`qamw_kernels.ops.gluon.wide_kernels` wants.
+    """
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return out
+    num_blocks = x.numel() // rotation_block_size
+    if swapped and num_blocks > MANY_BLOCKS:
+        rotate_many(x, input_scales, rotation_block_size, out, launcher=launcher)
+        return out
+    early = _next_begins_early(launcher, x)
+    constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
+    grid = (
+        cdiv(num_blocks, constants["BLOCK_R"]),
+        rotation_block_size // constants["WIDTH"],
+    )
+    launcher.launch(
+        rotate_kernel,
+        grid,
+        x,
+        input_scales,
+        out,
+        num_blocks,
+        len(input_scales) // rotation_block_size,
+        rotation_block_size**-0.5,
+        **constants,
+    )
+    return out
+
+
+def _next_begins_early(launcher: Launcher, x: torch.Tensor) -> bool:
+    """Whether the kernel behind a rotation may begin before it is complete."""
+    processor = launcher.processor(x.device)
+    return processor is not None and narrow_launch.begins_early(processor)
+
+
+def rotate_sorted(
+    x: torch.Tensor,
+    weight: TiledWeight,
+    routing: Routing,
+    num_slots: int,
+    launcher: Launcher = ON_DEVICE,
+) -> torch.Tensor:
+    """:func:`rotate`, swapped, for the tokens of sorted slots: [sorted slots, K].
+
+    What belongs to no slot is left as it is.
+    """
+    out = torch.empty(len(routing.slots), x.shape[1], dtype=x.dtype, device=x.device)
+    size = weight.rotation_block_size
+    rotate_many(x, weight.input_scales, size, out, routing, num_slots, launcher)
+    return out
+
+
+def rotate_many(
+    x: torch.Tensor,
+    input_scales: torch.Tensor,
+    rotation_block_size: int,
+    out: torch.Tensor,
+    routing: Routing | None = None,
+    num_slots: int = 0,
+    launcher: Launcher = ON_DEVICE,
+) -> None:
+    """Launch the kernel for many tokens, which are swapped.
+
+    Args:
+        out: [M, K]; [sorted slots, K] by expert.
+        routing: where tokens are to be sorted by expert.
+        num_slots: the same.
+    """
+    processor = launcher.processor(x.device)
+    early = _next_begins_early(launcher, x)
+    constants = rotate_many_constants(rotation_block_size, x.dtype, routing is not None, early)
+    spans = x.shape[1] // max(rotation_block_size, UNIT_INPUTS)
+    places = MANY_PROGRAMS * (processor.multiprocessors if processor else 1)
+    programs = min(cdiv(len(out), constants["BLOCK_M"]), max(places // spans, 1))
+    launcher.launch(
+        rotate_many_kernel,
+        (programs, spans),
+        x,
+        input_scales,
+        x if routing is None else routing.slots,
+        x if routing is None else routing.num_sorted,
+        out,
+        len(out) if routing is None else num_slots,
+        1 if routing is None else num_slots // len(x),
+        spans,
+        rotation_block_size**-0.5,
+        **constants,
+    )
