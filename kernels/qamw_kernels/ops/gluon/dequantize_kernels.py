@@ -106,7 +106,8 @@ def decode_unit(
     here, following: (weight, place) of this unit and of the one after it.
     matrix: of Hadamard, in shared memory.
     """
-    (table, lane4), place = lookup, here[1]
+    table, lane4 = lookup
+    place = here[1]
     ROWS: gl.constexpr = SHAPE[1] * 16
     WIDTH: gl.constexpr = matrix.shape[0]
     STAGES: gl.constexpr = WIDTH // 32  # of as many outputs

@@ -60,7 +60,8 @@ def unit_after(unit, following):
 
     following: (weight, row block) of the run after this one.
     """
-    (p_tiles, before, N), (input_tiles, row_block, tile) = unit
+    p_tiles, before, N = unit[0]
+    input_tiles, row_block, tile = unit[1]
     ends = tile + 1 == input_tiles
     before = gl.where(ends, following[0][1], before)
     row_block = gl.where(ends, following[1], row_block)
