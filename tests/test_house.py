@@ -18,6 +18,7 @@ from tests.helpers.house import (
     import_graph,
     importers,
     module_files,
+    nested_targets,
     relative_imports,
     room_graph,
     too_long,
@@ -84,6 +85,13 @@ def test_who_knows_vllm_and_transformers() -> None:
 
 def test_files_and_functions_are_short() -> None:
     assert too_long(SOURCES, MAX_FILE, MAX_BODY) == []
+
+
+def test_kernels_have_no_nested_targets() -> None:
+    """Triton 3.7 cannot read them."""
+    kernels = {m: s for m, s in SOURCES.items() if re.search(r"^@(gluon|triton)\.jit", s, re.M)}
+    assert {"qamw_kernels.ops.triton.kernels", "qamw_kernels.ops.gluon.ring"} < kernels.keys()
+    assert nested_targets(kernels) == []
 
 
 def environment_variables(sources: Mapping[str, str]) -> set[str]:
@@ -160,6 +168,11 @@ def test_wrong_directions_are_found(module: str, source: str) -> None:
 def test_importers_are_found() -> None:
     sources = {"a": "def f():\n    from vllm.x import y", "b": "import vllm_x", "c": "import vllm"}
     assert importers(sources, "vllm") == {"a", "c"}
+
+
+def test_nested_targets_are_found() -> None:
+    sources = {"p.a": "x, y = 1, 2\n(x, y), z = (1, 2), 3", "p.b": "x = (1, 2), 3"}
+    assert nested_targets(sources) == ["p.a:2"]
 
 
 def test_relative_imports_are_found() -> None:

@@ -168,6 +168,18 @@ def relative_imports(sources: Sources) -> list[str]:
     return [m for m, source in sources.items() if any(i.relative for i in imports_of(source))]
 
 
+def nested_targets(sources: Sources) -> list[str]:
+    """Assignments to tuples of tuples, as ``module:line``."""
+    return [
+        f"{module}:{node.lineno}"
+        for module, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Tuple) and any(isinstance(e, ast.Tuple) for e in target.elts)
+    ]
+
+
 def too_long(sources: Sources, max_file: int, max_body: int) -> list[str]:
     """Files and functions with too many lines, as ``module`` and ``module:function``.
 
