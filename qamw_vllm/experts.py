@@ -21,7 +21,7 @@ from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat
 from qamw_kernels.format.rates import QuantizedShape
 from qamw_kernels.format.sharding import check_input_split
 from qamw_kernels.format.weight import QuantizedWeight
-from qamw_kernels.ops.linear import routed_linear
+from qamw_kernels.ops.linear import combine, routed_linear
 from qamw_kernels.ops.routing import Routing, sort_slots
 from qamw_kernels.ops.weight import TiledWeight
 from qamw_vllm.backend import (
@@ -309,11 +309,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         inner = torch.empty(num_slots, both.shape[1] // 2, dtype=x.dtype, device=x.device)
         self._activate(layer, inner, both)
         y = self._multiply("w2", layer, weights["w2"], inner, routing, topk_ids)
-        y = y.view(*topk_ids.shape, x.shape[1])
-        out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for k in range(topk_ids.shape[1]):  # one by one, for y in float32 would be large
-            out += y[:, k] * topk_weights[:, k, None]
-        return out.to(x.dtype)
+        return combine(y, topk_weights.float())
 
     def _activate(self, layer: Any, inner: torch.Tensor, both: torch.Tensor) -> None:
         """inner [slots, inner size] = f(gate, up), as vLLM computes it from both."""

@@ -1,4 +1,4 @@
-"""The torch ops ``qamw::linear`` and, for mixtures of experts, ``qamw::routed_linear``.
+"""The torch ops ``qamw::linear`` and, of mixtures of experts, ``routed_linear`` and ``combine``.
 
 CUDA tensors run the Triton kernels. CPU tensors run :mod:`qamw_kernels.ops.reference`; only in a
 process that was started with Triton's interpreter (``TRITON_INTERPRET=1``) do they run the Triton
@@ -23,11 +23,15 @@ from qamw_kernels.ops.weight import TiledWeight
 Linear = Callable[[torch.Tensor, TiledWeight, torch.Tensor | None], torch.Tensor]
 RoutedLinear = Callable[[torch.Tensor, TiledWeight, Routing, int], torch.Tensor]
 
+Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _WEIGHT = "Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words"
 _ROUTING = "Tensor slots, Tensor experts, Tensor num_sorted, int block_size, SymInt num_slots"
 _LINEAR = f"linear({_WEIGHT}, Tensor? bias, int rotation_block_size) -> Tensor"
 _ROUTED_LINEAR = f"routed_linear({_WEIGHT}, {_ROUTING}, int rotation_block_size) -> Tensor"
+
+_COMBINE = "combine(Tensor y, Tensor shares) -> Tensor"
 
 
 def linear(
@@ -91,6 +95,21 @@ def routed_linear(
         weight.rotation_block_size,
     )
     return y
+
+
+def combine(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Of every token the sum over its slots, added up in float32 one after the other.
+
+    Args:
+        y: [M * k, N] bfloat16, float16 or float32, of token 0's slots, then token 1's.
+        shares: [M, k] float32, of each slot.
+    Returns:
+        [M, N] in the dtype of y.
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+    """
+    out: torch.Tensor = torch.ops.qamw.combine(y, shares)
+    return out
 
 
 def _check(
@@ -170,6 +189,15 @@ def _check_routed_linear(
     _check("num_sorted", num_sorted, tiles, (1,), torch.int32)
 
 
+def _check_combine(y: torch.Tensor, shares: torch.Tensor) -> None:
+    if shares.ndim != 2 or shares.shape[1] == 0:
+        raise ValueError(f"shares: expected shape [M, k], got {tuple(shares.shape)}")
+    _check("shares", shares, y, tuple(shares.shape), torch.float32)
+    if y.ndim != 2:
+        raise ValueError(f"y: expected shape [M * k, N], got {tuple(y.shape)}")
+    _check("y", y, y, (shares.shape[0] * shares.shape[1], y.shape[1]), *_FLOATS)
+
+
 def _linear_fake(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.row_norms.shape[0])
 
@@ -212,6 +240,20 @@ def _routed_linear_cpu(
 ) -> torch.Tensor:
     implementation = _routed_linear_triton if interpreted() else reference.routed_linear
     return implementation(x, weight, routing, num_slots)
+
+
+def _combine_fake(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    return y.new_empty(shares.shape[0], y.shape[1])
+
+
+def _combine_triton(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    from qamw_kernels.ops.triton import launch
+
+    return launch.combine(y, shares)
+
+
+def _combine_cpu(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    return (_combine_triton if interpreted() else reference.combine)(y, shares)
 
 
 def _linear_op(implementation: Linear) -> Callable[..., torch.Tensor]:
@@ -257,10 +299,20 @@ def _routed_linear_op(implementation: RoutedLinear) -> Callable[..., torch.Tenso
     return op
 
 
+def _combine_op(implementation: Combine) -> Combine:
+    """``implementation`` with its arguments checked."""
+
+    def op(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+        _check_combine(y, shares)
+        return implementation(y, shares)
+
+    return op
+
+
 def _register() -> Any:
-    """Define both ops; the library that holds them must be kept alive."""
+    """Define the ops; the library that holds them must be kept alive."""
     library: Any = torch.library.Library("qamw", "DEF")  # type: ignore[no-untyped-call]  # no types
-    for schema in (_LINEAR, _ROUTED_LINEAR):
+    for schema in (_LINEAR, _ROUTED_LINEAR, _COMBINE):
         library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl("linear", _linear_op(_linear_triton), "CUDA")
     library.impl("linear", _linear_op(_linear_cpu), "CPU")
@@ -269,6 +321,9 @@ def _register() -> Any:
     library.impl("routed_linear", _routed_linear_op(_routed_linear_cpu), "CPU")
     fake = _routed_linear_op(_routed_linear_fake)
     torch.library.register_fake("qamw::routed_linear", fake, lib=library)
+    library.impl("combine", _combine_op(_combine_triton), "CUDA")
+    library.impl("combine", _combine_op(_combine_cpu), "CPU")
+    torch.library.register_fake("qamw::combine", _combine_op(_combine_fake), lib=library)
     return library
 
 

@@ -39,3 +39,12 @@ def routed_linear(
             tokens = x[own // (num_slots // len(x))]
             y[own] = linear(tokens, weight.expert(expert), None)
     return y
+
+
+def combine(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """The op ``qamw::combine``, one slot of every token after the other, in float32."""
+    out = y.new_zeros(len(shares), y.shape[1], dtype=torch.float32)
+    slots = y.view(*shares.shape, y.shape[1])
+    for i in range(shares.shape[1]):
+        out += slots[:, i] * shares[:, i, None]
+    return out.to(y.dtype)

@@ -65,6 +65,12 @@ class _Warmer:
         x, routing = self._tokens(weight, 1), sort_slots(chosen, 1, 1)
         rotate_launch.rotate_sorted(x, weight, routing, 1, self.launcher)
 
+    def combined(self) -> None:
+        """For numbers of rows that are multiples of 16, and for others."""
+        for num_rows in (16, 17):
+            y = torch.zeros(1, num_rows, dtype=self.dtype, device=self.device)
+            launch.combine(y, torch.zeros(1, 1, device=self.device), self.launcher)
+
     def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""
         num_inputs, device = max(rotation_block_size, UNIT_INPUTS), self.device
@@ -131,6 +137,7 @@ def warm_up(
             for size in rotation_block_sizes:
                 jobs.append(pool.submit(warmer.dequantized, bits, size))
         if experts:
+            jobs.append(pool.submit(warmer.combined))
             for bits in rates:
                 for block_size in launch.routed_block_sizes(dtype, bits, processor):
                     jobs.append(pool.submit(warmer.routed, bits, least, block_size))

@@ -8,7 +8,7 @@ from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
 from qamw_kernels.format.packing import unpack_planes
 from qamw_kernels.ops.interpreter import interpreted
-from qamw_kernels.ops.linear import linear, routed_linear
+from qamw_kernels.ops.linear import combine, linear, routed_linear
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.weight import TiledWeight
 from tests.helpers.weights import random_weight
@@ -48,3 +48,24 @@ def test_the_routed_cpu_op_is_the_codec(parallel: bool) -> None:
             if expert in here:
                 expected = decode_weight(weights[expert]) @ x[slot * len(x) // 10]
             torch.testing.assert_close(y[slot], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_combine_adds_up_the_slots_of_a_token() -> None:
+    y, shares = torch.randn(6, N), torch.rand(2, 3)
+    expected = torch.stack([y[3 * i : 3 * i + 3].T @ shares[i] for i in range(2)])
+    torch.testing.assert_close(combine(y, shares), expected)
+    assert combine(y[:0], shares[:0]).shape == (0, N)
+
+
+@pytest.mark.parametrize(
+    "y, shares, message",
+    [
+        (torch.zeros(5, 4), torch.zeros(2, 3), r"y: expected shape \(6, 4\), got \(5, 4\)"),
+        (torch.zeros(6, 4), torch.zeros(6), r"shares: expected shape \[M, k\], got \(6,\)"),
+        (torch.zeros(6, 4), torch.zeros(2, 3).half(), "shares: expected dtype torch.float32"),
+        (torch.zeros(6), torch.zeros(2, 3), r"y: expected shape \[M \* k, N\], got \(6,\)"),
+    ],
+)
+def test_what_combine_refuses(y: torch.Tensor, shares: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        combine(y, shares)

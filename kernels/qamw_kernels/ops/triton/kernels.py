@@ -202,6 +202,22 @@ def routed_gemm_kernel(
     )
 
 
+@triton.jit(do_not_specialize=["k"])
+def combine_kernel(p_y, p_shares, p_out, N, k, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
+    """out [M, N] = the sum over y [M, k, N] * shares [M, k], one slot of a token after the other.
+
+    Program (i, j) has token i and the rows BLOCK_N * j and on. Only whether N is a multiple of 16
+    is specialized on.
+    """
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0).to(tl.int64) * k
+    acc = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for i in range(k):
+        y = tl.load(p_y + (first + i) * N + n, mask=n < N, other=0.0)
+        acc += y.to(tl.float32) * tl.load(p_shares + first + i)
+    tl.store(p_out + tl.program_id(0).to(tl.int64) * N + n, cast(acc, DTYPE), mask=n < N)
+
+
 @triton.jit(do_not_specialize=["N"])
 def dequantize_kernel(
     p_tiles,

@@ -22,6 +22,7 @@ from qamw_kernels.ops.launcher import ON_DEVICE, TL_DTYPES, Launcher, Processor,
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_ROWS
 from qamw_kernels.ops.triton.kernels import (
+    combine_kernel,
     dequantize_kernel,
     gemm_kernel,
     routed_gemm_kernel,
@@ -93,6 +94,12 @@ def dequantize_constants(
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+@functools.cache
+def combine_constants(dtype: torch.dtype) -> dict[str, Any]:
+    """Compile-time arguments of ``combine_kernel``, and options of its compiler."""
+    return {"BLOCK_N": 1024, "DTYPE": TL_DTYPES[dtype], "num_warps": 4}
 
 
 def linear(
@@ -250,6 +257,25 @@ def routed_gemm(
         weight.num_inputs,
         **constants,
     )
+
+
+def combine(y: torch.Tensor, shares: torch.Tensor, launcher: Launcher = ON_DEVICE) -> torch.Tensor:
+    """The op ``qamw::combine``."""
+    out = torch.empty(len(shares), y.shape[1], dtype=y.dtype, device=y.device)
+    if out.numel() == 0:
+        return out
+    constants = combine_constants(y.dtype)
+    launcher.launch(
+        combine_kernel,
+        (len(shares), cdiv(y.shape[1], constants["BLOCK_N"])),
+        y.contiguous(),
+        shares.contiguous(),
+        out,
+        y.shape[1],
+        shares.shape[1],
+        **constants,
+    )
+    return out
 
 
 def gemm(

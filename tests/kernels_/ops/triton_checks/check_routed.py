@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.ops import reference
 from qamw_kernels.ops.launcher import ON_DEVICE
-from qamw_kernels.ops.linear import routed_linear
+from qamw_kernels.ops.linear import combine, routed_linear
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_sorted
@@ -83,3 +84,15 @@ def test_sorted_tokens_are_rotated(size: int, slots_per_token: int) -> None:
     used = (routing.slots < chosen.numel()).nonzero().flatten()
     assert len(used) == chosen.numel()
     assert torch.equal(found[used], rotated[routing.slots[used].long() // slots_per_token])
+
+
+@pytest.mark.parametrize("dtype", CLOSE, ids=str)
+@pytest.mark.parametrize("num_tokens, num_rows", [(3, NUM_ROWS), (1, 1040), (0, 16)])
+def test_combine(num_tokens: int, num_rows: int, dtype: torch.dtype) -> None:
+    y, shares = random(num_tokens * 3, num_rows, dtype=dtype), random(num_tokens, 3, seed=2)
+    found = combine(y, shares)
+    exact = (y.double().view(num_tokens, 3, num_rows) * shares.double()[..., None]).sum(1)
+    assert found.dtype == dtype and found.shape == (num_tokens, num_rows)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), exact, rtol=step, atol=1e-5)
+    torch.testing.assert_close(found, reference.combine(y, shares), rtol=step, atol=1e-5)
