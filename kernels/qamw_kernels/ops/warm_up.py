@@ -69,7 +69,8 @@ class _Warmer:
         """For numbers of rows that are multiples of 16, and for others."""
         for num_rows in (16, 17):
             y = torch.zeros(1, num_rows, dtype=self.dtype, device=self.device)
-            launch.combine(y, torch.zeros(1, 1, device=self.device), self.launcher)
+            shares = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
+            launch.combine(y, shares, self.launcher)
 
     def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""

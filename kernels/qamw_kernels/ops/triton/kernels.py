@@ -202,13 +202,16 @@ def routed_gemm_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["k"])
-def combine_kernel(p_y, p_shares, p_out, N, k, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr):
+@triton.jit(do_not_specialize=["units", "k"])
+def combine_kernel(
+    p_y, p_shares, p_out, units, k, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr
+):
     """out [M, N] = the sum over y [M, k, N] * shares [M, k], one slot of a token after the other.
 
-    Program (i, j) has token i and the rows BLOCK_N * j and on. Only whether N is a multiple of 16
-    is specialized on.
+    Program (i, j) has token i and the rows BLOCK_N * j and on. N is UNIT * ``units``: what UNIT is
+    tells the compiler how much lies side by side.
     """
+    N = units * UNIT
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(0).to(tl.int64) * k
     acc = tl.zeros([BLOCK_N], dtype=tl.float32)

@@ -97,9 +97,10 @@ def dequantize_constants(
 
 
 @functools.cache
-def combine_constants(dtype: torch.dtype) -> dict[str, Any]:
+def combine_constants(dtype: torch.dtype, num_rows: int) -> dict[str, Any]:
     """Compile-time arguments of ``combine_kernel``, and options of its compiler."""
-    return {"BLOCK_N": 1024, "DTYPE": TL_DTYPES[dtype], "num_warps": 4}
+    unit = 1 if num_rows % 16 else 16
+    return {"UNIT": unit, "BLOCK_N": 1024, "DTYPE": TL_DTYPES[dtype], "num_warps": 4}
 
 
 def linear(
@@ -264,14 +265,14 @@ def combine(y: torch.Tensor, shares: torch.Tensor, launcher: Launcher = ON_DEVIC
     out = torch.empty(len(shares), y.shape[1], dtype=y.dtype, device=y.device)
     if out.numel() == 0:
         return out
-    constants = combine_constants(y.dtype)
+    constants = combine_constants(y.dtype, y.shape[1])
     launcher.launch(
         combine_kernel,
         (len(shares), cdiv(y.shape[1], constants["BLOCK_N"])),
         y.contiguous(),
         shares.contiguous(),
         out,
-        y.shape[1],
+        y.shape[1] // constants["UNIT"],
         shares.shape[1],
         **constants,
     )
