@@ -47,7 +47,7 @@ def rotate_launch(
         swapped: for the wide kernel.
     """
     rows = num_inputs // rotation_block_size
-    if swapped and num_tokens * rows > launch.MANY_BLOCKS:
+    if swapped and num_tokens * num_inputs > launch.MANY_INPUTS:
         return rotate_many_launch(num_inputs, num_tokens, rotation_block_size, machine)
     constants = launch.rotate_constants(rotation_block_size, torch.bfloat16, swapped, True)
     listing = rotate_listing(rotation_block_size, swapped)

@@ -22,7 +22,6 @@ from qamw_kernels.ops.weight import TiledWeight
 
 Linear = Callable[[torch.Tensor, TiledWeight, torch.Tensor | None], torch.Tensor]
 RoutedLinear = Callable[[torch.Tensor, TiledWeight, Routing, int], torch.Tensor]
-
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -30,7 +29,6 @@ _WEIGHT = "Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor
 _ROUTING = "Tensor slots, Tensor experts, Tensor num_sorted, int block_size, SymInt num_slots"
 _LINEAR = f"linear({_WEIGHT}, Tensor? bias, int rotation_block_size) -> Tensor"
 _ROUTED_LINEAR = f"routed_linear({_WEIGHT}, {_ROUTING}, int rotation_block_size) -> Tensor"
-
 _COMBINE = "combine(Tensor y, Tensor shares) -> Tensor"
 
 
@@ -191,7 +189,7 @@ def _check_routed_linear(
 
 def _check_combine(y: torch.Tensor, shares: torch.Tensor) -> None:
     if shares.ndim != 2 or shares.shape[1] == 0:
-        raise ValueError(f"shares: expected shape [M, k], got {tuple(shares.shape)}")
+        raise ValueError(f"shares: expected shape [M, k] with k > 0, got {tuple(shares.shape)}")
     _check("shares", shares, y, tuple(shares.shape), torch.float32)
     if y.ndim != 2:
         raise ValueError(f"y: expected shape [M * k, N], got {tuple(y.shape)}")

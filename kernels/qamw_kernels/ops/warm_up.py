@@ -29,9 +29,9 @@ class _Warmer:
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
 
     def many_rotated(self, index_bits: int, rotation_block_size: int) -> None:
-        """More rotation blocks than the packed products of the smallest weights have."""
+        """More tokens than the packed products of the smallest weights are warmed up with."""
         weight = self._weight(index_bits, rotation_block_size)
-        x = self._tokens(weight, rotate_launch.MANY_BLOCKS + 1)
+        x = self._tokens(weight, rotate_launch.MANY_INPUTS // weight.num_inputs + 1)
         rotate_launch.rotate(
             x, weight.input_scales, rotation_block_size, self.launcher, swapped=True
         )

@@ -54,6 +54,12 @@ def multiply(
     return y, product.exact
 
 
+def filled_with_nan(*args: Any, _empty: Any = torch.empty, **kwargs: Any) -> torch.Tensor:
+    """torch.empty, with NaN for what is not written."""
+    out: torch.Tensor = _empty(*args, **kwargs)
+    return out.fill_(torch.nan) if out.is_floating_point() else out
+
+
 CASES = {
     # Inputs that end within a tile and within a block; with several programs, some have parts of
     # two row blocks. One by one, warps run in another order for every seed.
@@ -80,13 +86,7 @@ def test_ptx_is_right(
 ) -> None:
     num_tokens, num_rows, num_inputs, index_bits, dtype, multiprocessors, seed = case
     launcher = PtxLauncher(multiprocessors, seed)
-    empty = torch.empty
-
-    def filled(*args: Any, **kwargs: Any) -> torch.Tensor:
-        out = empty(*args, **kwargs)
-        return out.fill_(torch.nan) if out.is_floating_point() else out
-
-    monkeypatch.setattr(torch, "empty", filled)  # shows what is read before it is written
+    monkeypatch.setattr(torch, "empty", filled_with_nan)  # shows what is read before it is written
     y, exact = multiply(num_tokens, num_rows, num_inputs, index_bits, dtype, launcher)
     check_rounded(y, exact)
     if seed is None:

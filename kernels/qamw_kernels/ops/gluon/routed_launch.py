@@ -25,8 +25,9 @@ NARROW_SLOTS = narrow_launch.MAX_TOKENS
 WIDE_SLOTS = (16, 32, 64, 128)
 BLOCK_SIZES = (NARROW_SLOTS, *WIDE_SLOTS)
 MAX_AVERAGE = {8: 4, 16: 10, 32: 24, 64: 60}
-"""Slots of an expert, on average, up to which a block size is the fastest, by the model of an H100:
-few experts then have a second block, which costs as much as the first."""
+"""Slots of an expert, on average, up to which a block size is the fastest, by the model of an H100
+and where all experts are equally likely. A second block of an expert costs as much as the first, so
+few may have one; but blocks of 128 slots cost half as much again as those of 64."""
 NARROW_MAX_AVERAGE = 16
 """The same for the narrow kernel where the plain one is the other choice."""
 

@@ -13,8 +13,8 @@ from qamw_kernels.ops.triton.rotate_kernels import rotate_kernel, rotate_many_ke
 from qamw_kernels.ops.weight import TiledWeight
 
 WIDTH = 64  # the Hadamard matrix is built and multiplied in pieces of at most this many inputs
-MANY_BLOCKS = 3072
-"""Rotation blocks, beyond which the kernel for many tokens is the faster one, by the model of an
+MANY_INPUTS = 3072 * 128
+"""Inputs of all tokens, beyond which the kernel for many is the faster one, by the model of an
 H100; it only swaps."""
 MANY_PROGRAMS = 2  # of that kernel, on a multiprocessor
 
@@ -86,10 +86,10 @@ def rotate(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
         return out
-    num_blocks = x.numel() // rotation_block_size
-    if swapped and num_blocks > MANY_BLOCKS:
+    if swapped and x.numel() > MANY_INPUTS:
         rotate_many(x, input_scales, rotation_block_size, out, launcher=launcher)
         return out
+    num_blocks = x.numel() // rotation_block_size
     early = _next_begins_early(launcher, x)
     constants = rotate_constants(rotation_block_size, x.dtype, swapped, early)
     grid = (
@@ -145,9 +145,9 @@ def rotate_many(
     """Launch the kernel for many tokens, which are swapped.
 
     Args:
-        out: [M, K]; [sorted slots, K] by expert.
-        routing: where tokens are to be sorted by expert.
-        num_slots: the same.
+        out: [M, K]; with ``routing`` [sorted slots, K].
+        routing: sorts the tokens by expert; None leaves them in their order.
+        num_slots: of ``routing``, a multiple of M.
     """
     processor = launcher.processor(x.device)
     early = _next_begins_early(launcher, x)

@@ -15,7 +15,7 @@ from qamw_kernels.format.packing import pack_planes, unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.triton.arithmetic import cast, dot
-from qamw_kernels.ops.triton.rotate_launch import MANY_BLOCKS, rotate, rotate_many
+from qamw_kernels.ops.triton.rotate_launch import MANY_INPUTS, rotate, rotate_many
 from qamw_kernels.ops.weight import TiledWeight
 from tests.kernels_.ops.triton_checks.common import (
     DEVICE,
@@ -83,8 +83,9 @@ def swapped(num_inputs: int) -> torch.Tensor:
     return inputs & ~0b11110 | (inputs & 0b110) << 2 | (inputs & 0b11000) >> 2
 
 
-@pytest.mark.parametrize("num_tokens", [3, MANY_BLOCKS // 3 + 1])
-@pytest.mark.parametrize("rotation_block_size", [16, 64])
+@pytest.mark.parametrize(
+    "rotation_block_size, num_tokens", [(16, 3), (64, 3), (64, MANY_INPUTS // 192 + 1)]
+)
 def test_rotate_swaps_inputs(rotation_block_size: int, num_tokens: int) -> None:
     x, input_scales = random(num_tokens, 192), random_weight(1, 192, 6).input_scales
     plain = rotate(x, input_scales, rotation_block_size)
@@ -110,7 +111,7 @@ def test_rotate_many(rotation_block_size: int, dtype: torch.dtype) -> None:
     assert_as_good_as_torch(got, of_torch[:, order], exact[:, order])
 
 
-@pytest.mark.parametrize("num_tokens", [1, MANY_BLOCKS + 1])
+@pytest.mark.parametrize("num_tokens", [1, MANY_INPUTS // 128 + 1])
 def test_rotate_overflows_only_where_the_result_does(num_tokens: int) -> None:
     x = torch.zeros(num_tokens, 128, dtype=torch.float16, device=DEVICE)
     x[0, 5] = 60000

@@ -9,7 +9,7 @@ from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.linear import combine, routed_linear
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.triton import launch
-from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_sorted
+from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_many
 from qamw_kernels.ops.weight import TiledWeight
 from tests.kernels_.ops.triton_checks.common import DEVICE, NUM_ROWS, random, random_weight
 
@@ -79,10 +79,14 @@ def test_sorted_tokens_are_rotated(size: int, slots_per_token: int) -> None:
     weight = TiledWeight.of(random_weight(1, 256, 8, size))
     x = random(chosen.numel() // slots_per_token, 256, dtype=dtype)
     routing = sort_slots(chosen, 8, NUM_EXPERTS)
-    found = rotate_sorted(x, weight, routing, chosen.numel())
+    found = torch.full((len(routing.slots), 256), 7, dtype=dtype, device=DEVICE)
+    rotate_many(x, weight.input_scales, size, found, routing, chosen.numel())
     rotated = rotate(x, weight.input_scales, size, swapped=True)
     used = (routing.slots < chosen.numel()).nonzero().flatten()
     assert len(used) == chosen.numel()
+    padding = torch.ones(len(found), dtype=torch.bool, device=DEVICE)
+    padding[used] = False
+    assert (found[padding] == 7).all()
     assert torch.equal(found[used], rotated[routing.slots[used].long() // slots_per_token])
 
 
