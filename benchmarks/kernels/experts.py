@@ -15,35 +15,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks.kernels.check import DTYPE, LARGEST_ERROR, exact, random_weight
 from benchmarks.kernels.linear import RESULTS, copy_bandwidth, environment, microseconds
+from benchmarks.kernels.mixture import MIXTURES, Mixture
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.routing import Routing, sort_slots
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.weight import TiledWeight
 
-
-class Mixture(NamedTuple):
-    """Experts of a layer: gate and up [2 * inner, hidden] as one matrix, and down [hidden, inner].
-
-    ``top_k`` of them work on every token.
-    """
-
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
-
-
-MIXTURES = {
-    "qwen3-30b-a3b": Mixture(experts=128, top_k=8, hidden=2048, inner=768),
-    "mixtral-8x7b": Mixture(experts=8, top_k=2, hidden=4096, inner=14336),
-    "deepseek-v2-lite": Mixture(experts=64, top_k=6, hidden=2048, inner=1408),
-}
 TOKENS = (1, 8, 32, 64, 128, 256, 512, 2048, 8192)
 CHECKED_SLOTS = 8
 
@@ -104,7 +87,7 @@ def fused_experts() -> Callable[..., Any] | str:
 
 def measure(mixture: Mixture, index_bits: int, tokens: list[int]) -> list[dict[str, Any]]:
     """One row per number of tokens."""
-    shapes = (2 * mixture.inner, mixture.hidden), (mixture.hidden, mixture.inner)
+    shapes = mixture.shapes.values()
     weights = [random_experts(mixture.experts, *shape, index_bits, "cuda") for shape in shapes]
     plain = [torch.randn(mixture.experts, *s, dtype=DTYPE, device="cuda") / 64 for s in shapes]
     reference, rows = fused_experts(), []

@@ -4,10 +4,10 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
+from benchmarks.kernels.mixture import Mixture
 from benchmarks.kernels.model.assumptions import BF16_FIXED, BF16_FLOPS, Gpu, Machine
 from benchmarks.kernels.model.blocks import PROCESSOR, TARGET, TILE_BYTES, Blocks, goes_past_l1
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop, read_listing
@@ -23,23 +23,6 @@ PARTS = 12
 12th of the bandwidth: all programs have equally much to do."""
 WHOLE_TURNS = 10
 """Launches whose programs have fewer turns are replayed whole: there the slowest one counts."""
-
-
-class Mixture(NamedTuple):
-    """Experts of a layer; each is two matrices [rows, inputs], both applied to every slot."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    inner: int
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        """Gate and up together, and down."""
-        return {"w13": (2 * self.inner, self.hidden), "w2": (self.hidden, self.inner)}
-
-
-QWEN3_30B_A3B = Mixture(experts=128, top_k=8, hidden=2048, inner=768)
 
 
 @functools.cache

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.kernels.mixture import MIXTURES
 from benchmarks.kernels.model.assumptions import GPUS, TYPICAL, Gpu, Machine
 from benchmarks.kernels.model.experts import (
-    QWEN3_30B_A3B,
     bf16_grouped_seconds,
     routed_narrow_launch,
     simulate_part,
@@ -17,7 +17,7 @@ from benchmarks.kernels.model.simulate import Launch, simulate
 from benchmarks.kernels.model.wide import routed_wide_launch
 from qamw_kernels.ops.gluon import routed_launch
 
-MIXTURE = QWEN3_30B_A3B
+MIXTURE = MIXTURES["qwen3-30b-a3b"]
 INDEX_BITS = 11
 ROTATION_BLOCK_SIZE = 128
 TOKENS = (1, 8, 32, 128, 512, 2048)

@@ -11,12 +11,12 @@ import pytest
 from benchmarks.kernels.model import simulate as simulation
 from benchmarks.kernels.model.assumptions import H100, H200, TYPICAL, bf16_seconds
 from benchmarks.kernels.model.experts import (
-    QWEN3_30B_A3B,
     bf16_grouped_seconds,
     slots_of_experts,
     turns_of_programs,
 )
 from benchmarks.kernels.model.listing import Instruction, Listing, Loop
+from benchmarks.kernels.model.mixtures import MIXTURE
 from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simulate
 from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, Unit, record
@@ -146,7 +146,7 @@ def test_every_tile_of_a_weight_is_multiplied_once(
 @pytest.mark.parametrize("name", ["w13", "w2"])
 def test_programs_share_the_blocks_of_experts(num_tokens: int, name: str) -> None:
     """All turns are there once; no program has more than one above its share, or spare blocks."""
-    shape, slots = QWEN3_30B_A3B.shapes[name], slots_of_experts(QWEN3_30B_A3B, num_tokens)
+    shape, slots = MIXTURE.shapes[name], slots_of_experts(MIXTURE, num_tokens)
     assert sum(slots) == 8 * num_tokens and max(slots) <= num_tokens
     programs = turns_of_programs(shape, slots, ALL)
     of_block = -(-shape[0] // 16 // (2 if name == "w13" else 5))  # row tiles at once
