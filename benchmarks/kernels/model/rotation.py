@@ -76,10 +76,8 @@ def rotate_many_launch(
         for i, x in enumerate(listing.code[: loop.first])
         if x.name == "LDG" and ".128" in x.opcode
     ]
-    spans = num_inputs // max(rotation_block_size, 64)
     blocks = -(-num_tokens // constants["BLOCK_M"])
-    places = launch.MANY_PROGRAMS * PROCESSOR.multiprocessors
-    programs = min(blocks, max(places // spans, 1))
+    programs, spans = launch.many_grid(num_tokens, num_inputs, constants, PROCESSOR.multiprocessors)
     turns = [
         (program == 0, len(range(program, blocks, programs)))
         for _ in range(spans)

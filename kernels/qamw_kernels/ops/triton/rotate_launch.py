@@ -71,6 +71,15 @@ def rotate_many_constants(
     }
 
 
+def many_grid(
+    num_tokens: int, num_inputs: int, constants: dict[str, Any], multiprocessors: int
+) -> tuple[int, int]:
+    """Programs of ``rotate_many_kernel``: for each span of inputs, and spans."""
+    spans = num_inputs // max(constants["B"], UNIT_INPUTS)
+    most = max(MANY_PROGRAMS * multiprocessors // spans, 1)
+    return min(cdiv(num_tokens, constants["BLOCK_M"]), most), spans
+
+
 def rotate(
     x: torch.Tensor,
     input_scales: torch.Tensor,
@@ -152,12 +161,11 @@ def rotate_many(
     processor = launcher.processor(x.device)
     early = _next_begins_early(launcher, x)
     constants = rotate_many_constants(rotation_block_size, x.dtype, routing is not None, early)
-    spans = x.shape[1] // max(rotation_block_size, UNIT_INPUTS)
-    places = MANY_PROGRAMS * (processor.multiprocessors if processor else 1)
-    programs = min(cdiv(len(out), constants["BLOCK_M"]), max(places // spans, 1))
+    multiprocessors = processor.multiprocessors if processor else 1
+    grid = many_grid(len(out), x.shape[1], constants, multiprocessors)
     launcher.launch(
         rotate_many_kernel,
-        (programs, spans),
+        grid,
         x,
         input_scales,
         x if routing is None else routing.slots,
@@ -165,7 +173,7 @@ def rotate_many(
         out,
         len(out) if routing is None else num_slots,
         1 if routing is None else num_slots // len(x),
-        spans,
+        grid[1],
         rotation_block_size**-0.5,
         **constants,
     )

@@ -96,8 +96,10 @@ def test_rotate_swaps_inputs(rotation_block_size: int, num_tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rotation_block_size", ROTATION_BLOCK_SIZES)
-def test_rotate_many(rotation_block_size: int, dtype: torch.dtype) -> None:
-    num_inputs = 3 * max(64, rotation_block_size)
+@pytest.mark.parametrize("spans", [1, 3])
+def test_rotate_many(rotation_block_size: int, dtype: torch.dtype, spans: int) -> None:
+    """With one span, several programs share out the tokens."""
+    num_inputs = spans * max(64, rotation_block_size)
     input_scales = random_weight(1, num_inputs, 6).input_scales
     x = random(133, num_inputs, dtype=dtype)
     got = torch.empty_like(x)
