@@ -1,14 +1,19 @@
 """Fit the shipped codebooks: ``python -m tools.fit_codebooks OUT.safetensors``.
 
-Lloyd-Max for the unit circular Gaussian, restricted to quadrant symmetry: only the positive
-quadrant is fitted (the nearest codeword of a point never lies in another quadrant), and the signs
-of x and y become two index bits.
+The plain code: Lloyd-Max for the unit circular Gaussian, restricted to quadrant symmetry: only the
+positive quadrant is fitted (the nearest codeword of a point never lies in another quadrant), and
+the signs of x and y become two index bits.
 
 The integrals of Lloyd's iteration are sums over a fixed scrambled-Sobol point set. Its points are
 drawn from a Gaussian of variance 2, the optimal density of codewords at high rate (p^(1/2)), and
 weighted back to the unit Gaussian, so that inner and outer cells are integrated equally well.
-Everything is seeded; the best of several starts is kept, then rounded to bfloat16, which is exact
-in float16 and float32 too.
+The best of several starts is kept.
+
+The trellis is fitted to what its encoder makes of random units of the Gaussian: every entry becomes
+the mean of what is coded as it, again and again. Each round has units of its own, and means fade
+slowly, so that entries fit no chance of them.
+
+Everything is seeded, and rounded to bfloat16 at the end, which is exact in float16 and float32 too.
 """
 
 import argparse
@@ -17,7 +22,10 @@ import math
 import torch
 from safetensors.torch import save_file
 
-from qamw_kernels.format.codebook import INDEX_BITS, codebook_name
+from qamw_kernels.codec.nearest import make_grid
+from qamw_kernels.codec.trellis import best_paths, codebook_rows
+from qamw_kernels.format.codebook import INDEX_BITS, PLAIN, TRELLIS, codebook_name, flip_signs
+from qamw_kernels.format.packing import UNIT_INPUTS
 
 NEIGHBORS = 12
 """A point's owner moves little per iteration: only this many codewords next to the previous owner
@@ -25,6 +33,12 @@ are looked at."""
 
 FULL_SEARCH_EVERY = 25
 """Iterations from one exhaustive search to the next."""
+
+FADE = 0.85
+"""What the sums of a round are worth in the next one."""
+
+SPREAD = 1.8
+"""Variance of the entries that a fit of the trellis begins with."""
 
 
 def quadrature(num_points: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,6 +136,69 @@ def fit(
     return best[order], best_nmse
 
 
+def lattice(index_bits: int) -> torch.Tensor:
+    """Entries of the trellis before a fit [2**index_bits / 2, 2] float32, as many in each quadrant.
+
+    They are the points next to the origin of a lattice of which flips of signs make the three
+    others (4 j + 1 in both coordinates, and so -1, 3 ...). Their radii are companded as a Gaussian
+    of variance SPREAD has them: a part r^2 / R^2 of the disk of the points is that part of its
+    mass.
+    """
+    steps = 2 * torch.arange(-(1 << index_bits // 2), 1 << index_bits // 2) + 0.5
+    points = torch.cartesian_prod(steps, steps)
+    quadrant = (points[:, 0] < 0).int() + 2 * (points[:, 1] < 0).int()
+    squares = points.square().sum(1)
+    order = squares.argsort(stable=True)
+    per_quadrant = 1 << (index_bits - 3)
+    kept = torch.cat([order[quadrant[order] == q][:per_quadrant] for q in range(4)])
+    points, squares = points[kept], squares[kept]
+    inside = squares * math.pi / (16 * per_quadrant)  # of 4 units of area each
+    inside = inside.clamp(max=1 - 0.5 / len(points))
+    return points * ((-2 * SPREAD * (1 - inside).log()) / squares).sqrt()[:, None]
+
+
+def fit_trellis(index_bits: int, rounds: int, units: int) -> tuple[torch.Tensor, float]:
+    """The entries of a trellis, and their distortion on units that they were not fitted to.
+
+    Returns:
+        entries [2**index_bits / 2, 2] float32, sorted by (x, y), and the mean squared error.
+    """
+    entries = lattice(index_bits)
+    sums = torch.zeros_like(entries, dtype=torch.float64)
+    counts = torch.zeros(len(entries), 1, dtype=torch.float64)
+    for seed in range(1, rounds + 1):
+        points, numbers, signs = code_units(entries, units, seed)
+        points = (points * signs).double()  # as if of class 0
+        sums = (FADE * sums).index_add_(0, numbers, points)
+        counts = FADE * counts + torch.bincount(numbers, minlength=len(entries))[:, None]
+        entries = torch.where(counts > 0, sums / counts, entries.double()).float()
+    entries = entries.bfloat16().float()
+    order = sorted(range(len(entries)), key=lambda i: entries[i].tolist())
+    entries = entries[order]
+    points, numbers, signs = code_units(entries, units, rounds + 1)
+    return entries, float((points - signs * entries[numbers]).double().square().mean())
+
+
+def code_units(
+    entries: torch.Tensor, units: int, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pairs of the Gaussian, coded along a trellis with ``entries`` [E, 2].
+
+    Returns:
+        the points [S, 2], the numbers [S] of their entries, and the signs [S, 2] that flip these.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(units, UNIT_INPUTS, generator=generator)
+    indices = best_paths(rows, make_grid(entries, TRELLIS, rows.device))
+    found = codebook_rows(indices, len(entries).bit_length()).flatten().long()
+    signs = flip_signs(torch.ones(1, 2))[found // len(entries)]
+    return rows.view(-1, 2), found % len(entries), signs
+
+
+def report(size: int, error: float) -> None:
+    print(f"{size:5d} indices  NMSE {error:.6f}  SQNR {-10 * math.log10(error):.2f} dB", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -140,9 +217,12 @@ def main() -> None:
             iterations=200,
             num_points=2 ** (index_bits + 8),
         )
-        tensors[codebook_name(index_bits)] = quadrant.bfloat16()
-        sqnr = -10 * math.log10(error)
-        print(f"C = {2**index_bits:5d}  NMSE {error:.6f}  SQNR {sqnr:.2f} dB", flush=True)
+        tensors[codebook_name(index_bits, PLAIN)] = quadrant.bfloat16()
+        report(2**index_bits, error)
+    for index_bits in INDEX_BITS:
+        entries, error = fit_trellis(index_bits, rounds=48, units=2 ** (max(index_bits, 9) + 4))
+        tensors[codebook_name(index_bits, TRELLIS)] = entries.bfloat16()
+        report(2**index_bits, error)
     save_file(tensors, args.out)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.codec.decode import decode_weight
-from qamw_kernels.format.config import QamwFormat
+from qamw_kernels.format.config import LAYER_TENSORS, QamwFormat
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 from qamw_kernels.format.weight import QuantizedWeight
 
@@ -41,13 +41,8 @@ def quantized_weight(directory: Path, module: str) -> QuantizedWeight:
     tensors = tensors_of(directory)
     config = json.loads((directory / "config.json").read_text())
     qamw_format = QamwFormat.from_dict(config["quantization_config"])
-    input_scales = tensors[f"{module}.input_scales"]
-    return QuantizedWeight(
-        tensors[f"{module}.qweight"],
-        tensors[f"{module}.row_norms"],
-        input_scales,
-        qamw_format.rotation_block_size_of(module, len(input_scales)),
-    )
+    stored = {suffix: tensors[f"{module}.{suffix}"] for suffix in LAYER_TENSORS}
+    return qamw_format.weight_of(module, stored)
 
 
 def decoded(directory: Path, module: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import torch
 
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 
@@ -24,10 +25,11 @@ def random_weight(
     rotation_block_size: int = 64,
     seed: int = 0,
     device: str = "cpu",
+    code: str = PLAIN,
 ) -> QuantizedWeight:
     """Random indices, row norms over four octaves and signed input scales.
 
-    The indices name every codeword as often as the size allows.
+    The indices have every value as often as the size allows.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
@@ -40,4 +42,5 @@ def random_weight(
         row_norms.to(device),
         input_scales.to(device),
         rotation_block_size,
+        code,
     )

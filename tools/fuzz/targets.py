@@ -20,6 +20,7 @@ from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.errors import QamwError
 from qamw_kernels.files import read_json
+from qamw_kernels.format.codebook import TRELLIS
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat, layer_tensors
 from qamw_kernels.format.index import INDEX, read_index
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
@@ -28,7 +29,7 @@ from qamw_kernels.format.rates import index_bits_of_rate
 _MOST_DATA = 2**16  # bytes behind a header
 _ROWS, _INPUTS, _INDEX_BITS = 4, 64, 7
 _FORMAT = QamwFormat(_INDEX_BITS, {_INPUTS: 16}, {"a.lm_head": 12}, ("embed",)).to_dict()
-_OF_HEADERS = QamwFormat(_INDEX_BITS, {_INPUTS: 16}, ignore=("embed",)).to_dict()
+_FORMAT_2 = QamwFormat(_INDEX_BITS, {_INPUTS: 16}, ignore=("embed",), code=TRELLIS).to_dict()
 _ENTRY = FileEntry("0" * 64, 1)
 
 
@@ -73,7 +74,7 @@ def _read_index(data: bytes, folder: Path) -> None:
 
 def _read_header(data: bytes, folder: Path) -> None:
     """The header of a shard, and behind it values that all are sound; then its tensors."""
-    (folder / CONFIG).write_text(json.dumps({"quantization_config": _OF_HEADERS}))
+    (folder / CONFIG).write_text(json.dumps({"quantization_config": _FORMAT_2}))
     behind = b"\x3c" * _num_bytes(data)  # 1.06 in float16, 0.01 in float32
     (folder / SINGLE).write_bytes(len(data).to_bytes(8, "little") + data + behind)
     quantized = QuantizedCheckpoint.of(Checkpoint(folder))
@@ -137,6 +138,7 @@ def _header_seed() -> dict[str, Any]:
 
 TARGETS: dict[str, Target] = {
     "format": Target(_read_format, _FORMAT),
+    "format-2": Target(_read_format, _FORMAT_2),
     "rate": Target(_read_rate, {"quant_method": QUANT_METHOD, "bits_per_weight": 5.5}),
     "manifest": Target(
         _read_manifest, Manifest({SINGLE: _ENTRY, "a/b.json": _ENTRY}, {CONFIG: _ENTRY}).to_dict()

@@ -3,8 +3,9 @@
 import torch
 
 from qamw_kernels.codec.rotation import rotate, unrotate
+from qamw_kernels.codec.trellis import codebook_rows
 from qamw_kernels.errors import TensorError
-from qamw_kernels.format.codebook import load_codebook
+from qamw_kernels.format.codebook import TRELLIS, load_codebook
 from qamw_kernels.format.packing import unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 
@@ -12,10 +13,15 @@ _ROWS_AT_ONCE = 4096  # the float32 intermediate of a large layer stays small
 
 
 def decode_coordinates(quantized: QuantizedWeight) -> torch.Tensor:
-    """The rotated, normalized weight [N, K] float32: ``codebook[indices]``."""
-    codebook = load_codebook(quantized.index_bits).to(quantized.qweight.device)
-    indices = unpack_planes(quantized.qweight)  # [N, P]
-    return codebook[indices.int()].flatten(1)
+    """The rotated, normalized weight [N, K] float32."""
+    return decode_indices(unpack_planes(quantized.qweight), quantized.index_bits, quantized.code)
+
+
+def decode_indices(indices: torch.Tensor, index_bits: int, code: str) -> torch.Tensor:
+    """The coordinates [N, 2 * P] float32 that indices [N, P] int16 stand for."""
+    codebook = load_codebook(index_bits, code).to(indices.device)
+    rows = codebook_rows(indices, index_bits) if code == TRELLIS else indices
+    return codebook[rows.int()].flatten(1)
 
 
 def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:

@@ -1,24 +1,27 @@
 """Encoding in plain torch, on any device: one weight matrix to three tensors.
 
     U = rotate(W / input_scales / row_norms)   coordinates of unit variance or less, nearly Gaussian
-    indices = nearest codeword of each pair (U[n, 2p], U[n, 2p + 1])
-    W^ = row_norms * unrotate(codebook[indices]) * input_scales
+    indices = nearest codeword of each pair (U[n, 2p], U[n, 2p + 1]), or the best path of a trellis
+    W^ = row_norms * unrotate(decoded indices) * input_scales
 
 ``input_scales`` [K] holds rotation signs and activation-aware factors in one vector,
 ``rotation_signs / channel_scales``. All layers that read the same activation share it, so the
 activation is scaled and rotated once.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from qamw_kernels.codec import trellis
+from qamw_kernels.codec.decode import decode_indices
 from qamw_kernels.codec.nearest import nearest
 from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.errors import TensorError
-from qamw_kernels.format.codebook import load_codebook
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from qamw_kernels.format.packing import pack_planes, packed_shape
 from qamw_kernels.format.weight import (
     QuantizedWeight,
@@ -27,7 +30,7 @@ from qamw_kernels.format.weight import (
     largest_row_norm,
 )
 
-Code = Callable[[torch.Tensor], torch.Tensor]
+Coder = Callable[[torch.Tensor], torch.Tensor]
 """A function of coordinates [n, K] float32: of their indices, or of what coding leaves of them."""
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -125,16 +128,21 @@ def to_coordinates(
     return rotate(normalized, rotation_block_size), row_norms
 
 
-def nearest_codewords(coordinates: torch.Tensor, index_bits: int) -> torch.Tensor:
-    """Coordinates [..., K] float32, with every pair replaced by the codeword nearest to it."""
-    codebook = load_codebook(index_bits).to(coordinates.device)
-    indices = nearest(coordinates.view(-1, 2), index_bits)
-    return codebook[indices.int()].view(coordinates.shape)
+def encode_coordinates(coordinates: torch.Tensor, index_bits: int, code: str) -> torch.Tensor:
+    """Indices [N, K / 2] int16 of coordinates [N, K] float32, with the least squared error."""
+    if code == TRELLIS:
+        return trellis.encode(coordinates, index_bits)
+    return nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
+
+
+def code_coordinates(coordinates: torch.Tensor, index_bits: int, code: str) -> torch.Tensor:
+    """What :func:`encode_coordinates` leaves of coordinates [N, K] float32."""
+    return decode_indices(encode_coordinates(coordinates, index_bits, code), index_bits, code)
 
 
 def row_factors(
     coordinates: torch.Tensor,
-    code: Code,
+    coder: Coder,
     shard: InputShard | None = None,
 ) -> torch.Tensor:
     """By how much to raise the norms of rows: [N] float32, 1 for most.
@@ -144,7 +152,7 @@ def row_factors(
 
     Args:
         coordinates: [N, K] float32, of unit variance.
-        code: what coding makes of coordinates [n, K].
+        coder: what coding makes of coordinates [n, K].
         shard: as in :func:`to_coordinates`.
     """
 
@@ -158,7 +166,8 @@ def row_factors(
     if len(heavy):
         rows = coordinates[heavy]
         errors = [
-            (factor * code(rows / factor) - rows).double().square().sum(1) for factor in ROW_FACTORS
+            (factor * coder(rows / factor) - rows).double().square().sum(1)
+            for factor in ROW_FACTORS
         ]
         best = add_up(torch.stack(errors)).argmin(0)
         factors[heavy] = factors.new_tensor(ROW_FACTORS)[best]
@@ -171,10 +180,11 @@ def encode_weight(
     rotation_block_size: int,
     input_scales: torch.Tensor,
     name: str = "weight",
-    coder: Code | None = None,
+    coder: Coder | None = None,
     weights_at_once: int = ENCODE_CHUNK,
     shard: InputShard | None = None,
     raise_norms: bool = True,
+    code: str = PLAIN,
 ) -> QuantizedWeight:
     """Quantize a weight matrix.
 
@@ -184,11 +194,12 @@ def encode_weight(
         input_scales: [K] float16.
         name: the tensor's name, for errors.
         coder: chooses indices [n, P] int16 for the coordinates [n, K] float32 of some rows; None
-            for the nearest codewords.
+            for those of least squared error.
         weights_at_once: how many weights the coder is given at once, in whole rows.
         shard: as in :func:`to_coordinates`.
         raise_norms: whether rows with large weights get the norms of :func:`row_factors`; without,
             norms are root mean squares.
+        code: one of CODES.
     Raises:
         TensorError: a value of the weight is NaN or infinite, or overflows when it is scaled.
         ValueError: a shape does not fit.
@@ -204,13 +215,14 @@ def encode_weight(
     planes_shape = packed_shape(num_rows, num_inputs, index_bits)
     qweight = torch.empty(planes_shape, dtype=torch.int32, device=device)
     row_norms = torch.empty(num_rows, dtype=torch.float32, device=device)
-    most = largest_row_norm(index_bits, rotation_block_size, input_scales)
+    most = largest_row_norm(index_bits, code, rotation_block_size, input_scales)
     step = max(1, weights_at_once // num_inputs)
     for start in range(0, num_rows, step):
         rows = slice(start, start + step)
         coordinates, norms = to_coordinates(weight[rows], rotation_block_size, input_scales, shard)
         if raise_norms:
-            factors = row_factors(coordinates, lambda c: nearest_codewords(c, index_bits), shard)
+            coder_of_rows = functools.partial(code_coordinates, index_bits=index_bits, code=code)
+            factors = row_factors(coordinates, coder_of_rows, shard)
             coordinates, norms = coordinates.div_(factors[:, None]), norms * factors
         if (norms > most).any():
             row = start + int((norms > most).nonzero()[0, 0])
@@ -221,6 +233,6 @@ def encode_weight(
         if coder:
             indices = coder(coordinates)
         else:
-            indices = nearest(coordinates.view(-1, 2), index_bits).view(len(coordinates), -1)
+            indices = encode_coordinates(coordinates, index_bits, code)
         qweight[:, rows] = pack_planes(indices, index_bits)
-    return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size)
+    return QuantizedWeight(qweight, row_norms, input_scales, rotation_block_size, code)

@@ -1,4 +1,4 @@
-"""Format version 1: config.json's quantization_config, and the tensors of a quantized linear layer.
+"""Format versions 1 and 2: config.json's quantization_config, and the tensors of a linear layer.
 
 docs/format.md is the specification.
 """
@@ -12,12 +12,21 @@ from typing import Any
 import torch
 
 from qamw_kernels.errors import FormatError, TensorError
-from qamw_kernels.format.codebook import INDEX_BITS, codebook_name, codebook_sha256
+from qamw_kernels.format.codebook import (
+    CODES,
+    INDEX_BITS,
+    PLAIN,
+    TRELLIS,
+    codebook_name,
+    codebook_sha256,
+)
 from qamw_kernels.format.packing import UNIT_INPUTS, packed_shape
 from qamw_kernels.format.weight import QuantizedWeight
 
 QUANT_METHOD = "qamw"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {PLAIN: 1, TRELLIS: 2}
+"""Code -> what is written: readers that do not know the trellis can read all the rest."""
+
 LAYER_TENSORS = ("qweight", "row_norms", "input_scales")
 """``<module>.<suffix>`` of the tensors that stand in place of ``<module>.weight``."""
 
@@ -38,6 +47,7 @@ _KEYS = frozenset(
     }
 )
 _OPTIONAL_KEYS = frozenset({"stacks"})
+_CODE_KEYS = {1: frozenset(), 2: frozenset({"code"})}  # of each version
 
 
 def check_rotation_block_size(rotation_block_size: int) -> None:
@@ -82,6 +92,7 @@ class QamwFormat:
         codebooks: codebook name -> SHA-256, for every rate in use; empty to fill them in.
         stacks: tensors of the original checkpoint with the matrices of all experts of a layer,
             which are quantized one by one -> their shapes.
+        code: one of CODES, of every quantized layer.
 
     Raises:
         FormatError: a value that the format does not allow, or a codebook that is not the shipped
@@ -94,8 +105,11 @@ class QamwFormat:
     ignore: tuple[str, ...] = ()
     codebooks: Mapping[str, str] = field(default_factory=dict)
     stacks: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    code: str = PLAIN
 
     def __post_init__(self) -> None:
+        if self.code not in CODES:
+            raise FormatError(f"code: expected one of {', '.join(CODES)}, got {self.code!r}")
         for name, bits in {"index_bits": self.index_bits, **self.layer_index_bits}.items():
             if type(bits) is not int or bits not in INDEX_BITS:
                 raise FormatError(
@@ -133,7 +147,7 @@ class QamwFormat:
     def expected_codebooks(self) -> dict[str, str]:
         """Name -> SHA-256 of the shipped codebooks for every rate in use."""
         used = sorted({self.index_bits, *self.layer_index_bits.values()})
-        return {codebook_name(bits): codebook_sha256(bits) for bits in used}
+        return {codebook_name(b, self.code): codebook_sha256(b, self.code) for b in used}
 
     def index_bits_of(self, module: str) -> int:
         """Index bits of one quantized module."""
@@ -174,13 +188,14 @@ class QamwFormat:
                 )
         block_size = self.rotation_block_size_of(module, len(tensors["input_scales"]))
         planes, norms, scales = (tensors[suffix] for suffix in LAYER_TENSORS)
-        return QuantizedWeight(planes, norms, scales, block_size)
+        return QuantizedWeight(planes, norms, scales, block_size, self.code)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of config.json's ``quantization_config``."""
         return {
             "quant_method": QUANT_METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSIONS[self.code],
+            **({"code": self.code} if self.code != PLAIN else {}),
             "index_bits": self.index_bits,
             "layer_index_bits": dict(sorted(self.layer_index_bits.items())),
             "rotation_block_sizes": {
@@ -219,6 +234,7 @@ class QamwFormat:
             tuple(config["ignore"]),
             dict(config["codebooks"]),
             {name: tuple(shape) for name, shape in config.get("stacks", {}).items()},
+            config.get("code", PLAIN),
         )
 
 
@@ -229,14 +245,15 @@ def _check_keys(config: Mapping[str, Any]) -> None:
             f"got {config.get('quant_method')!r}"
         )
     version = config.get("format_version")
-    if type(version) is not int or version != FORMAT_VERSION:  # true and 1.0 are equal to 1
+    if type(version) is not int or version not in _CODE_KEYS:  # true and 1.0 are equal to 1
         raise FormatError(
             f"quantization_config: format_version {version!r} is not supported, this reader knows "
-            f"{FORMAT_VERSION}"
+            f"{' and '.join(map(str, _CODE_KEYS))}"
         )
-    if missing := _KEYS - set(config):
+    required = _KEYS | _CODE_KEYS[version]
+    if missing := required - set(config):
         raise FormatError(f"quantization_config: missing keys {sorted(missing)}")
-    if unknown := set(config) - _KEYS - _OPTIONAL_KEYS:
+    if unknown := set(config) - required - _OPTIONAL_KEYS:
         raise FormatError(f"quantization_config: unknown keys {sorted(unknown)}")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from qamw_kernels.errors import FormatError
-from qamw_kernels.format.codebook import INDEX_BITS, codebook_bytes
+from qamw_kernels.format.codebook import INDEX_BITS, PLAIN, codebook_bytes
 from qamw_kernels.format.config import layer_tensors
 
 MIN_BITS_PER_WEIGHT = INDEX_BITS.start / 2
@@ -78,11 +78,13 @@ class QuantizedShape:
     Attributes:
         num_rows, num_inputs: N and K of its weight.
         index_bits: bits per pair of weights.
+        code: one of CODES.
     """
 
     num_rows: int
     num_inputs: int
     index_bits: int
+    code: str = PLAIN
 
     @property
     def num_weights(self) -> int:
@@ -103,5 +105,5 @@ def effective_bits_per_weight(shapes: Iterable[QuantizedShape]) -> float:
     """All stored bytes of these layers, and the codebooks of their rates, in bits per weight."""
     layers = list(shapes)
     num_bytes = sum(layer.num_bytes for layer in layers)
-    num_bytes += codebook_bytes(layer.index_bits for layer in layers)
+    num_bytes += codebook_bytes((layer.index_bits, layer.code) for layer in layers)
     return stored_bits_per_weight(num_bytes, sum(layer.num_weights for layer in layers))

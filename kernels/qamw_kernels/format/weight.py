@@ -1,12 +1,13 @@
 """One quantized weight matrix as it is stored, and what its values must be."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
 import torch
 
 from qamw_kernels.errors import TensorError
-from qamw_kernels.format.codebook import load_quadrant
+from qamw_kernels.format.codebook import load_entries
 
 
 @dataclass
@@ -18,12 +19,14 @@ class QuantizedWeight:
         row_norms: [N] float32, not negative; 0 for a zero row.
         input_scales: [K] float16, normal numbers.
         rotation_block_size: Hadamard width, divides K.
+        code: what makes codewords of indices, one of CODES.
     """
 
     qweight: torch.Tensor
     row_norms: torch.Tensor
     input_scales: torch.Tensor
     rotation_block_size: int
+    code: str
 
     @property
     def index_bits(self) -> int:
@@ -45,11 +48,15 @@ class QuantizedWeight:
 
     def rows(self, part: slice) -> "QuantizedWeight":
         """The same weight, some of its rows only."""
-        return QuantizedWeight(
-            self.qweight[:, part],
-            self.row_norms[part],
-            self.input_scales,
-            self.rotation_block_size,
+        return dataclasses.replace(
+            self, qweight=self.qweight[:, part], row_norms=self.row_norms[part]
+        )
+
+    @property
+    def largest_row_norm(self) -> float:
+        """See :func:`largest_row_norm`."""
+        return largest_row_norm(
+            self.index_bits, self.code, self.rotation_block_size, self.input_scales
         )
 
     def check(self, name: str) -> None:
@@ -65,7 +72,7 @@ class QuantizedWeight:
         """
         check_row_norms(self.row_norms, f"{name}.row_norms")
         check_input_scales(self.input_scales, f"{name}.input_scales")
-        most = largest_row_norm(self.index_bits, self.rotation_block_size, self.input_scales)
+        most = self.largest_row_norm
         wrong = self.row_norms > most
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
@@ -76,19 +83,21 @@ class QuantizedWeight:
 
 
 def largest_row_norm(
-    index_bits: int, rotation_block_size: int, input_scales: torch.Tensor
+    index_bits: int, code: str, rotation_block_size: int, input_scales: torch.Tensor
 ) -> float:
     """The largest norm of a row that decodes to finite float32, whatever its indices are.
 
     A decoded weight is ``(sum of +-c over its rotation block) / sqrt(B) * row_norm * scale``. The B
     coordinates c of a block are B / 2 codewords (x, y), each of which adds at most ``|x| + |y|``.
-    So the first factor is at most ``sqrt(B) / 2 * max(|x| + |y|)``, and some indices reach that. It
-    is multiplied with the norm first: a scale below 1 does not save what has overflowed already.
+    So the first factor is at most ``sqrt(B) / 2 * max(|x| + |y|)``, which some indices of the plain
+    code reach. It is multiplied with the norm first: a scale below 1 does not save what has
+    overflowed already.
 
     Args:
         input_scales: [K] float16, or a part of them.
     """
-    coordinate = math.sqrt(rotation_block_size) / 2 * float(load_quadrant(index_bits).sum(1).max())
+    widest = float(load_entries(index_bits, code).abs().sum(1).max())
+    coordinate = math.sqrt(rotation_block_size) / 2 * widest
     scale = max(1.0, float(input_scales.abs().max()))
     rounding = 1 - 2**-16  # of log2(B) sums and three products, none of them off by 2**-24
     return torch.finfo(torch.float32).max * rounding / (coordinate * scale)

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from qamw_kernels.codec.nearest import nearest, nearest_brute_force
-from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
+from qamw_kernels.codec.nearest import (
+    grid,
+    nearest,
+    nearest_brute_force,
+    nearest_entry,
+    nearest_entry_brute_force,
+)
+from qamw_kernels.format.codebook import INDEX_BITS, TRELLIS, load_codebook, load_entries
 
 SPECIAL = torch.tensor(
     [
@@ -33,6 +39,17 @@ def test_nearest_equals_brute_force(index_bits: int) -> None:
     distance = torch.cdist(points[near].double(), codebook.double())
     chosen = distance.gather(1, indices[near].long()[:, None])[:, 0]
     assert float((chosen - distance.amin(1)).max()) < 1e-6
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_nearest_entry_of_the_trellis_equals_brute_force(index_bits: int) -> None:
+    entries = load_entries(index_bits, TRELLIS)
+    middle = (entries[:-1] + entries[1:]) / 2  # ties, or nearly
+    far = torch.randn(500, 2) * torch.tensor([10.0, 1e9])
+    points = torch.cat([torch.randn(30_000, 2), 3 * torch.randn(5_000, 2), middle, far, SPECIAL])
+    x, y = points.T.contiguous()
+    found = nearest_entry(x, y, grid(index_bits, TRELLIS, points.device))
+    assert torch.equal(found, nearest_entry_brute_force(x, y, entries))
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)

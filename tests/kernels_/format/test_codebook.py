@@ -7,16 +7,18 @@ from scipy.spatial import cKDTree
 
 from qamw_kernels.format.codebook import (
     INDEX_BITS,
-    expand_quadrant,
+    PLAIN,
+    TRELLIS,
+    flip_signs,
     load_codebook,
-    load_quadrant,
+    load_entries,
 )
 from tests.helpers.weights import NMSE_CEILING
 
 
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_codebook_properties(index_bits: int) -> None:
-    quadrant, codebook = load_quadrant(index_bits), load_codebook(index_bits)
+    quadrant, codebook = load_entries(index_bits, PLAIN), load_codebook(index_bits)
     assert (quadrant > 0).all()
     assert torch.equal(quadrant.bfloat16().float(), quadrant)
     assert torch.equal(quadrant.half().float(), quadrant)
@@ -29,8 +31,8 @@ def test_codebook_properties(index_bits: int) -> None:
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
 def test_signs_are_where_the_format_has_them(index_bits: int) -> None:
     """Row m + (x < 0) * 2**(b - 2) + (y < 0) * 2**(b - 1), for m the row of the quadrant."""
-    quadrant = load_quadrant(index_bits)
-    codebook = expand_quadrant(quadrant)
+    quadrant = load_entries(index_bits, PLAIN)
+    codebook = flip_signs(quadrant)
     rows = torch.arange(2**index_bits)
     negative = torch.stack((rows >> (index_bits - 2) & 1, rows >> (index_bits - 1)), 1)
     assert torch.equal(codebook, quadrant[rows % len(quadrant)] * (1 - 2 * negative))
@@ -46,3 +48,20 @@ def test_codebook_distortion_by_an_independent_computation(index_bits: int) -> N
     nmse = float((distance**2).mean() / 2)
     # The high-rate limit of any 2D quantizer is 2.0157 / C.
     assert 0.95 * 2.0157 / 2**index_bits < nmse <= NMSE_CEILING[index_bits]
+
+
+@pytest.mark.parametrize("index_bits", INDEX_BITS)
+def test_codebook_of_the_trellis(index_bits: int) -> None:
+    """Twice as many codewords as indices, all different, whose classes lie between each other."""
+    entries, codebook = load_entries(index_bits, TRELLIS), load_codebook(index_bits, TRELLIS)
+    assert torch.equal(entries.bfloat16().float(), entries)
+    assert torch.equal(entries.half().float(), entries)
+    assert len(codebook.unique(dim=0)) == 2 ** (index_bits + 1)
+    assert sorted(entries.tolist()) == entries.tolist()
+    classes = codebook.view(4, -1, 2)
+    assert torch.equal(
+        classes, entries * torch.tensor([[1, 1], [-1, 1], [1, -1], [-1, -1]])[:, None]
+    )
+    near = entries[entries.norm(dim=1) < 1]
+    own = torch.cdist(near, entries).topk(2, largest=False).values[:, 1]
+    assert (torch.cdist(near, codebook).topk(2, largest=False).values[:, 1] < 0.75 * own).all()

@@ -20,6 +20,17 @@ def test_round_trip_through_json() -> None:
     )
 
 
+def test_only_the_trellis_needs_a_newer_reader() -> None:
+    assert GOOD.to_dict()["format_version"] == 1 and "code" not in GOOD.to_dict()
+    trellis = dataclasses.replace(GOOD, code="trellis", codebooks={})
+    stored = json.loads(json.dumps(trellis.to_dict()))
+    assert (stored["format_version"], stored["code"]) == (2, "trellis")
+    assert sorted(stored["codebooks"]) == ["trellis-gaussian-2048-v1", "trellis-gaussian-256-v1"]
+    assert QamwFormat.from_dict(stored) == trellis
+    plain = GOOD.to_dict() | {"format_version": 2, "code": "plain"}
+    assert QamwFormat.from_dict(plain) == GOOD
+
+
 def test_mixed_rates_name_both_codebooks() -> None:
     assert sorted(GOOD.codebooks) == ["circular-gaussian-2048-v1", "circular-gaussian-256-v1"]
     assert GOOD.index_bits_of("model.layers.0.mlp.down_proj") == 8
@@ -30,7 +41,12 @@ def test_mixed_rates_name_both_codebooks() -> None:
     ("change", "message"),
     [
         ({"quant_method": "gptq"}, "quant_method must be 'qamw', got 'gptq'"),
-        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"format_version": 3}, "format_version 3 is not supported, this reader knows 1 and 2"),
+        ({"format_version": 2}, r"missing keys \['code'\]"),
+        ({"format_version": 2, "code": "turbo"}, "code: expected one of plain, trellis, got 'tur"),
+        ({"format_version": 2, "code": ["plain"]}, r"code: expected .*, got \['plain'\]"),
+        ({"format_version": 2, "code": "trellis"}, "codebooks: this version of qamw ships"),
+        ({"code": "plain"}, r"unknown keys \['code'\]"),
         ({"index_bits": 13}, r"index bits must be in 6\.\.12, got 13"),
         ({"index_bits": "11"}, "got '11'"),
         ({"index_bits": True}, "got True"),

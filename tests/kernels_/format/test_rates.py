@@ -7,7 +7,7 @@ import torch
 
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import FormatError
-from qamw_kernels.format.codebook import INDEX_BITS, codebook_bytes, load_quadrant
+from qamw_kernels.format.codebook import INDEX_BITS, PLAIN, TRELLIS, codebook_bytes, load_entries
 from qamw_kernels.format.config import layer_tensors
 from qamw_kernels.format.rates import (
     MAX_BITS_PER_WEIGHT,
@@ -82,8 +82,10 @@ def test_bytes_are_those_that_the_encoder_makes(index_bits: int) -> None:
 
 def test_effective_bits_count_every_tensor_and_each_codebook_once() -> None:
     stored = sum(shape.num_bytes for shape in SHAPES)
-    codebooks = sum(2 * load_quadrant(bits).numel() for bits in (6, 8, 11))  # bfloat16
-    assert codebooks == codebook_bytes([11, 8, 6, 11])
+    codebooks = sum(2 * load_entries(bits, PLAIN).numel() for bits in (6, 8, 11))  # bfloat16
+    used = [(11, PLAIN), (8, PLAIN), (6, PLAIN), (11, PLAIN)]
+    assert codebooks == codebook_bytes(used)
+    assert codebook_bytes([*used, (8, TRELLIS)]) == codebooks + 2 * 2 * 128
     weights = sum(shape.num_weights for shape in SHAPES)
     assert effective_bits_per_weight(SHAPES) == 8 * (stored + codebooks) / weights
     assert effective_bits_per_weight(iter(SHAPES)) == effective_bits_per_weight(SHAPES)
@@ -92,7 +94,7 @@ def test_effective_bits_count_every_tensor_and_each_codebook_once() -> None:
 def test_effective_bits_of_a_large_layer_are_close_to_nominal() -> None:
     """Llama-2-7B's down_proj at 5.5 bpw: 32 / K of norms, 16 / N of scales, and one codebook."""
     shape = QuantizedShape(4096, 11008, 11)
-    codebook = 8 * codebook_bytes([11]) / shape.num_weights
+    codebook = 8 * codebook_bytes([(11, PLAIN)]) / shape.num_weights
     expected = 5.5 + 32 / 11008 + 16 / 4096 + codebook
     assert effective_bits_per_weight([shape]) == pytest.approx(expected, rel=1e-12)
     assert shape.stored_bits_per_weight == pytest.approx(expected - codebook, rel=1e-12)
