@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from qamw_kernels.codec.rotation import hadamard
-from qamw_kernels.format.codebook import expand_quadrant
-from qamw_kernels.ops.tiling import tiled_shape, untile
+from qamw_kernels.format.codebook import PLAIN
+from qamw_kernels.ops import reference
+from qamw_kernels.ops.tiling import tiled_shape
 from qamw_kernels.ops.triton import launch
-from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from qamw_kernels.ops.weight import TiledWeight, entry_words
 
 Multiply = Callable[[torch.Tensor, TiledWeight, torch.Tensor | None], torch.Tensor]
 
@@ -26,30 +27,29 @@ LARGEST_ERROR = 2**-7
 """Relative, in norms: what bfloat16 explains."""
 
 
-def random_weight(num_rows: int, num_inputs: int, index_bits: int, device: str) -> TiledWeight:
+def random_weight(
+    num_rows: int, num_inputs: int, index_bits: int, device: str, code: str = PLAIN
+) -> TiledWeight:
     """Random indices: speed does not depend on them, and what lies past the end is not read."""
     shape = tiled_shape(num_rows, num_inputs, index_bits)
     return TiledWeight(
         tiles=torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device),
         row_norms=torch.rand(num_rows, device=device) / num_inputs**0.5 + 0.01,
         input_scales=(torch.rand(num_inputs, device=device) + 0.5).half(),
-        quadrant_words=quadrant_words(index_bits, device),
+        entry_words=entry_words(index_bits, code, device),
         rotation_block_size=ROTATION_BLOCK_SIZE,
     )
 
 
 def exact(weight: TiledWeight, x: torch.Tensor) -> torch.Tensor:
     """x [M, K] times the weight, [M, N] float64, from the indices alone."""
-    words = weight.quadrant_words[:, None].contiguous()
-    codebook = expand_quadrant(words.view(torch.bfloat16).double())  # [C, 2]
-    indices = untile(weight.tiles, weight.num_rows, weight.num_inputs).int()
+    coordinates = reference.coordinates(weight)
     size = weight.rotation_block_size
     matrix = hadamard(size).to(x.device, torch.float64) / size**0.5
     rotated = ((x.double() * weight.input_scales.double()).view(-1, size) @ matrix).view(x.shape)
-    y = torch.empty(len(x), len(indices), dtype=torch.float64, device=x.device)
-    for rows in torch.arange(len(indices), device=x.device).split(1024):
-        coordinates = codebook[indices[rows]].flatten(1)
-        y[:, rows] = rotated @ coordinates.T * weight.row_norms[rows].double()
+    y = torch.empty(len(x), len(coordinates), dtype=torch.float64, device=x.device)
+    for rows in torch.arange(len(coordinates), device=x.device).split(1024):
+        y[:, rows] = rotated @ coordinates[rows].double().T * weight.row_norms[rows].double()
     return y
 
 

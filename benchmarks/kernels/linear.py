@@ -37,6 +37,7 @@ from qamw_kernels.ops.crossover import (
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.tiling import tiled_shape
+from qamw_kernels.ops.weight import Rate
 
 # (N, K) of the fused layers: q/k/v, output, gate/up, down.
 SHAPES = {
@@ -145,7 +146,7 @@ def measure(
             **{f"{name}_spread_us": spread for name, (_, spread) in timed.items()},
         }
         processor = ON_DEVICE.processor(x.device)
-        most = gemm_max_tokens(x.device, x.dtype, index_bits, processor)
+        most = gemm_max_tokens(x.device, x.dtype, Rate(index_bits), processor)
         few = num_tokens <= most and "packed" in timed
         way = "packed" if few else "dequantized"
         seconds = row[f"{way}_us"] / 1e6
@@ -229,7 +230,7 @@ def measure_all(models: list[str], index_bits: int) -> dict[str, Any]:
 def kernel_name(index_bits: int) -> str:
     """Of the packed product for more than a few tokens, on the current GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
-    return kernel_for_many(DTYPE, index_bits, ON_DEVICE.processor(device))
+    return kernel_for_many(DTYPE, Rate(index_bits), ON_DEVICE.processor(device))
 
 
 def save_crossover(tokens: int, index_bits: int) -> None:

@@ -13,7 +13,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from qamw_kernels.format.codebook import CODES, INDEX_BITS, TRELLIS
+
+if TYPE_CHECKING:
+    from qamw_kernels.ops.weight import Rate
 
 RESULTS = Path(__file__).with_name("results")
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,6 +28,8 @@ TRITONS = {
     "3.8.0": "vLLM 0.33",
 }
 TARGETS = (80, 89, 90, 100)
+FEW_SPILLS = 4
+"""Instructions in the loop over tiles, for values that are read once a tile."""
 
 Loop = collections.Counter[str]
 INTRODUCTION = """\
@@ -71,6 +78,7 @@ def figures_of_loop(loop: Loop, pairs: int) -> dict[str, Any]:
         "look_ups": total["LDS"],
         "wide_loads": sum(n for op, n in loads.items() if re.match(r"LDG\.E.*128", op)),
         "other_loads": sum(n for op, n in loads.items() if "128" not in op),
+        "spills_in_loop": total["LDL"] + total["STL"],
     }
 
 
@@ -108,6 +116,11 @@ def row(
     return found
 
 
+def label(rate: "Rate") -> str:
+    """A rate, as tables have it."""
+    return f"b = {rate.index_bits}{', trellis' * (rate.code == TRELLIS)}"
+
+
 def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     """Figures of the Gluon kernel, where the Triton that is imported can compile it."""
     import torch
@@ -115,6 +128,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     from benchmarks.kernels.sass import SHARED_BYTES
     from qamw_kernels.ops.gluon import decode_launch, narrow_launch, routed_launch, table
     from qamw_kernels.ops.launcher import Processor
+    from qamw_kernels.ops.weight import Rate
 
     if not table.HAS_GATHER:
         return
@@ -124,19 +138,21 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     def decoding(bodies: list[Loop]) -> Loop:
         return min((b for b in bodies if b["LDS"] == pairs), key=collections.Counter.total)
 
-    for bits in range(6, 13):
-        if narrow_launch.slots(bits, shared_memory):
-            name = f"narrow_gemm (Gluon), b = {bits}, 8 tokens"
-            constants = narrow_launch.constants(bits, torch.bfloat16, processor)
+    rates = [Rate(bits, code) for code in CODES for bits in INDEX_BITS]
+    for rate in rates:
+        if narrow_launch.slots(rate, shared_memory):
+            name = f"narrow_gemm (Gluon), {label(rate)}, 8 tokens"
+            constants = narrow_launch.constants(rate, torch.bfloat16, processor)
             # The loop that decodes holds another, of its prefetch, and is not looked at.
             yield row(name, target, narrow_launch.kernel, constants)
             if narrow_launch.begins_early(processor):
-                name = f"routed_narrow_gemm (Gluon), b = {bits}, blocks of 8 slots"
+                name = f"routed_narrow_gemm (Gluon), {label(rate)}, blocks of 8 slots"
                 yield row(name, target, routed_launch.narrow_kernel, constants)
-    for bits, parts in [*((bits, 2) for bits in range(6, 13)), (11, 4), (11, 8)]:
-        if target != 90 and decode_launch.shared_bytes(bits) <= shared_memory:
-            name = f"decode_gemm (Gluon), b = {bits}, {8 * parts} tokens"
-            constants = decode_launch.constants(bits, torch.bfloat16, parts, shared_memory)
+    more = [(Rate(11), 4), (Rate(11), 8), (Rate(11, TRELLIS), 4), (Rate(11, TRELLIS), 8)]
+    for rate, parts in [*((rate, 2) for rate in rates), *more]:
+        if target != 90 and decode_launch.shared_bytes(rate) <= shared_memory:
+            name = f"decode_gemm (Gluon), {label(rate)}, {8 * parts} tokens"
+            constants = decode_launch.constants(rate, torch.bfloat16, parts, shared_memory)
             yield row(name, target, decode_launch.kernel, constants, pairs, decoding)
 
 
@@ -146,6 +162,7 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
 
     from benchmarks.kernels.sass import SHARED_BYTES
     from qamw_kernels.ops.gluon import dequantize_launch, routed_launch, wide_launch
+    from qamw_kernels.ops.weight import Rate
 
     if wide_launch.kernels is None or target != 90:
         return
@@ -154,27 +171,29 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     def decoding(bodies: list[Loop]) -> Loop:
         return max(bodies, key=lambda b: b["LDS"])
 
-    more = [(11, tokens) for tokens in wide_launch.TILES if tokens > 16]
-    for bits, tokens in [*((bits, 16) for bits in range(6, 13)), *more]:
-        constants = wide_launch.constants(bits, torch.bfloat16, tokens, shared_memory)
+    rates = [Rate(bits, code) for code in CODES for bits in INDEX_BITS]
+    more = [(Rate(11, code), t) for code in CODES for t in wide_launch.TILES if t > 16]
+    for rate, tokens in [*((rate, 16) for rate in rates), *more]:
+        constants = wide_launch.constants(rate, torch.bfloat16, tokens, shared_memory)
         kernel = wide_launch.kernels.wide_gemm_kernel
-        name = f"wide_gemm (Gluon), b = {bits}, {tokens} tokens"
+        name = f"wide_gemm (Gluon), {label(rate)}, {tokens} tokens"
         yield row(name, target, kernel, constants, 128, decoding)
     assert routed_launch.wide_kernels is not None
-    for bits, slots in [(11, slots) for slots in routed_launch.WIDE_SLOTS] + [(12, 128)]:
-        constants = wide_launch.constants(bits, torch.bfloat16, slots, shared_memory)
+    blocks = [(Rate(11, code), s) for code in CODES for s in routed_launch.WIDE_SLOTS]
+    for rate, slots in [*blocks, (Rate(12), 128)]:
+        constants = wide_launch.constants(rate, torch.bfloat16, slots, shared_memory)
         kernel = routed_launch.wide_kernels.routed_wide_gemm_kernel
-        name = f"routed_wide_gemm (Gluon), b = {bits}, blocks of {slots} slots"
+        name = f"routed_wide_gemm (Gluon), {label(rate)}, blocks of {slots} slots"
         yield row(name, target, kernel, constants, 128, decoding)
     constants = wide_launch.sum_constants(torch.bfloat16)
     assert wide_launch.sums_kernels is not None
     kernel = wide_launch.sums_kernels.add_sums_kernel
     yield row("add_sums (Gluon)", target, kernel, constants)
     assert dequantize_launch.kernels is not None
-    for bits in range(6, 13):
-        constants = dequantize_launch.constants(bits, 128, torch.bfloat16)
+    for rate in rates:
+        constants = dequantize_launch.constants(rate, 128, torch.bfloat16)
         kernel = dequantize_launch.kernels.dequantize_kernel
-        name = f"dequantize (Gluon), b = {bits}, B = 128"
+        name = f"dequantize (Gluon), {label(rate)}, B = 128"
         yield row(name, target, kernel, constants, 128, decoding)
 
 
@@ -183,18 +202,22 @@ def triton_rows(target: int) -> Iterator[dict[str, Any]]:
     import torch
 
     from qamw_kernels.ops.triton import kernels, launch, rotate_kernels, rotate_launch
+    from qamw_kernels.ops.weight import Rate
 
     def largest(bodies: list[Loop]) -> Loop:
         return max(bodies, key=collections.Counter.total)
 
     gemms = {"gemm": kernels.gemm_kernel, "routed gemm": kernels.routed_gemm_kernel}
-    for kind in ("skinny", "wide"):
-        constants = launch.gemm_constants(11, torch.bfloat16, kind)
-        pairs = constants["ROW_TILES"] * 256 // (32 * constants["num_warps"])
-        for name, kernel in gemms.items():
-            yield row(f"{name}, b = 11, {kind}", target, kernel, constants, pairs, largest)
-    constants = launch.dequantize_constants(11, 128, torch.bfloat16)
-    yield row("dequantize, b = 11, B = 128", target, kernels.dequantize_kernel, constants)
+    for rate in (Rate(11, code) for code in CODES):
+        for kind in ("skinny", "wide"):
+            constants = launch.gemm_constants(rate, torch.bfloat16, kind)
+            pairs = constants["ROW_TILES"] * 256 // (32 * constants["num_warps"])
+            for name, kernel in gemms.items():
+                title = f"{name}, {label(rate)}, {kind}"
+                yield row(title, target, kernel, constants, pairs, largest)
+        constants = launch.dequantize_constants(rate, 128, torch.bfloat16)
+        title = f"dequantize, {label(rate)}, B = 128"
+        yield row(title, target, kernels.dequantize_kernel, constants)
     constants = rotate_launch.rotate_constants(128, torch.bfloat16)
     yield row("rotate, B = 128", target, rotate_kernels.rotate_kernel, constants)
     for by_expert in (False, True):
@@ -260,9 +283,11 @@ def main() -> None:
     (RESULTS / "machine_code.md").write_text(markdown(found))
     # An H100 took up to 1.5 times as long with a Triton that made small loads, and spilled.
     slow = [r for r in found if "wide" in r["kernel"] and "Gluon" in r["kernel"]]
-    slow = [r for r in slow if r["other_loads"] or r["spills"]]
+    slow = [r for r in slow if r["other_loads"] or r["spills_in_loop"] > FEW_SPILLS]
     if slow:
-        sys.exit(f"small loads, or spills: {[(r['triton'], r['kernel']) for r in slow]}")
+        sys.exit(
+            f"small loads, or spills in the loop: {[(r['triton'], r['kernel']) for r in slow]}"
+        )
 
 
 if __name__ == "__main__":

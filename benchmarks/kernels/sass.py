@@ -16,7 +16,7 @@ SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 POINTERS = {
     "p_tiles": "*i32",
-    "p_quadrant": "*i32",
+    "p_entries": "*i32",
     "p_row_norms": "*fp32",
     "p_input_scales": "*fp16",
     "p_slots": "*i32",

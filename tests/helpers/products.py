@@ -4,23 +4,24 @@ from typing import NamedTuple
 
 import torch
 
-from qamw_kernels.format.codebook import load_codebook
+from qamw_kernels.codec.decode import decode_indices
+from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.ops.tiling import tile_planes
+from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
 
 
 class Product(NamedTuple):
     """What is multiplied, and the exact result.
 
     Attributes:
-        indices: of codewords [N, K / 2].
+        weight: [N, K], without input scales.
         x: activations [M, K], as they are multiplied.
-        row_norms: [N] float32.
         bias: [N] or None.
         exact: [M, N] float64.
     """
 
-    indices: torch.Tensor
+    weight: TiledWeight
     x: torch.Tensor
-    row_norms: torch.Tensor
     bias: torch.Tensor | None
     exact: torch.Tensor
 
@@ -29,21 +30,28 @@ def random_product(
     num_tokens: int,
     num_rows: int,
     num_inputs: int,
-    index_bits: int,
+    rate: Rate,
     dtype: torch.dtype,
     has_bias: bool,
 ) -> Product:
-    """The same for the same arguments; codewords are used equally often."""
+    """The same for the same arguments; indices are used equally often."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
-    indices = (order % 2**index_bits).view(num_rows, -1)
+    indices = (order % 2**rate.index_bits).view(num_rows, -1)
     x = torch.randn(num_tokens, num_inputs, generator=generator).to(dtype)
     row_norms = torch.rand(num_rows, generator=generator) + 0.5
     bias = torch.randn(num_rows, generator=generator).to(dtype) if has_bias else None
-    coordinates = load_codebook(index_bits)[indices].flatten(1).double()
+    coordinates = decode_indices(indices.short(), *rate).double()
     exact = x.double() @ coordinates.T * row_norms.double()
     exact = exact if bias is None else exact + bias.double()
-    return Product(indices, x, row_norms, bias, exact)
+    weight = TiledWeight(
+        tile_planes(pack_planes(indices, rate.index_bits), rate.code),
+        row_norms,
+        torch.ones(num_inputs).half(),
+        entry_words(*rate),
+        64,
+    )
+    return Product(weight, x, bias, exact)
 
 
 def check_rounded(y: torch.Tensor, exact: torch.Tensor) -> None:

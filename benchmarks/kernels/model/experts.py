@@ -17,6 +17,7 @@ from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simula
 from benchmarks.kernels.model.trace import NEVER, NOTHING, Request, Source
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import narrow_launch, routed_launch
+from qamw_kernels.ops.weight import Rate
 
 PARTS = 12
 """Of a large launch only every 12th program is replayed, on a 12th of the multiprocessors with a
@@ -45,9 +46,9 @@ def bf16_grouped_seconds(
 
 
 @functools.cache
-def routed_listing(index_bits: int) -> Listing:
+def routed_listing(rate: Rate) -> Listing:
     """Machine code of the kernel for blocks of 8 slots, in bfloat16."""
-    constants = narrow_launch.constants(index_bits, torch.bfloat16, PROCESSOR)
+    constants = narrow_launch.constants(rate, torch.bfloat16, PROCESSOR)
     return read_listing(compile_for(TARGET, routed_launch.narrow_kernel, constants))
 
 
@@ -84,7 +85,7 @@ def _requests(listing: Listing) -> list[Request]:
         elif x.name == "LDG" and ".128" in x.opcode:
             requests[i] = Request(Source.TOKENS, chunk=chunk % CHUNKS)
             chunk += 1
-        elif x.name == "LDG":  # routing, the quadrant; row norms, which were prefetched
+        elif x.name == "LDG":  # routing, entries; row norms, which were prefetched
             requests[i] = Request(Source.L2, 32)
     assert chunk == 2 * CHUNKS, "activations of a block, and in the last turn of a slice"
     return requests
@@ -189,14 +190,14 @@ def routed_narrow_launch(
     shape: tuple[int, int],
     slots: Sequence[int],
     num_rows_of_x: int,
-    index_bits: int,
+    rate: Rate,
     machine: Machine,
 ) -> Launch:
     """The kernel for blocks of 8 slots, with the grid that its launcher chooses."""
-    listing = routed_listing(index_bits)
+    listing = routed_listing(rate)
     requests, nest = _requests(listing), _nest(listing)
     blocks = Blocks(listing, requests, machine)
-    batch = narrow_launch.slots(index_bits, PROCESSOR.shared_memory)
+    batch = narrow_launch.slots(rate, PROCESSOR.shared_memory)
     assert shape[1] <= 256 * narrow_launch.WARPS, "several slices are not modelled"
 
     @functools.cache
@@ -211,7 +212,7 @@ def routed_narrow_launch(
         programs_each=1,
         tokens=min(num_rows_of_x, routed_launch.NARROW_SLOTS),
         row_bytes=2 * shape[1],
-        tile_bytes=index_bits * 256,
+        tile_bytes=rate.index_bits * 256,
     )
 
 

@@ -16,14 +16,15 @@ from benchmarks.kernels.model.rotation import rotate_launch, rotate_many_launch
 from benchmarks.kernels.model.simulate import Launch, simulate
 from benchmarks.kernels.model.wide import routed_wide_launch
 from qamw_kernels.ops.gluon import routed_launch
+from qamw_kernels.ops.weight import Rate
 
 MIXTURE = MIXTURES["qwen3-30b-a3b"]
-INDEX_BITS = 11
+RATE = Rate(11)
 ROTATION_BLOCK_SIZE = 128
 TOKENS = (1, 8, 32, 128, 512, 2048)
 KEYS = [(name, tokens, gpu) for tokens in TOKENS for gpu in GPUS for name in MIXTURE.shapes]
 INTRODUCTION = f"""\
-## Mixtures of experts, b = {INDEX_BITS}: modelled, not measured
+## Mixtures of experts, b = {RATE.index_bits}: modelled, not measured
 
 Qwen3-30B-A3B: every token is sent to {MIXTURE.top_k} of {MIXTURE.experts} experts, all equally
 likely. Gate and up are one product, down is another; rotations and gaps between launches
@@ -51,9 +52,9 @@ def product(
     """The kernel that the launcher chooses, and how many tokens are rotated for it."""
     size = routed_launch.sizes_for(sum(slots), len(slots))[0]
     if not routed_launch.is_wide(size):
-        launch = routed_narrow_launch(shape, slots, num_rows_of_x, INDEX_BITS, machine)
+        launch = routed_narrow_launch(shape, slots, num_rows_of_x, RATE, machine)
         return launch, num_rows_of_x
-    launch = routed_wide_launch(shape, slots, size, INDEX_BITS, machine)
+    launch = routed_wide_launch(shape, slots, size, RATE, machine)
     return launch, sum(-(-n // size) * size for n in slots)
 
 
@@ -72,10 +73,10 @@ def row(name: str, num_tokens: int, gpu: Gpu, machine: Machine = TYPICAL) -> dic
     seconds += found.seconds
     hit = sum(map(bool, slots))
     reference = bf16_grouped_seconds(shape, slots, rows_of_x, gpu)
-    packed_bytes = hit * shape[0] * shape[1] * INDEX_BITS / 16
+    packed_bytes = hit * shape[0] * shape[1] * RATE.index_bits / 16
     return {
         "gpu": gpu.name,
-        "b": INDEX_BITS,
+        "b": RATE.index_bits,
         "shape": name,
         "M": num_tokens,
         "experts": hit,

@@ -12,15 +12,16 @@ from benchmarks.kernels.model.simulate import BlockStep, Launch
 from benchmarks.kernels.model.trace import NEVER, NOTHING, Request, Source
 from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import narrow_launch as kernel
+from qamw_kernels.ops.weight import Rate
 
 HALF_TILE_PRODUCTS = 16  # matrix instructions of a turn
 CHUNKS = 8  # of half a tile
 
 
 @functools.cache
-def narrow_listing(index_bits: int) -> Listing:
+def narrow_listing(rate: Rate) -> Listing:
     """Machine code of the kernel in bfloat16."""
-    constants = kernel.constants(index_bits, torch.bfloat16, PROCESSOR)
+    constants = kernel.constants(rate, torch.bfloat16, PROCESSOR)
     return read_listing(compile_for(TARGET, kernel.kernel, constants))
 
 
@@ -53,7 +54,7 @@ def _requests(listing: Listing) -> list[Request]:
         elif x.name == "LDG" and ".128" in x.opcode:
             requests[i] = Request(Source.TOKENS, chunk=chunk % CHUNKS)
             chunk += 1
-        elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
+        elif x.name == "LDG":  # entries; row norms, which were prefetched, and no bias
             requests[i] = Request(Source.L2, 32)
     assert prefetches == 4
     assert chunk == 2 * CHUNKS, "activations before the loops, and in the last turn of a slice"
@@ -61,14 +62,14 @@ def _requests(listing: Listing) -> list[Request]:
 
 
 def narrow_launch(
-    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
+    num_rows: int, num_inputs: int, num_tokens: int, rate: Rate, machine: Machine
 ) -> Launch:
     """The kernel, with the grid that its launcher chooses."""
     row_tiles, input_tiles = -(-num_rows // 16), -(-num_inputs // 512)
     slices = kernel.slices(input_tiles)
-    batch = kernel.slots(index_bits, PROCESSOR.shared_memory) // slices
+    batch = kernel.slots(rate, PROCESSOR.shared_memory) // slices
     run = -(-row_tiles // PROCESSOR.multiprocessors)
-    listing = narrow_listing(index_bits)
+    listing = narrow_listing(rate)
     batches, sliced, decoding = _nest(listing)
     requests = _requests(listing)
     blocks = Blocks(listing, requests, machine)
@@ -116,5 +117,5 @@ def narrow_launch(
         programs_each=1,
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
-        tile_bytes=index_bits * 256,  # two warps ask for a tile
+        tile_bytes=rate.index_bits * 256,  # two warps ask for a tile
     )

@@ -22,8 +22,10 @@ from benchmarks.kernels.model.narrow import narrow_launch
 from benchmarks.kernels.model.rotation import rotate_launch
 from benchmarks.kernels.model.simulate import Launch, Outcome, simulate
 from benchmarks.kernels.model.wide import adding_launch, wide_launch
+from qamw_kernels.format.codebook import TRELLIS
 from qamw_kernels.ops.gluon import narrow_launch as narrow
 from qamw_kernels.ops.gluon import wide_launch as wide
+from qamw_kernels.ops.weight import Rate
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SHAPES = {  # of Llama-3-8B: rows, inputs
@@ -32,7 +34,7 @@ SHAPES = {  # of Llama-3-8B: rows, inputs
     "gate_up": (28672, 4096),
     "down": (4096, 14336),
 }
-RATES = (11, 8)
+RATES = (Rate(11), Rate(11, TRELLIS), Rate(8))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ROTATION_BLOCK_SIZE = 128
 INTRODUCTION = f"""\
@@ -56,24 +58,22 @@ def _rotation(num_inputs: int, num_tokens: int, gpu: Gpu, machine: Machine, swap
     return simulate(launch, gpu, machine).seconds
 
 
-def _narrow(num_inputs: int, num_tokens: int, index_bits: int) -> bool:
-    return narrow.fits(num_tokens, num_inputs, torch.bfloat16, index_bits, PROCESSOR)
+def _narrow(num_inputs: int, num_tokens: int, rate: Rate) -> bool:
+    return narrow.fits(num_tokens, num_inputs, torch.bfloat16, rate, PROCESSOR)
 
 
-def packed_launch(
-    shape: tuple[int, int], num_tokens: int, index_bits: int, machine: Machine
-) -> Launch:
+def packed_launch(shape: tuple[int, int], num_tokens: int, rate: Rate, machine: Machine) -> Launch:
     """The launch of the kernel that multiplies so many tokens."""
-    make = narrow_launch if _narrow(shape[1], num_tokens, index_bits) else wide_launch
-    return make(*shape, num_tokens, index_bits, machine)
+    make = narrow_launch if _narrow(shape[1], num_tokens, rate) else wide_launch
+    return make(*shape, num_tokens, rate, machine)
 
 
 def packed_seconds(
-    shape: tuple[int, int], num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine
+    shape: tuple[int, int], num_tokens: int, rate: Rate, gpu: Gpu, machine: Machine
 ) -> tuple[float, Outcome]:
     """Time of a packed product with its launches and its rotation, and what the GEMM does in it."""
-    launch = packed_launch(shape, num_tokens, index_bits, machine)
-    is_narrow = _narrow(shape[1], num_tokens, index_bits)
+    launch = packed_launch(shape, num_tokens, rate, machine)
+    is_narrow = _narrow(shape[1], num_tokens, rate)
     rotation = _rotation(shape[1], num_tokens, gpu, machine, swapped=not is_narrow)
     if is_narrow:
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
@@ -83,33 +83,39 @@ def packed_seconds(
     # one's, so they follow each other, but without a gap.
     product = simulate(launch, gpu, machine)
     seconds = machine.launch_gap + rotation + product.seconds
-    adding = adding_launch(*shape, num_tokens, index_bits, machine)
+    adding = adding_launch(*shape, num_tokens, rate, machine)
     return seconds + (simulate(adding, gpu, machine).seconds if adding else 0), product
 
 
 def decoded_seconds(
-    shape: tuple[int, int], num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine
+    shape: tuple[int, int], num_tokens: int, rate: Rate, gpu: Gpu, machine: Machine
 ) -> float:
     """Time of decoding into a workspace and a vendor's product; of the former only the traffic."""
     weights = shape[0] * shape[1]
-    traffic = weights * (index_bits / 16 + 2)
+    traffic = weights * (rate.index_bits / 16 + 2)
     return machine.launch_gap + traffic / gpu.copy + bf16_seconds(*shape, num_tokens, gpu)
 
 
 def row(
-    name: str, num_tokens: int, index_bits: int, gpu: Gpu, machine: Machine = TYPICAL
+    name: str, num_tokens: int, rate: Rate, gpu: Gpu, machine: Machine = TYPICAL
 ) -> dict[str, Any]:
     """Figures of one product."""
     shape = SHAPES[name]
-    found: dict[str, Any] = {"gpu": gpu.name, "b": index_bits, "shape": name, "M": num_tokens}
+    found: dict[str, Any] = {
+        "gpu": gpu.name,
+        "b": rate.index_bits,
+        "code": rate.code,
+        "shape": name,
+        "M": num_tokens,
+    }
     if num_tokens <= wide.MAX_TOKENS:
-        seconds, product = packed_seconds(shape, num_tokens, index_bits, gpu, machine)
+        seconds, product = packed_seconds(shape, num_tokens, rate, gpu, machine)
         found["kernel_us"] = round(product.seconds * 1e6, 2)
         found["lsu"], found["issue"] = round(product.lsu, 2), round(product.issue, 2)
         found["x_hits"] = round(product.l1_hits, 2)
     else:
-        seconds = decoded_seconds(shape, num_tokens, index_bits, gpu, machine)
-    weight_bytes = shape[0] * shape[1] * index_bits / 16
+        seconds = decoded_seconds(shape, num_tokens, rate, gpu, machine)
+    weight_bytes = shape[0] * shape[1] * rate.index_bits / 16
     found["us"] = round(seconds * 1e6, 2)
     found["bf16_us"] = round(bf16_seconds(*shape, num_tokens, gpu) * 1e6, 2)
     found["bandwidth"] = round(weight_bytes / gpu.datasheet / seconds, 3)
@@ -125,16 +131,16 @@ def speed_up(rows: Iterable[dict[str, Any]]) -> float:
 def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Figures of every product."""
     keys = [
-        (name, tokens, bits, gpu)
+        (name, tokens, rate, gpu)
         for tokens in all_tokens
         for gpu in GPUS
-        for bits in RATES
+        for rate in RATES
         for name in SHAPES
     ]
     # Everything is compiled before, by one thread: Triton's compiler is not made for more.
-    for name, tokens, bits, _ in keys:
+    for name, tokens, rate, _ in keys:
         if tokens <= wide.MAX_TOKENS:
-            packed_launch(SHAPES[name], tokens, bits, TYPICAL)
+            packed_launch(SHAPES[name], tokens, rate, TYPICAL)
     return replay(row, keys)
 
 
@@ -152,9 +158,9 @@ def markdown(found: list[dict[str, Any]]) -> str:
     """A table for every GPU and rate."""
     lines = [INTRODUCTION, f"Kernels compiled by Triton {triton.__version__}.", ""]
     for gpu in GPUS:
-        for bits in RATES:
+        for rate in RATES:
             lines += [
-                f"## {gpu.name}, b = {bits}: modelled, not measured",
+                f"## {gpu.name}, b = {rate.index_bits}, {rate.code} code: modelled, not measured",
                 "",
                 f"Per cent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s) for each",
                 "layer, and the speed-up of all four over bf16.",
@@ -163,7 +169,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
                 "|---" * (len(SHAPES) + 2) + "|",
             ]
             for tokens in dict.fromkeys(r["M"] for r in found):
-                key = {"gpu": gpu.name, "b": bits, "M": tokens}
+                key = {"gpu": gpu.name, "b": rate.index_bits, "code": rate.code, "M": tokens}
                 layer = [r for r in found if key.items() <= r.items()]
                 cells = [f"{r['bandwidth']:.0%}" for r in layer]
                 lines.append(f"| {tokens} | {' | '.join(cells)} | {speed_up(layer):.2f}x |")

@@ -17,30 +17,31 @@ from benchmarks.kernels.sass import compile_for
 from qamw_kernels.ops.gluon import routed_launch
 from qamw_kernels.ops.gluon import wide_launch as kernel
 from qamw_kernels.ops.tiling import TILE_INPUTS
+from qamw_kernels.ops.weight import Rate
 
 PAIRS = 128  # that one thread decodes of a tile: as many look-ups
 WORD_BYTES = 512  # of a warp's load
 
 
 @functools.cache
-def wide_listing(index_bits: int, tokens: int) -> Listing:
+def wide_listing(rate: Rate, tokens: int) -> Listing:
     """Machine code of the kernel in bfloat16, for programs of so many tokens.
 
     Waits that take long go on behind the loop over row blocks, and branch back: these are left out.
     """
     assert kernel.kernels is not None
-    return _listing_of(kernel.kernels.wide_gemm_kernel, index_bits, tokens)
+    return _listing_of(kernel.kernels.wide_gemm_kernel, rate, tokens)
 
 
 @functools.cache
-def routed_wide_listing(index_bits: int, slots: int) -> Listing:
+def routed_wide_listing(rate: Rate, slots: int) -> Listing:
     """The same of the kernel for mixtures of experts, for blocks of so many slots."""
     assert routed_launch.wide_kernels is not None
-    return _listing_of(routed_launch.wide_kernels.routed_wide_gemm_kernel, index_bits, slots)
+    return _listing_of(routed_launch.wide_kernels.routed_wide_gemm_kernel, rate, slots)
 
 
-def _listing_of(jit_function: Any, index_bits: int, tokens: int) -> Listing:
-    constants = kernel.constants(index_bits, torch.bfloat16, tokens, PROCESSOR.shared_memory)
+def _listing_of(jit_function: Any, rate: Rate, tokens: int) -> Listing:
+    constants = kernel.constants(rate, torch.bfloat16, tokens, PROCESSOR.shared_memory)
     listing = read_listing(compile_for(TARGET, jit_function, constants))
     end = _decoding(listing)[0].last
     return Listing(listing.code[: end + 1], tuple(x for x in listing.loops if x.last <= end))
@@ -62,7 +63,7 @@ def _nest(listing: Listing) -> tuple[Loop, Loop]:
     return row_blocks, units
 
 
-def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Request]:
+def _requests(listing: Listing, rate: Rate, copy_bytes: int) -> list[Request]:
     """Of every instruction.
 
     A turn is a unit, of which a warp has one tile. The words of the tile's first quarter are loaded
@@ -75,8 +76,8 @@ def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Reques
     assert kernel.kernels is not None
     row_blocks, units = _nest(listing)
     requests, prefetches, loads = [NOTHING] * len(listing.code), 0, 0
-    quarters = [kernel.kernels.first_quarter(j, index_bits - 2) for j in range(index_bits)]
-    own = index_bits - quarters.count(0)
+    quarters = [kernel.kernels.first_quarter(j, rate.entry_bits) for j in range(rate.index_bits)]
+    own = rate.index_bits - quarters.count(0)
     for i, x in enumerate(listing.code):
         if x.name == "UTMALDG":
             requests[i] = Request(Source.L2, copy_bytes)
@@ -87,11 +88,11 @@ def _requests(listing: Listing, index_bits: int, copy_bytes: int) -> list[Reques
             loads += i > units.first
             ahead = i < units.first or loads > own
             requests[i] = Request(Source.WORDS, WORD_BYTES, ahead=int(ahead), bypass=True)
-        elif x.name == "LDG":  # the quadrant; row norms, which were prefetched, and no bias
+        elif x.name == "LDG":  # entries; row norms, which were prefetched, and no bias
             requests[i] = Request(Source.L2, 32)
         elif x.name == "STG":  # y, or sums that another kernel adds up
             requests[i] = Request(Source.L2, max(32 * width(x), 128))
-    assert (prefetches, loads) == (2, index_bits)
+    assert (prefetches, loads) == (2, rate.index_bits)
     return requests
 
 
@@ -125,22 +126,22 @@ def _units_by_row_block(first: int, last: int, input_tiles: int) -> list[int]:
     return [min(last, start + input_tiles) - max(first, start) for start in starts]
 
 
-def _grid(num_rows: int, num_inputs: int, num_tokens: int, index_bits: int) -> kernel.Grid:
+def _grid(num_rows: int, num_inputs: int, num_tokens: int, rate: Rate) -> kernel.Grid:
     input_tiles = -(-num_inputs // TILE_INPUTS)
-    return kernel.grid(num_tokens, num_rows, input_tiles, index_bits, PROCESSOR)
+    return kernel.grid(num_tokens, num_rows, input_tiles, rate, PROCESSOR)
 
 
 def wide_launch(
-    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
+    num_rows: int, num_inputs: int, num_tokens: int, rate: Rate, machine: Machine
 ) -> Launch:
     """The kernel, with the grid that its launcher chooses."""
-    grid = _grid(num_rows, num_inputs, num_tokens, index_bits)
-    shape = kernel.shape_of(index_bits, grid.tokens, PROCESSOR.shared_memory)
+    grid = _grid(num_rows, num_inputs, num_tokens, rate)
+    shape = kernel.shape_of(rate, grid.tokens, PROCESSOR.shared_memory)
     input_tiles = -(-num_inputs // TILE_INPUTS)
-    listing = wide_listing(index_bits, grid.tokens)
+    listing = wide_listing(rate, grid.tokens)
     outer, inner = _nest(listing)
     copy_bytes = 2 * grid.tokens * shape.block_inputs
-    requests = _requests(listing, index_bits, copy_bytes)
+    requests = _requests(listing, rate, copy_bytes)
     blocks = Blocks(listing, requests, machine)
     endings = _endings(listing)  # where a row block is whole, the second is left out
     edges = {edge for ending in endings for edge in (ending.start, ending.stop)}
@@ -177,7 +178,7 @@ def wide_launch(
         programs_each=shape.tile.programs,
         tokens=num_tokens,
         row_bytes=2 * num_inputs,
-        tile_bytes=index_bits * WORD_BYTES,
+        tile_bytes=rate.index_bits * WORD_BYTES,
         copies_each=TILE_INPUTS / shape.block_inputs,
         token_blocks=grid.groups,
         ready=machine.dependent_end,
@@ -188,7 +189,7 @@ def routed_wide_launch(
     shape: tuple[int, int],
     slots: Sequence[int],
     block_size: int,
-    index_bits: int,
+    rate: Rate,
     machine: Machine,
 ) -> Launch:
     """The kernel for mixtures of experts, with the grid that its launcher chooses.
@@ -200,11 +201,11 @@ def routed_wide_launch(
         slots: of every expert.
     """
     (num_rows, num_inputs), blocks_of_slots = shape, sum(-(-n // block_size) for n in slots)
-    program = kernel.shape_of(index_bits, block_size, PROCESSOR.shared_memory)
+    program = kernel.shape_of(rate, block_size, PROCESSOR.shared_memory)
     input_tiles = -(-num_inputs // TILE_INPUTS)
-    listing = routed_wide_listing(index_bits, block_size)
+    listing = routed_wide_listing(rate, block_size)
     outer, inner = _nest(listing)
-    requests = _requests(listing, index_bits, 2 * block_size * program.block_inputs)
+    requests = _requests(listing, rate, 2 * block_size * program.block_inputs)
     blocks = Blocks(listing, requests, machine)
 
     @functools.cache
@@ -230,7 +231,7 @@ def routed_wide_launch(
         programs_each=program.tile.programs,
         tokens=block_size,
         row_bytes=2 * num_inputs,
-        tile_bytes=index_bits * WORD_BYTES,
+        tile_bytes=rate.index_bits * WORD_BYTES,
         copies_each=TILE_INPUTS / program.block_inputs,
         ready=machine.dependent_end,
     )
@@ -245,13 +246,13 @@ def _adding_listing() -> Listing:
 
 
 def adding_launch(
-    num_rows: int, num_inputs: int, num_tokens: int, index_bits: int, machine: Machine
+    num_rows: int, num_inputs: int, num_tokens: int, rate: Rate, machine: Machine
 ) -> Launch | None:
     """The kernel that adds up the row blocks that programs share, where there are any."""
-    grid = _grid(num_rows, num_inputs, num_tokens, index_bits)
+    grid = _grid(num_rows, num_inputs, num_tokens, rate)
     if not grid.adds:
         return None
-    rows = kernel.shape_of(index_bits, grid.tokens, PROCESSOR.shared_memory).rows
+    rows = kernel.shape_of(rate, grid.tokens, PROCESSOR.shared_memory).rows
     listing = _adding_listing()
     requests = [NOTHING] * len(listing.code)
     for i, x in enumerate(listing.code):

@@ -16,6 +16,7 @@ from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops.gluon import decode_launch, narrow_launch, wide_launch
 from qamw_kernels.ops.gluon.products import product_for
 from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.weight import Rate
 
 CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
 """JSON object: :func:`crossover_key` -> tokens."""
@@ -28,10 +29,10 @@ often than is cheaper than decoding the weight. The wide kernel has a limit of i
 _NAMES = {wide_launch: "wide", decode_launch: "decode", None: "plain"}
 
 
-def kernel_for_many(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> str:
+def kernel_for_many(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> str:
     """Name of the kernel that multiplies packed weights with more tokens than the narrow one."""
     num_tokens = narrow_launch.MAX_TOKENS + 1
-    return _NAMES[product_for(num_tokens, UNIT_INPUTS, dtype, index_bits, processor)]
+    return _NAMES[product_for(num_tokens, UNIT_INPUTS, dtype, rate, processor)]
 
 
 def crossover_key(device: torch.device, kernel: str) -> str:
@@ -43,11 +44,11 @@ def crossover_key(device: torch.device, kernel: str) -> str:
 def gemm_max_tokens(
     device: torch.device,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> int:
     """Tokens up to which multiplying with the packed weight is the faster way on that device."""
-    kernel = kernel_for_many(dtype, index_bits, processor)
+    kernel = kernel_for_many(dtype, rate, processor)
     limit = wide_launch.MAX_TOKENS if kernel == "wide" else GEMM_MAX_TOKENS
     measured: dict[str, int] = json.loads(CROSSOVER_FILE.read_text())
     if device.type != "cuda" or dtype.itemsize != 2 or not measured:

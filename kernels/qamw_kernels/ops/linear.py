@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from qamw_kernels.format.codebook import INDEX_BITS
+from qamw_kernels.format.codebook import CODES, INDEX_BITS, entry_bits
 from qamw_kernels.format.config import ROTATION_BLOCK_SIZES
 from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.ops import reference
@@ -25,7 +25,7 @@ RoutedLinear = Callable[[torch.Tensor, TiledWeight, Routing, int], torch.Tensor]
 Combine = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_WEIGHT = "Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor quadrant_words"
+_WEIGHT = "Tensor x, Tensor tiles, Tensor row_norms, Tensor input_scales, Tensor entry_words"
 _ROUTING = "Tensor slots, Tensor experts, Tensor num_sorted, int block_size, SymInt num_slots"
 _LINEAR = f"linear({_WEIGHT}, Tensor? bias, int rotation_block_size) -> Tensor"
 _ROUTED_LINEAR = f"routed_linear({_WEIGHT}, {_ROUTING}, int rotation_block_size) -> Tensor"
@@ -56,7 +56,7 @@ def linear(
         weight.tiles,
         weight.row_norms,
         weight.input_scales,
-        weight.quadrant_words,
+        weight.entry_words,
         bias,
         weight.rotation_block_size,
     )
@@ -87,7 +87,7 @@ def routed_linear(
         weight.tiles,
         weight.row_norms,
         weight.input_scales,
-        weight.quadrant_words,
+        weight.entry_words,
         *routing,
         num_slots,
         weight.rotation_block_size,
@@ -128,7 +128,7 @@ def _check(
 
 
 def _check_linear(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> None:
-    tiles, row_norms, input_scales, quadrant_words, rotation_block_size = weight
+    tiles, row_norms, input_scales, entry_words, rotation_block_size = weight
     if x.ndim != 2 or x.shape[1] == 0 or x.shape[1] % UNIT_INPUTS:
         raise ValueError(
             f"x: expected shape [M, K] with K a positive multiple of {UNIT_INPUTS}, "
@@ -155,7 +155,13 @@ def _check_linear(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | Non
         )
     _check("tiles", tiles, tiles, shape, torch.int32)
     _check("row_norms", row_norms, tiles, (num_rows,), torch.float32)
-    _check("quadrant_words", quadrant_words, tiles, (2 ** (index_bits - 2),), torch.int32)
+    expected = [(1 << entry_bits(index_bits, code),) for code in CODES]
+    if tuple(entry_words.shape) not in expected:
+        raise ValueError(
+            f"entry_words: expected shape {expected[0]} or {expected[1]}, "
+            f"got {tuple(entry_words.shape)}"
+        )
+    _check("entry_words", entry_words, tiles, tuple(entry_words.shape), torch.int32)
     if bias is not None:
         _check("bias", bias, tiles, (num_rows,), *_FLOATS)
 
@@ -262,11 +268,11 @@ def _linear_op(implementation: Linear) -> Callable[..., torch.Tensor]:
         tiles: torch.Tensor,
         row_norms: torch.Tensor,
         input_scales: torch.Tensor,
-        quadrant_words: torch.Tensor,
+        entry_words: torch.Tensor,
         bias: torch.Tensor | None,
         rotation_block_size: int,
     ) -> torch.Tensor:
-        weight = TiledWeight(tiles, row_norms, input_scales, quadrant_words, rotation_block_size)
+        weight = TiledWeight(tiles, row_norms, input_scales, entry_words, rotation_block_size)
         _check_linear(x, weight, bias)
         return implementation(x, weight, bias)
 
@@ -281,7 +287,7 @@ def _routed_linear_op(implementation: RoutedLinear) -> Callable[..., torch.Tenso
         tiles: torch.Tensor,
         row_norms: torch.Tensor,
         input_scales: torch.Tensor,
-        quadrant_words: torch.Tensor,
+        entry_words: torch.Tensor,
         slots: torch.Tensor,
         experts: torch.Tensor,
         num_sorted: torch.Tensor,
@@ -289,7 +295,7 @@ def _routed_linear_op(implementation: RoutedLinear) -> Callable[..., torch.Tenso
         num_slots: int,
         rotation_block_size: int,
     ) -> torch.Tensor:
-        weight = TiledWeight(tiles, row_norms, input_scales, quadrant_words, rotation_block_size)
+        weight = TiledWeight(tiles, row_norms, input_scales, entry_words, rotation_block_size)
         routing = Routing(slots, experts, num_sorted, block_size)
         _check_routed_linear(x, weight, routing, num_slots)
         return implementation(x, weight, routing, num_slots)

@@ -3,18 +3,20 @@
 import torch
 
 from qamw_kernels.codec.rotation import rotate
-from qamw_kernels.format.codebook import expand_quadrant
+from qamw_kernels.codec.trellis import codebook_rows
+from qamw_kernels.format.codebook import TRELLIS, flip_signs
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import untile
 from qamw_kernels.ops.weight import TiledWeight
 
 
 def coordinates(weight: TiledWeight) -> torch.Tensor:
-    """Rotated, normalized weight [N, K] float32: ``codebook[indices]``."""
-    words = weight.quadrant_words[:, None].contiguous()
-    codebook = expand_quadrant(words.view(torch.bfloat16).float())  # [C, 2]
-    indices = untile(weight.tiles, weight.num_rows, weight.num_inputs)  # [N, P]
-    return codebook[indices.int()].flatten(1)
+    """Rotated, normalized weight [N, K] float32: the codewords that the indices stand for."""
+    words = weight.entry_words[:, None].contiguous()
+    codebook = flip_signs(words.view(torch.bfloat16).float())
+    indices = untile(weight.tiles, weight.num_rows, weight.num_inputs, weight.code)  # [N, P]
+    rows = codebook_rows(indices, weight.index_bits) if weight.code == TRELLIS else indices
+    return codebook[rows.int()].flatten(1)
 
 
 def linear(x: torch.Tensor, weight: TiledWeight, bias: torch.Tensor | None) -> torch.Tensor:

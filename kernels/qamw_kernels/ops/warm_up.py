@@ -13,7 +13,7 @@ from qamw_kernels.ops.launcher import ON_DEVICE, Launcher
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
 from qamw_kernels.ops.triton import launch, rotate_launch
-from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
 
 
 @dataclass(frozen=True)
@@ -24,43 +24,43 @@ class _Warmer:
     device: torch.device
     launcher: Launcher
 
-    def packed(self, index_bits: int, rotation_block_size: int, num_tokens: int) -> None:
-        weight = self._weight(index_bits, rotation_block_size)
+    def packed(self, rate: Rate, rotation_block_size: int, num_tokens: int) -> None:
+        weight = self._weight(rate, rotation_block_size)
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
 
-    def many_rotated(self, index_bits: int, rotation_block_size: int) -> None:
+    def many_rotated(self, rate: Rate, rotation_block_size: int) -> None:
         """More tokens than the packed products of the smallest weights are warmed up with."""
-        weight = self._weight(index_bits, rotation_block_size)
+        weight = self._weight(rate, rotation_block_size)
         x = self._tokens(weight, rotate_launch.MANY_INPUTS // weight.num_inputs + 1)
         rotate_launch.rotate(
             x, weight.input_scales, rotation_block_size, self.launcher, swapped=True
         )
 
-    def sums(self, index_bits: int, rotation_block_size: int) -> None:
+    def sums(self, rate: Rate, rotation_block_size: int) -> None:
         """Of row blocks that programs share, which the smallest weights have none of."""
-        weight = self._weight(index_bits, rotation_block_size)
+        weight = self._weight(rate, rotation_block_size)
         y = torch.empty(1, 1, dtype=self.dtype, device=self.device)
         processor = self.launcher.processor(self.device)
         assert processor is not None
         tokens = wide_launch.tokens_of(1)
-        shape = wide_launch.shape_of(index_bits, tokens, processor.shared_memory)
+        shape = wide_launch.shape_of(rate, tokens, processor.shared_memory)
         room = (1, 1, 2, tokens * shape.rows)
         sums = torch.empty(room, dtype=torch.float32, device=self.device)
         wide_launch.add_sums(sums, tokens, shape, weight, None, y, self.launcher)
 
-    def dequantized(self, index_bits: int, rotation_block_size: int) -> None:
+    def dequantized(self, rate: Rate, rotation_block_size: int) -> None:
         """Without the vendor's GEMM, which would keep a workspace for each of the threads."""
-        launch.dequantize(self._weight(index_bits, rotation_block_size), self.dtype, self.launcher)
+        launch.dequantize(self._weight(rate, rotation_block_size), self.dtype, self.launcher)
 
-    def routed(self, index_bits: int, rotation_block_size: int, block_size: int) -> None:
-        weight = self._weight(index_bits, rotation_block_size)
+    def routed(self, rate: Rate, rotation_block_size: int, block_size: int) -> None:
+        weight = self._weight(rate, rotation_block_size)
         expert = weight._replace(tiles=weight.tiles[None], row_norms=weight.row_norms[None])
         chosen = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         routing = sort_slots(chosen, block_size, 1)
         launch.routed_linear(self._tokens(weight, 1), expert, routing, 1, self.launcher)
 
-    def rotated_and_sorted(self, index_bits: int, rotation_block_size: int) -> None:
-        weight = self._weight(index_bits, rotation_block_size)
+    def rotated_and_sorted(self, rate: Rate, rotation_block_size: int) -> None:
+        weight = self._weight(rate, rotation_block_size)
         chosen = torch.zeros(1, 1, dtype=torch.int32, device=self.device)
         x, routing = self._tokens(weight, 1), sort_slots(chosen, 1, 1)
         rotate_launch.rotate_sorted(x, weight, routing, 1, self.launcher)
@@ -72,15 +72,15 @@ class _Warmer:
             shares = torch.zeros(1, 1, dtype=torch.float32, device=self.device)
             launch.combine(y, shares, self.launcher)
 
-    def _weight(self, index_bits: int, rotation_block_size: int) -> TiledWeight:
+    def _weight(self, rate: Rate, rotation_block_size: int) -> TiledWeight:
         """One row of the fewest inputs that the rotation allows."""
         num_inputs, device = max(rotation_block_size, UNIT_INPUTS), self.device
-        shape = tiled_shape(1, num_inputs, index_bits)
+        shape = tiled_shape(1, num_inputs, rate.index_bits)
         return TiledWeight(
             tiles=torch.zeros(shape, dtype=torch.int32, device=device),
             row_norms=torch.ones(1, dtype=torch.float32, device=device),
             input_scales=torch.ones(num_inputs, dtype=torch.float16, device=device),
-            quadrant_words=quadrant_words(index_bits, device),
+            entry_words=entry_words(rate.index_bits, rate.code, device),
             rotation_block_size=rotation_block_size,
         )
 
@@ -100,7 +100,7 @@ def packed_tokens(most: int) -> list[int]:
 
 
 def warm_up(
-    rates: Collection[int],
+    rates: Collection[Rate],
     rotation_block_sizes: Collection[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -113,7 +113,7 @@ def warm_up(
     Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
 
     Args:
-        rates: index bits of the model's layers.
+        rates: of the model's layers.
         rotation_block_sizes: of the model's layers.
         dtype: of the activations.
         experts: whether some layers are mixtures of experts.
@@ -121,7 +121,7 @@ def warm_up(
     """
     warmer = _Warmer(dtype, device, launcher)
     processor, least = launcher.processor(device), min(rotation_block_sizes)
-    few = {bits: packed_tokens(gemm_max_tokens(device, dtype, bits, processor)) for bits in rates}
+    few = {rate: packed_tokens(gemm_max_tokens(device, dtype, rate, processor)) for rate in rates}
     # One after the other, and first: all jobs below need these rotations.
     for size in rotation_block_sizes:
         for num_tokens in {min(few[min(rates)]), max(few[min(rates)])}:
@@ -133,14 +133,14 @@ def warm_up(
             if experts:
                 warmer.rotated_and_sorted(min(rates), size)
     with ThreadPoolExecutor() as pool:
-        jobs = [pool.submit(warmer.packed, bits, least, m) for bits in rates for m in few[bits]]
-        for bits in rates:
+        jobs = [pool.submit(warmer.packed, rate, least, m) for rate in rates for m in few[rate]]
+        for rate in rates:
             for size in rotation_block_sizes:
-                jobs.append(pool.submit(warmer.dequantized, bits, size))
+                jobs.append(pool.submit(warmer.dequantized, rate, size))
         if experts:
             jobs.append(pool.submit(warmer.combined))
-            for bits in rates:
-                for block_size in launch.routed_block_sizes(dtype, bits, processor):
-                    jobs.append(pool.submit(warmer.routed, bits, least, block_size))
+            for rate in rates:
+                for block_size in launch.routed_block_sizes(dtype, rate, processor):
+                    jobs.append(pool.submit(warmer.routed, rate, least, block_size))
         for job in jobs:
             job.result()

@@ -6,24 +6,41 @@ from typing import NamedTuple
 
 import torch
 
-from qamw_kernels.format.codebook import load_quadrant
+from qamw_kernels.format.codebook import PLAIN, TRELLIS, entry_bits, load_entries
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.tiling import TILE_ROWS, tile_planes
 
 
 @functools.lru_cache(maxsize=64)
-def quadrant_words(index_bits: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The kernels' copy of a codebook's quadrant: two bfloat16 per word, x in the low half.
+def entry_words(index_bits: int, code: str, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The kernels' copy of a codebook's entries: two bfloat16 per word, x in the low half.
 
-    Cached per (index_bits, device): treat it as read-only, and ask for it when a model is loaded,
-    not in a CUDA graph.
+    Cached per (index_bits, code, device): treat it as read-only, and ask for it when a model is
+    loaded, not in a CUDA graph.
 
     Returns:
-        [C / 4] int32.
+        [2**entry_bits] int32.
     Raises:
         ValueError: ``index_bits`` is not in 6..12.
     """
-    return load_quadrant(index_bits).bfloat16().view(torch.int32)[:, 0].to(device)
+    return load_entries(index_bits, code).bfloat16().view(torch.int32)[:, 0].to(device)
+
+
+class Rate(NamedTuple):
+    """What kernels are compiled for.
+
+    Attributes:
+        index_bits: bits per pair.
+        code: one of CODES.
+    """
+
+    index_bits: int
+    code: str = PLAIN
+
+    @property
+    def entry_bits(self) -> int:
+        """Bits of an index that are the number of an entry; it says how large tables are."""
+        return entry_bits(self.index_bits, self.code)
 
 
 class TiledWeight(NamedTuple):
@@ -34,20 +51,32 @@ class TiledWeight(NamedTuple):
             :mod:`qamw_kernels.ops.tiling`; [experts, ...] of experts.
         row_norms: [N] float32; [experts, N] of experts.
         input_scales: [K] float16; experts share them.
-        quadrant_words: [C / 4] int32, of :func:`quadrant_words`.
+        entry_words: [2**entry_bits] int32, of :func:`entry_words`. How many there are says which
+            code it is.
         rotation_block_size: Hadamard width, divides K.
     """
 
     tiles: torch.Tensor
     row_norms: torch.Tensor
     input_scales: torch.Tensor
-    quadrant_words: torch.Tensor
+    entry_words: torch.Tensor
     rotation_block_size: int
 
     @property
     def index_bits(self) -> int:
         """Bits per pair."""
         return self.tiles.shape[-3]
+
+    @property
+    def code(self) -> str:
+        """One of CODES."""
+        trellis = len(self.entry_words) == 1 << entry_bits(self.index_bits, TRELLIS)
+        return TRELLIS if trellis else PLAIN
+
+    @property
+    def rate(self) -> Rate:
+        """What kernels for this weight are compiled for."""
+        return Rate(self.index_bits, self.code)
 
     @property
     def num_rows(self) -> int:
@@ -82,22 +111,23 @@ class TiledWeight(NamedTuple):
     def of(quantized: QuantizedWeight) -> "TiledWeight":
         """Tiles of a stored weight, on its device; row norms and input scales are shared."""
         return TiledWeight(
-            tile_planes(quantized.qweight),
+            tile_planes(quantized.qweight, quantized.code),
             quantized.row_norms,
             quantized.input_scales,
-            quadrant_words(quantized.index_bits, quantized.qweight.device),
+            entry_words(quantized.index_bits, quantized.code, quantized.qweight.device),
             quantized.rotation_block_size,
         )
 
     @staticmethod
     def of_experts(experts: Sequence[QuantizedWeight]) -> "TiledWeight":
-        """Tiles of the experts of a layer, which have one shape, one rate and one input_scales."""
-        tiles = torch.stack([tile_planes(expert.qweight) for expert in experts])
+        """Tiles of the experts of a layer, which have one shape, code, rate and input_scales."""
+        ((index_bits, code),) = {(expert.index_bits, expert.code) for expert in experts}
+        tiles = torch.stack([tile_planes(expert.qweight, code) for expert in experts])
         row_norms = torch.stack([expert.row_norms for expert in experts])
         return TiledWeight(
             tiles,
             row_norms,
             experts[0].input_scales,
-            quadrant_words(experts[0].index_bits, tiles.device),
+            entry_words(index_bits, code, tiles.device),
             experts[0].rotation_block_size,
         )

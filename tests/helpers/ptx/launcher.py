@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for
+from qamw_kernels.ops.gluon.table import copies
 from qamw_kernels.ops.launcher import Processor
 from tests.helpers.ptx.machine import Machine, TensorMap
 from tests.helpers.ptx.registers import Array
@@ -50,10 +51,15 @@ class PtxLauncher:
             flat,
             (grid[0], grid[1] if len(grid) > 1 else 1),
             compiled.metadata.shared,
-            128 << (constants.get("INDEX_BITS", 2) - 2),
+            self._table_bytes(constants),
             self._seed,
         )
         self.machines.append(machine)
+
+    @staticmethod
+    def _table_bytes(constants: dict[str, Any]) -> int:
+        entry_bits = constants.get("ENTRY_BITS", 0)
+        return 4 * copies(entry_bits) << entry_bits
 
     @staticmethod
     def _parameters(argument: Any, memory: dict[int, Array]) -> list[int | TensorMap]:

@@ -102,6 +102,8 @@ class Registers:
             a, b, *rest = (self.read_float(source) for source in sources)
             value = a * b + rest[0] if name == "fma" else BINARY[name](a, b)
             self.write(target, value.astype(np.float32).view(U32))
+        elif name == "shfl":
+            self._shuffle(opcode[2], target, *sources)
         elif name == "cvta":
             self.write(target, self.read(sources[0], bits))
         elif name == "cvt":
@@ -120,8 +122,6 @@ class Registers:
             )
             return a * b + (self.read(sources[2], 64) if name == "mad" else np.uint64(0))
         a = self.read(sources[0], bits)
-        if name == "shfl":
-            return a[self._lanes(opcode[2], int(sources[1]))]
         if name == "neg":
             return ~a + a.dtype.type(1)
         if name == "not":
@@ -151,13 +151,26 @@ class Registers:
             return BINARY[name](a.view(SIGNED[bits]), b.view(SIGNED[bits])).view(UNSIGNED[bits])
         return BINARY[name](a, b)
 
-    def _lanes(self, mode: str, which: int) -> Array:
-        """The thread that every thread gets the value of."""
-        threads = np.arange(self.count)
+    def _shuffle(
+        self, mode: str, target: str, source: str, which: str, bounds: str, _: str
+    ) -> None:
+        """Every thread gets the value of another lane, or keeps its own where that is outside."""
+        assert self.mask.all(), "a shuffle without some of the threads"
+        threads, number = np.arange(self.count), int(which, 0)
+        lanes = threads % 32
+        inside = np.ones(self.count, bool)
         if mode == "bfly":
-            return threads ^ which
-        assert mode == "idx", mode
-        return threads // 32 * 32 + which
+            lanes = lanes ^ number
+        elif mode == "up":  # within segments of lanes
+            inside = lanes - number >= (lanes & int(bounds, 0) >> 8)
+            lanes = np.where(inside, lanes - number, lanes)
+        else:
+            assert mode == "idx", mode
+            lanes = np.full(self.count, number)
+        value, _, predicate = target.partition("|")
+        self.write(value, self.read(source)[threads // 32 * 32 + lanes])
+        if predicate:
+            self.write(predicate, inside)
 
     @staticmethod
     def _any_function(a: Array, b: Array, c: Array, table: int) -> Array:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks.kernels.sass import compile_for, disassemble
-from qamw_kernels.format.codebook import INDEX_BITS
+from qamw_kernels.format.codebook import INDEX_BITS, TRELLIS
 from qamw_kernels.format.config import ROTATION_BLOCK_SIZES
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.triton.kernels import (
@@ -21,6 +21,7 @@ from qamw_kernels.ops.triton.kernels import (
 from qamw_kernels.ops.triton.launch import dequantize_constants, gemm_constants
 from qamw_kernels.ops.triton.rotate_kernels import rotate_kernel
 from qamw_kernels.ops.triton.rotate_launch import rotate_constants
+from qamw_kernels.ops.weight import Rate
 
 pytestmark = [
     pytest.mark.slow,
@@ -48,7 +49,7 @@ def opcodes_of(target: int, kernel: Any, constants: dict[str, Any]) -> collectio
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemm(target: int, dtype: torch.dtype, index_bits: int, kind: str) -> None:
-    opcodes = opcodes_of(target, gemm_kernel, gemm_constants(index_bits, dtype, kind))
+    opcodes = opcodes_of(target, gemm_kernel, gemm_constants(Rate(index_bits), dtype, kind))
     assert opcodes[TARGETS[target]]
 
 
@@ -56,20 +57,28 @@ def test_gemm(target: int, dtype: torch.dtype, index_bits: int, kind: str) -> No
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_routed_gemm(target: int, dtype: torch.dtype, kind: str) -> None:
-    opcodes = opcodes_of(target, routed_gemm_kernel, gemm_constants(11, dtype, kind))
+    opcodes = opcodes_of(target, routed_gemm_kernel, gemm_constants(Rate(11), dtype, kind))
+    assert opcodes[TARGETS[target]]
+
+
+@pytest.mark.parametrize("kind", ["skinny", "wide"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_gemm_of_the_trellis(target: int, kind: str) -> None:
+    rate = Rate(11, TRELLIS)
+    opcodes = opcodes_of(target, gemm_kernel, gemm_constants(rate, torch.bfloat16, kind))
     assert opcodes[TARGETS[target]]
 
 
 @pytest.mark.parametrize("index_bits", [b for b in INDEX_BITS if b not in (8, 11)])
 def test_gemm_other_index_bits(index_bits: int) -> None:
-    constants = gemm_constants(index_bits, torch.bfloat16, "skinny")
+    constants = gemm_constants(Rate(index_bits), torch.bfloat16, "skinny")
     assert opcodes_of(90, gemm_kernel, constants)["HGMMA"]
 
 
 @pytest.mark.parametrize("kind", ["skinny", "wide"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_gemm_float32_uses_no_tf32(target: int, kind: str) -> None:
-    opcodes = opcodes_of(target, gemm_kernel, gemm_constants(11, torch.float32, kind))
+    opcodes = opcodes_of(target, gemm_kernel, gemm_constants(Rate(11), torch.float32, kind))
     assert opcodes["FFMA"] and not opcodes["HMMA"] and not opcodes["HGMMA"]
 
 
@@ -106,13 +115,13 @@ def test_rotate(target: int, dtype: torch.dtype, rotation_block_size: int) -> No
 def test_dequantize(
     target: int, dtype: torch.dtype, index_bits: int, rotation_block_size: int
 ) -> None:
-    constants = dequantize_constants(index_bits, rotation_block_size, dtype)
+    constants = dequantize_constants(Rate(index_bits), rotation_block_size, dtype)
     assert opcodes_of(target, dequantize_kernel, constants)[TARGETS[target]]
 
 
 def test_a_spill_would_be_seen() -> None:
     """The checks read the disassembly: a tile far too large for the registers must fail them."""
-    constants = gemm_constants(8, torch.bfloat16, "wide")
+    constants = gemm_constants(Rate(8), torch.bfloat16, "wide")
     larger = {name: constants[name] * factor for name, factor in (("BLOCK_M", 4), ("ROW_TILES", 2))}
     with pytest.raises(AssertionError, match="spill"):
         opcodes_of(80, gemm_kernel, constants | larger)

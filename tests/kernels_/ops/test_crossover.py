@@ -11,6 +11,7 @@ from qamw_kernels.ops import crossover
 from qamw_kernels.ops.crossover import crossover_key, gemm_max_tokens, kernel_for_many
 from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.weight import Rate
 
 pytestmark = pytest.mark.skipif(not table.HAS_GATHER, reason="without it all kernels are plain")
 GPU = torch.device("cuda", 0)
@@ -43,12 +44,12 @@ def _measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_a_measurement_is_of_a_gpu_and_a_kernel(
     dtype: torch.dtype, processor: Processor | None, kernel: str, most: int
 ) -> None:
-    assert kernel_for_many(dtype, 11, processor) == kernel
-    assert gemm_max_tokens(GPU, dtype, 11, processor) == most
+    assert kernel_for_many(dtype, Rate(11), processor) == kernel
+    assert gemm_max_tokens(GPU, dtype, Rate(11), processor) == most
 
 
 def test_other_gpus_have_the_limits_of_their_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another GPU")
-    assert gemm_max_tokens(GPU, BF16, 11, HOPPER) == 1024
-    assert gemm_max_tokens(GPU, BF16, 11, BLACKWELL) == 16
-    assert gemm_max_tokens(torch.device("cpu"), BF16, 11, HOPPER) == 1024
+    assert gemm_max_tokens(GPU, BF16, Rate(11), HOPPER) == 1024
+    assert gemm_max_tokens(GPU, BF16, Rate(11), BLACKWELL) == 16
+    assert gemm_max_tokens(torch.device("cpu"), BF16, Rate(11), HOPPER) == 1024

@@ -8,11 +8,9 @@ import pytest
 import torch
 
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops
-from qamw_kernels.format.codebook import INDEX_BITS
-from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.format.codebook import INDEX_BITS, TRELLIS
 from qamw_kernels.ops.gluon import decode_launch, table
-from qamw_kernels.ops.tiling import tile_planes
-from qamw_kernels.ops.weight import quadrant_words
+from qamw_kernels.ops.weight import Rate
 from tests.helpers.products import Product, check_rounded, random_product
 from tests.helpers.ptx.machine import Machine
 
@@ -22,8 +20,8 @@ needs_gluon = pytest.mark.skipif(
 PAIRS_PER_THREAD = 128  # of a tile
 
 
-def compile_gemm(target: int, index_bits: int, dtype: torch.dtype, parts: int) -> Any:
-    constants = decode_launch.constants(index_bits, dtype, parts, SHARED_BYTES[target])
+def compile_gemm(target: int, rate: Rate, dtype: torch.dtype, parts: int) -> Any:
+    constants = decode_launch.constants(rate, dtype, parts, SHARED_BYTES[target])
     return compile_for(target, decode_launch.kernel, constants)
 
 
@@ -34,83 +32,89 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 def run_on_cpu(
     compiled: Any,
     product: Product,
-    index_bits: int,
     log: int,
     programs: int = 3,
 ) -> tuple[torch.Tensor, Machine]:
     """y [M, N], and the machine it was computed on."""
-    indices, x, row_norms, bias, _ = product
-    tiles = tile_planes(pack_planes(indices, index_bits))
-    y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
-    tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
+    weight, x, bias, _ = product
+    y = torch.full((len(x), weight.num_rows), torch.nan, dtype=x.dtype)
+    packed = (weight.tiles, weight.row_norms, weight.entry_words)
+    tensors = (x, *packed, y if bias is None else bias)
     buffers = [as_bytes(t) for t in (*tensors, y)]
     machine = Machine(compiled.asm["ptx"])
     addresses = [(i + 1) << 32 for i in range(len(buffers))]
-    sizes = [len(x), len(row_norms), x.shape[1], int(bias is not None), log]
+    sizes = [len(x), weight.num_rows, x.shape[1], int(bias is not None), log]
     machine.run(
         list(zip(addresses, buffers, strict=True)),
         [*addresses, *sizes, 0, 0],
         (programs, -(-len(x) // (8 * decode_launch.parts_of(len(x))))),
         compiled.metadata.shared,
-        128 << (index_bits - 2),
+        table.table_bytes(weight.rate),
     )
     return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
 
 
+SHAPES = [
+    # Tokens, rows, inputs, log2 of the row tiles at once.
+    (1, 70, 4608, 0),
+    (8, 16, 448, 3),
+    (13, 33, 4096, 1),
+    (25, 40, 704, 1),
+    (70, 100, 8704, 2),
+]
+DTYPES = [*((Rate(b), torch.bfloat16) for b in INDEX_BITS), (Rate(11), torch.float16)]
+CASES = [(rate, dtype, shape) for rate, dtype in DTYPES for shape in SHAPES]
+CASES += [
+    (Rate(bits, TRELLIS), torch.bfloat16, shape)
+    for bits, shape in zip((7, 11, 12), SHAPES[1:4], strict=True)
+]
+
+
 @needs_gluon
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "num_tokens, num_rows, num_inputs, log",
-    [(1, 70, 4608, 0), (8, 16, 448, 3), (13, 33, 4096, 1), (25, 40, 704, 1), (70, 100, 8704, 2)],
-)
-@pytest.mark.parametrize(
-    "index_bits, dtype",
-    [*((b, torch.bfloat16) for b in INDEX_BITS), (11, torch.float16)],
-    ids=str,
-)
-def test_ptx_is_right(
-    index_bits: int,
-    dtype: torch.dtype,
-    num_tokens: int,
-    num_rows: int,
-    num_inputs: int,
-    log: int,
-) -> None:
+@pytest.mark.parametrize("rate, dtype, shape", CASES, ids=str)
+def test_ptx_is_right(rate: Rate, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> None:
     """Whole tiles, tiles that some warps lack, tiles that the weight ends within.
 
     Several programs, row tiles at once or one by one, and parts.
     """
-    product = random_product(num_tokens, num_rows, num_inputs, index_bits, dtype, num_tokens > 1)
-    compiled = compile_gemm(80, index_bits, dtype, decode_launch.parts_of(num_tokens))
-    y, machine = run_on_cpu(compiled, product, index_bits, log)
+    num_tokens, num_rows, num_inputs, log = shape
+    product = random_product(num_tokens, num_rows, num_inputs, rate, dtype, num_tokens > 1)
+    compiled = compile_gemm(80, rate, dtype, decode_launch.parts_of(num_tokens))
+    y, machine = run_on_cpu(compiled, product, log)
     check_rounded(y, product.exact)
     assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
-    assert machine.look_up_conflicts == 1, "lanes of one bank"
+    assert machine.look_up_conflicts == 32 // table.copies(rate.entry_bits), "lanes of one bank"
 
 
 @needs_gluon
 @pytest.mark.slow
-@pytest.mark.parametrize("index_bits", INDEX_BITS)
+@pytest.mark.parametrize(
+    "rate", [*map(Rate, INDEX_BITS), *(Rate(b, TRELLIS) for b in (6, 11, 12))], ids=str
+)
 @pytest.mark.parametrize("target", [80, 89, 100])
-def test_main_loop(target: int, index_bits: int) -> None:
-    """The decode kernel is held to 7 instructions per pair for 16 tokens.
+def test_main_loop(target: int, rate: Rate) -> None:
+    """The decode kernel is held to 7 instructions per pair for 16 tokens, or 7.5 of the trellis.
 
     On sm_90 other kernels run.
     """
-    if decode_launch.shared_bytes(index_bits) > SHARED_BYTES[target]:
+    if decode_launch.shared_bytes(rate) > SHARED_BYTES[target]:
         pytest.skip("the table does not fit: the plain kernel runs")
-    compiled = compile_gemm(target, index_bits, torch.bfloat16, 2)
+    compiled = compile_gemm(target, rate, torch.bfloat16, 2)
     instructions = disassemble(compiled)
-    assert not [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)], "spills"
-    assert compiled.metadata.shared <= decode_launch.shared_bytes(index_bits)
+    spills = [opcode for opcode, _ in instructions if re.match("LDL|STL", opcode)]
+    assert not spills or rate.code == TRELLIS  # of which the loop has none, see below
+    assert compiled.metadata.shared <= decode_launch.shared_bytes(rate)
     decoding = [body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD]
     main = min(decoding, key=lambda body: body.total())
-    assert main.total() <= 7 * PAIRS_PER_THREAD, main
+    trellis = rate.code == TRELLIS
+    assert main.total() <= (7.5 if trellis else 7) * PAIRS_PER_THREAD, main
     loads = sum(n for opcode, n in main.items() if opcode.startswith("LDG"))
     wide = sum(n for op, n in main.items() if re.match(r"LDG\.E\.128", op))
-    assert loads == wide == index_bits + 32, main
+    assert loads == wide == rate.index_bits + 32, main
     assert sum(n for opcode, n in main.items() if opcode.startswith("HMMA")) == 64, main
-    assert not [opcode for opcode in main if re.match("LDL|STL|SHFL|BAR|STS", opcode)], main
+    assert not [opcode for opcode in main if re.match("LDL|STL|BAR|STS", opcode)], main
+    assert sum(n for op, n in main.items() if op.startswith("SHFL")) == 2 * trellis, main
 
 
 @needs_gluon
@@ -118,7 +122,7 @@ def test_main_loop(target: int, index_bits: int) -> None:
 @pytest.mark.parametrize("parts", [4, 8])
 def test_nothing_is_spilled_in_the_loop(parts: int) -> None:
     """With 32 and 64 tokens some words are spilled, but not where it would cost."""
-    instructions = disassemble(compile_gemm(80, 11, torch.bfloat16, parts))
+    instructions = disassemble(compile_gemm(80, Rate(11), torch.bfloat16, parts))
     main = min(
         (body for body in loops(instructions) if body["LDS"] == PAIRS_PER_THREAD),
         key=lambda body: body.total(),
@@ -133,14 +137,16 @@ def test_programs_fit_the_processor() -> None:
     """
     two = {
         target: [
-            bits for bits in INDEX_BITS if decode_launch.programs_per_processor(bits, 1, size) == 2
+            bits
+            for bits in INDEX_BITS
+            if decode_launch.programs_per_processor(Rate(bits), 1, size) == 2
         ]
         for target, size in SHARED_BYTES.items()
     }
     up_to_11 = [6, 7, 8, 9, 10, 11]
     assert two == {80: up_to_11, 89: [6, 7, 8, 9, 10], 90: up_to_11, 100: up_to_11}
     programs = [
-        decode_launch.programs_per_processor(8, parts, SHARED_BYTES[90])
+        decode_launch.programs_per_processor(Rate(8), parts, SHARED_BYTES[90])
         for parts in decode_launch.PARTS
     ]
     assert programs == [2, 2, 1]

@@ -102,7 +102,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         ),
         (
             {"tiles": zeros(2, 1, 9, 32, 4)},
-            r"quadrant_words: expected shape \(128,\), got \(64,\)",
+            r"entry_words: expected shape \(128,\) or \(256,\), got \(64,\)",
         ),
         (
             {"row_norms": torch.ones(3 * N)},
@@ -156,11 +156,11 @@ import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch
 from qamw_kernels.ops.linear import linear
-from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from qamw_kernels.ops.weight import TiledWeight, entry_words
 
 tiles = torch.zeros(1, 1, 6, 32, 4, dtype=torch.int32)
 scales = torch.ones(64, dtype=torch.float16)
-weight = TiledWeight(tiles, torch.ones(3), scales, quadrant_words(6, "cpu"), 64)
+weight = TiledWeight(tiles, torch.ones(3), scales, entry_words(6, "plain"), 64)
 assert linear(torch.ones(2, 64), weight).shape == (2, 3)
 assert not any("triton" in name for name in sys.modules if name.startswith("qamw_kernels"))
 """

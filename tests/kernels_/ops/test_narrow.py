@@ -8,12 +8,10 @@ import pytest
 import torch
 
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble
-from qamw_kernels.format.codebook import INDEX_BITS
-from qamw_kernels.format.packing import pack_planes
+from qamw_kernels.format.codebook import INDEX_BITS, TRELLIS
 from qamw_kernels.ops.gluon import narrow_launch, table
 from qamw_kernels.ops.launcher import Processor
-from qamw_kernels.ops.tiling import tile_planes
-from qamw_kernels.ops.weight import quadrant_words
+from qamw_kernels.ops.weight import Rate
 from tests.helpers.products import Product, check_rounded, random_product
 from tests.helpers.ptx.machine import Machine
 from tests.kernels_.ops.test_decode import as_bytes
@@ -29,82 +27,80 @@ def processor(target: int) -> Processor:
     return Processor(132, SHARED_BYTES[target], target)
 
 
-def compile_gemm(target: int, index_bits: int, dtype: torch.dtype) -> Any:
-    constants = narrow_launch.constants(index_bits, dtype, processor(target))
+def compile_gemm(target: int, rate: Rate, dtype: torch.dtype) -> Any:
+    constants = narrow_launch.constants(rate, dtype, processor(target))
     return compile_for(target, narrow_launch.kernel, constants)
 
 
 def run_on_cpu(
     compiled: Any,
     product: Product,
-    index_bits: int,
     run: int,
     batch: int,
 ) -> tuple[torch.Tensor, Machine]:
     """y [M, N], and the machine it was computed on."""
-    indices, x, row_norms, bias, _ = product
-    tiles = tile_planes(pack_planes(indices, index_bits))
-    y = torch.full((len(x), len(row_norms)), torch.nan, dtype=x.dtype)
-    tensors = (x, tiles, row_norms, quadrant_words(index_bits, "cpu"), y if bias is None else bias)
+    weight, x, bias, _ = product
+    y = torch.full((len(x), weight.num_rows), torch.nan, dtype=x.dtype)
+    packed = (weight.tiles, weight.row_norms, weight.entry_words)
+    tensors = (x, *packed, y if bias is None else bias)
     buffers = [as_bytes(t) for t in (*tensors, y)]
     machine = Machine(compiled.asm["ptx"])
     addresses = [(i + 1) << 32 for i in range(len(buffers))]
-    sizes = [len(x), len(row_norms), x.shape[1], int(bias is not None), run, batch]
+    sizes = [len(x), weight.num_rows, x.shape[1], int(bias is not None), run, batch]
     machine.run(
         list(zip(addresses, buffers, strict=True)),
         [*addresses, *sizes, 0, 0],
-        (-(-len(tiles) // run), 1),
+        (-(-len(weight.tiles) // run), 1),
         compiled.metadata.shared,
-        128 << (index_bits - 2),
+        table.table_bytes(weight.rate),
     )
     return torch.from_numpy(buffers[-1]).view(x.dtype).view(y.shape), machine
 
 
-@pytest.mark.parametrize(
-    "num_tokens, num_rows, num_inputs, run, batch",
-    [
-        (1, 70, 4096, 3, 8),  # whole tiles, two programs
-        (3, 33, 448, 2, 2),  # less than a tile, and a batch for each two row tiles
-        (8, 100, 4672, 7, 4),  # two slices, of which the second is nearly empty; two batches
-    ],
-)
-@pytest.mark.parametrize(
-    "target, index_bits, dtype",
-    [
-        *((90, b, torch.bfloat16) for b in INDEX_BITS),
-        (90, 11, torch.float16),
-        (80, 11, torch.bfloat16),
-    ],
-    ids=str,
-)
+SHAPES = [
+    # Tokens, rows, inputs, row tiles of a program and of a batch.
+    (1, 70, 4096, 3, 8),  # whole tiles, two programs
+    (3, 33, 448, 2, 2),  # less than a tile, and a batch for each two row tiles
+    (8, 100, 4672, 7, 4),  # two slices, of which the second is nearly empty; two batches
+]
+DTYPES = [
+    *((90, Rate(b), torch.bfloat16) for b in INDEX_BITS),
+    (90, Rate(11), torch.float16),
+    (80, Rate(11), torch.bfloat16),
+]
+CASES = [(*case, shape) for case in DTYPES for shape in SHAPES]
+CASES += [
+    (90, Rate(bits, TRELLIS), torch.bfloat16, shape)
+    for bits, shape in zip((12, 7, 11), SHAPES, strict=True)
+]
+
+
+@pytest.mark.parametrize("target, rate, dtype, shape", CASES, ids=str)
 def test_ptx_is_right(
-    target: int,
-    index_bits: int,
-    dtype: torch.dtype,
-    num_tokens: int,
-    num_rows: int,
-    num_inputs: int,
-    run: int,
-    batch: int,
+    target: int, rate: Rate, dtype: torch.dtype, shape: tuple[int, int, int, int, int]
 ) -> None:
-    product = random_product(num_tokens, num_rows, num_inputs, index_bits, dtype, num_tokens > 1)
-    compiled = compile_gemm(target, index_bits, dtype)
-    y, machine = run_on_cpu(compiled, product, index_bits, run, batch)
+    num_tokens, num_rows, num_inputs, run, batch = shape
+    has_bias = num_tokens > 1
+    product = random_product(num_tokens, num_rows, num_inputs, rate, dtype, has_bias)
+    compiled = compile_gemm(target, rate, dtype)
+    y, machine = run_on_cpu(compiled, product, run, batch)
     check_rounded(y, product.exact)
     assert machine.look_ups % PAIRS_PER_THREAD == 0 < machine.look_ups
-    assert machine.look_up_conflicts == 1, "lanes of one bank"
+    assert machine.look_up_conflicts == 32 // table.copies(rate.entry_bits), "lanes of one bank"
 
 
-@pytest.mark.parametrize("index_bits", [6, 11, 12])
+@pytest.mark.parametrize(
+    "rate", [Rate(6), Rate(11), Rate(12), Rate(11, TRELLIS), Rate(12, TRELLIS)], ids=str
+)
 @pytest.mark.parametrize("target", [80, 89, 90, 100])
-def test_machine_code(target: int, index_bits: int) -> None:
+def test_machine_code(target: int, rate: Rate) -> None:
     """No spills, tensor cores, 16-byte loads past L1; prefetches and dependence from sm_90 on."""
-    if not table.fits(torch.bfloat16, index_bits, processor(target)):
+    if not table.fits(torch.bfloat16, rate, processor(target)):
         pytest.skip("the table does not fit: the plain kernel runs")
-    compiled = compile_gemm(target, index_bits, torch.bfloat16)
+    compiled = compile_gemm(target, rate, torch.bfloat16)
     opcodes = collections.Counter(opcode for opcode, _ in disassemble(compiled))
     assert not [opcode for opcode in opcodes if re.match("LDL|STL", opcode)], "spills"
-    assert opcodes["LDG.E.128.STRONG.GPU"] == 2 * ((index_bits - 1) // 2 + 1)
+    assert opcodes["LDG.E.128.STRONG.GPU"] == 2 * ((rate.entry_bits + 1) // 2 + 1)
     assert sum(n for opcode, n in opcodes.items() if opcode.startswith("HMMA")) == 16
     assert compiled.metadata.shared <= SHARED_BYTES[target]
     hopper = target >= 90
@@ -116,7 +112,7 @@ def test_machine_code(target: int, index_bits: int) -> None:
 def test_slots_fit_beside_the_table() -> None:
     """One program of 16 warps on every device, at every rate whose table fits at all."""
     found = {
-        target: [narrow_launch.slots(bits, size) for bits in (6, 10, 11, 12)]
+        target: [narrow_launch.slots(Rate(bits), size) for bits in (6, 10, 11, 12)]
         for target, size in SHARED_BYTES.items()
     }
     assert found == {80: [8, 8, 8, 4], 89: [8, 8, 4, 0], 90: [8, 8, 8, 8], 100: [8, 8, 8, 8]}
@@ -125,7 +121,7 @@ def test_slots_fit_beside_the_table() -> None:
 def test_the_kernel_takes_few_tokens_and_inputs_that_fit_its_slots() -> None:
     def fits(num_tokens: int, num_inputs: int, target: int = 90, index_bits: int = 11) -> bool:
         gpu = processor(target)
-        return narrow_launch.fits(num_tokens, num_inputs, torch.bfloat16, index_bits, gpu)
+        return narrow_launch.fits(num_tokens, num_inputs, torch.bfloat16, Rate(index_bits), gpu)
 
     assert fits(1, 64) and fits(8, 32768)
     assert not fits(9, 64) and not fits(8, 32832)

@@ -63,6 +63,17 @@ WAIT = """
     @!complete bra.uni again;
 }
 """
+# Every thread stores what the lane before it has, within segments of four lanes, or -1.
+SHUFFLE = """
+    { .reg .pred inside;
+    shfl.sync.up.b32 %r5|inside, %r1, 1, 0x1c00, 0xffffffff;
+    selp.b32 %r6, %r5, -1, inside; }
+    cvt.u64.u32 %rd2, %r3;
+    add.s64 %rd3, %rd1, %rd2;
+    st.global.b32 [%rd3], %r6;
+    ret;
+}
+"""
 
 
 def run(code: str, seed: int | None) -> Array:
@@ -88,3 +99,8 @@ def test_a_copy_that_nobody_waits_for_is_seen(seed: int | None) -> None:
     assert run(COPY.format(copy=COPY_OPCODE, wait=WAIT), seed).tolist() == list(range(64))
     with pytest.raises(AssertionError, match=r"race|waited for"):
         run(COPY.format(copy=COPY_OPCODE, wait=""), seed)
+
+
+def test_a_lane_gets_the_value_of_the_one_before() -> None:
+    expected = [thread - 1 if thread % 4 else -1 for thread in range(64)]
+    assert run(SHUFFLE, None).tolist() == expected

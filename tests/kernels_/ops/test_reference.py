@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from qamw_kernels.codec.decode import decode_weight, linear_reference
+from qamw_kernels.codec.decode import decode_coordinates, decode_weight, linear_reference
 from qamw_kernels.codec.rotation import rotate
-from qamw_kernels.format.codebook import INDEX_BITS, load_codebook
-from qamw_kernels.format.packing import unpack_planes
+from qamw_kernels.format.codebook import CODES, INDEX_BITS
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.linear import combine, linear, routed_linear
 from qamw_kernels.ops.routing import sort_slots
@@ -18,22 +17,23 @@ pytestmark = pytest.mark.skipif(interpreted(), reason="CPU tensors run the Trito
 N, K, B = 44, 192, 64  # 4,224 pairs: every codeword occurs
 
 
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_the_cpu_op_is_the_codec(index_bits: int) -> None:
-    weight = random_weight(N, K, index_bits, B)
+def test_the_cpu_op_is_the_codec(index_bits: int, code: str) -> None:
+    weight = random_weight(N, K, index_bits, B, code=code)
     tiled = TiledWeight.of(weight)
     x, bias = torch.randn(2, 3, K), torch.randn(N)
     torch.testing.assert_close(linear(x, tiled), linear_reference(x, weight))
     torch.testing.assert_close(linear(x, tiled, bias), linear_reference(x, weight, bias))
-    coordinates = load_codebook(index_bits)[unpack_planes(weight.qweight).int()].flatten(1)
     # Rotated back: one input after the other.
     identity = linear(rotate(torch.eye(K), B) / weight.input_scales, tiled)
-    torch.testing.assert_close(identity.T / weight.row_norms[:, None], coordinates)
+    torch.testing.assert_close(identity.T / weight.row_norms[:, None], decode_coordinates(weight))
 
 
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_the_routed_cpu_op_is_the_codec(parallel: bool) -> None:
-    weights = [random_weight(N, K, 9, B, seed) for seed in range(4)]
+def test_the_routed_cpu_op_is_the_codec(parallel: bool, code: str) -> None:
+    weights = [random_weight(N, K, 9, B, seed, code=code) for seed in range(4)]
     for weight in weights:
         weight.input_scales.copy_(weights[0].input_scales)
     chosen = torch.tensor([[2, 0], [2, 3], [0, 3], [3, 2], [0, 2]])

@@ -11,6 +11,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.launcher import Processor
@@ -18,11 +19,11 @@ from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.tiling import tiled_shape
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.warm_up import warm_up
-from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
 
 pytestmark = pytest.mark.skipif(interpreted(), reason="the interpreter replaces the compiler")
 
-RATES, SIZES = (8, 11), (16, 64, 128)
+INDEX_BITS, SIZES = (8, 11), (16, 64, 128)
 NUM_EXPERTS, TOP_K = 8, 2
 
 
@@ -81,14 +82,14 @@ def routed_kernels(recorder: Recorder, dtype: torch.dtype) -> set[str]:
 
 
 def zero_weight(
-    index_bits: int, size: int, num_rows: int, num_inputs: int, experts: tuple[int, ...] = ()
+    rate: Rate, size: int, num_rows: int, num_inputs: int, experts: tuple[int, ...] = ()
 ) -> TiledWeight:
-    shape = (*experts, *tiled_shape(num_rows, num_inputs, index_bits))
+    shape = (*experts, *tiled_shape(num_rows, num_inputs, rate.index_bits))
     return TiledWeight(
         torch.zeros(shape, dtype=torch.int32),
         torch.ones((*experts, num_rows)),
         torch.ones(num_inputs).half(),
-        quadrant_words(index_bits, "cpu"),
+        entry_words(*rate),
         size,
     )
 
@@ -119,14 +120,26 @@ def routed_linear(
     launch.combine(y, torch.zeros(num_tokens, TOP_K), recorder)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype, code",
+    [
+        (torch.bfloat16, PLAIN),
+        (torch.float16, PLAIN),
+        (torch.float32, PLAIN),
+        (torch.bfloat16, TRELLIS),
+    ],
+    ids=str,
+)
 def test_warm_up_compiles_everything(
     recorder: Recorder,
     dtype: torch.dtype,
+    code: str,
     while_vllm_loads: Callable[[], AbstractContextManager[None]],
 ) -> None:
     with while_vllm_loads():
-        warm_up(RATES, SIZES, dtype, torch.device("cpu"), experts=True, launcher=recorder)
+        device = torch.device("cpu")
+        rates = [Rate(index_bits, code) for index_bits in INDEX_BITS]
+        warm_up(rates, SIZES, dtype, device, experts=True, launcher=recorder)
     ready = set(recorder.seen)
     names = {line.split(":")[0] for line in ready}
     others = {"rotate_kernel", "dequantize_kernel", "combine_kernel"}
@@ -140,16 +153,16 @@ def test_warm_up_compiles_everything(
         (150, 1024, 128),
         (1, 36864, 128),
     )
-    for index_bits in RATES:
+    for rate in (Rate(bits, code) for bits in INDEX_BITS):
         for num_rows, num_inputs, size in shapes:
-            weight = zero_weight(index_bits, size, num_rows, num_inputs)
-            experts = zero_weight(index_bits, size, num_rows, num_inputs, (NUM_EXPERTS,))
+            weight = zero_weight(rate, size, num_rows, num_inputs)
+            experts = zero_weight(rate, size, num_rows, num_inputs, (NUM_EXPERTS,))
             for num_tokens in (*range(1, 66), 127, 128, 129, 256, 512, 1024, 1025):
                 bias_dtype = (None, dtype, torch.float32)[num_tokens % 3]
                 linear(recorder, weight, dtype, num_tokens, bias_dtype)
                 routed_linear(recorder, experts, dtype, num_tokens)
     assert recorder.seen - ready == set()
-    linear(recorder, zero_weight(7, 64, 64, 128), dtype, 1)
+    linear(recorder, zero_weight(Rate(7, code), 64, 64, 128), dtype, 1)
     # A rate that was not asked for would be compiled: the recorder sees it.
     assert len(recorder.seen - ready) == 1
 
@@ -174,10 +187,10 @@ def test_which_kernel_multiplies(
         pytest.skip("this Triton has no shared-memory gather")
     for capability, expected in ((90, on_sm_90), (100, elsewhere)):
         recorder = Recorder(Processor(132, 227 << 10, capability))
-        linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.bfloat16, num_tokens)
+        linear(recorder, zero_weight(Rate(11), 64, 64, num_inputs), torch.bfloat16, num_tokens)
         others = {"rotate_kernel", "rotate_many_kernel", "add_sums_kernel"}
         assert {line.split(":")[0] for line in recorder.seen} - others == {expected}
     recorder = Recorder(Processor(132, 227 << 10, 90))
-    linear(recorder, zero_weight(11, 64, 64, num_inputs), torch.float32, num_tokens)
+    linear(recorder, zero_weight(Rate(11), 64, 64, num_inputs), torch.float32, num_tokens)
     plain = "gemm_kernel" if num_tokens <= 16 else "dequantize_kernel"
     assert {line.split(":")[0] for line in recorder.seen} - {"rotate_kernel"} == {plain}

@@ -3,49 +3,52 @@
 import pytest
 import torch
 
-from qamw_kernels.format.codebook import INDEX_BITS, load_quadrant
+from qamw_kernels.format.codebook import CODES, INDEX_BITS, PLAIN, entry_bits, load_entries
 from qamw_kernels.format.packing import unpack_planes
 from qamw_kernels.ops.tiling import tile_planes, tiled_shape, untile
-from qamw_kernels.ops.weight import TiledWeight, quadrant_words
+from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
 from tests.helpers.weights import random_weight
 
 
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_quadrant_words(index_bits: int) -> None:
-    words = quadrant_words(index_bits, "cpu")
-    assert words.shape == (2**index_bits // 4,) and words.dtype == torch.int32
+def test_entry_words(index_bits: int, code: str) -> None:
+    words = entry_words(index_bits, code, "cpu")
+    assert words.shape == (2 ** entry_bits(index_bits, code),) and words.dtype == torch.int32
     x, y = ((words << 16).view(torch.float32), (words >> 16 << 16).view(torch.float32))
-    assert torch.equal(torch.stack((x, y), 1), load_quadrant(index_bits))
-    assert quadrant_words(index_bits, "cpu") is words
+    assert torch.equal(torch.stack((x, y), 1), load_entries(index_bits, code))
+    assert entry_words(index_bits, code, "cpu") is words
 
 
-def test_quadrant_words_of_an_unknown_rate() -> None:
+def test_entry_words_of_an_unknown_rate() -> None:
     with pytest.raises(ValueError, match=r"6\.\.12, got 13"):
-        quadrant_words(13, "cpu")
+        entry_words(13, PLAIN, "cpu")
 
 
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_a_tiled_weight_is_the_quantized_one(index_bits: int) -> None:
-    weight = random_weight(70, 640, index_bits)
+def test_a_tiled_weight_is_the_quantized_one(index_bits: int, code: str) -> None:
+    weight = random_weight(70, 640, index_bits, code=code)
     tiled = TiledWeight.of(weight)
     assert (tiled.index_bits, tiled.num_rows, tiled.num_inputs) == (index_bits, 70, 640)
+    assert (tiled.code, tiled.rate) == (code, Rate(index_bits, code))
     assert tiled.rotation_block_size == weight.rotation_block_size
     assert tiled.tiles.shape == tiled_shape(70, 640, index_bits)
-    assert torch.equal(tiled.tiles, tile_planes(weight.qweight))
-    assert torch.equal(untile(tiled.tiles, 70, 640), unpack_planes(weight.qweight))
+    assert torch.equal(tiled.tiles, tile_planes(weight.qweight, code))
+    assert torch.equal(untile(tiled.tiles, 70, 640, code), unpack_planes(weight.qweight))
     assert torch.equal(tiled.row_norms, weight.row_norms)
     assert torch.equal(tiled.input_scales, weight.input_scales)
-    assert torch.equal(tiled.quadrant_words, quadrant_words(index_bits, "cpu"))
+    assert torch.equal(tiled.entry_words, entry_words(index_bits, code, "cpu"))
 
 
 def test_rows_of_a_tiled_weight() -> None:
     weight = random_weight(70, 640, 9)
     part = TiledWeight.of(weight).rows(16, 48)
     assert (part.num_rows, part.num_inputs, part.index_bits) == (32, 640, 9)
-    assert torch.equal(untile(part.tiles, 32, 640), unpack_planes(weight.qweight)[16:48])
+    assert torch.equal(untile(part.tiles, 32, 640, PLAIN), unpack_planes(weight.qweight)[16:48])
     assert torch.equal(part.row_norms, weight.row_norms[16:48])
     rest = TiledWeight.of(weight).rows(48, 96)  # past the end
-    assert torch.equal(untile(rest.tiles, 22, 640), unpack_planes(weight.qweight)[48:])
+    assert torch.equal(untile(rest.tiles, 22, 640, PLAIN), unpack_planes(weight.qweight)[48:])
     assert rest.num_rows == 22
 
 
@@ -72,5 +75,5 @@ def test_experts_share_input_scales() -> None:
     assert (tiled.index_bits, tiled.num_rows, tiled.num_inputs) == (9, 20, 192)
     assert torch.equal(tiled.input_scales, experts[0].input_scales)
     for expert, tiles, norms in zip(experts, tiled.tiles, tiled.row_norms, strict=True):
-        assert torch.equal(untile(tiles, 20, 192), unpack_planes(expert.qweight))
+        assert torch.equal(untile(tiles, 20, 192, PLAIN), unpack_planes(expert.qweight))
         assert torch.equal(norms, expert.row_norms)

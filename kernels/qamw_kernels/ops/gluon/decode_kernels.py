@@ -11,7 +11,15 @@ along the inputs, as a batched product, and their sums are added at the end.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from qamw_kernels.ops.gluon.look_up import load_quadrant, load_words, multiply_chunk, write
+from qamw_kernels.ops.gluon.look_up import (
+    bank_of,
+    load_entries,
+    load_words,
+    make_table,
+    multiply_chunk,
+    sign_words,
+    write,
+)
 
 
 @gluon.jit
@@ -21,8 +29,8 @@ def multiply_tile(
     words,
     p_x,
     chunks,
-    lane4,
-    ENTRY_BITS: gl.constexpr,
+    bank,
+    RATE: gl.constexpr,
     WHOLE: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
@@ -31,6 +39,7 @@ def multiply_tile(
 
     Unless WHOLE, only the first ``chunks`` chunks exist.
     """
+    signs = sign_words(words, RATE[1], RATE)
     for chunk in gl.static_range(16):
         x = ()
         for part in gl.static_range(len(acc)):
@@ -38,8 +47,7 @@ def multiply_tile(
                 x = x + (gl.load(p_x[part] + chunk * 16),)
             else:
                 x = x + (gl.load(p_x[part] + chunk * 16, mask=chunks > chunk, other=0),)
-        signs = words[ENTRY_BITS + chunk // 8]
-        acc = multiply_chunk(acc, table, words, signs, x, lane4, chunk, ENTRY_BITS, DTYPE, WARPS)
+        acc = multiply_chunk(acc, table, words, signs, x, bank, chunk, RATE, DTYPE, WARPS)
     return acc
 
 
@@ -60,7 +68,7 @@ def decode_gemm_kernel(
     p_x,
     p_tiles,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_bias,
     p_y,
     M,
@@ -69,6 +77,7 @@ def decode_gemm_kernel(
     has_bias,
     log_row_tiles,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     PARTS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -82,20 +91,20 @@ def decode_gemm_kernel(
     log_row_tiles: a program takes 1 << log_row_tiles row tiles at once, WARPS at most.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )
-    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
-    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    table = make_table(ENTRY_BITS)
+    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
     gl.barrier()
 
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
+    bank = bank_of(lane, ENTRY_BITS)
     log_share = len(WARP_BASES) - log_row_tiles
     share = 1 << log_share  # of the warps, for one row tile
     first_tile = warp & (share - 1)
@@ -116,9 +125,7 @@ def decode_gemm_kernel(
             acc = acc + (gl.zeros([WARPS, 16, 8], gl.float32, MMA),)
         for _ in range(0, whole, share):
             words = load_words(p_words, True, INDEX_BITS, True)
-            acc = multiply_tile(
-                acc, table, words, p_part, 0, lane * 4, ENTRY_BITS, True, DTYPE, WARPS
-            )
+            acc = multiply_tile(acc, table, words, p_part, 0, bank, RATE, True, DTYPE, WARPS)
             p_words += share * INDEX_BITS * 128
             p_part = advance(p_part, share * 256)
         for tile in range(whole, input_tiles, share):
@@ -126,9 +133,7 @@ def decode_gemm_kernel(
             m_tile = tile + first_tile < input_tiles
             words = load_words(p_words, m_tile, INDEX_BITS, False)
             chunks = K // 32 - (tile + first_tile) * 16
-            acc = multiply_tile(
-                acc, table, words, p_part, chunks, lane * 4, ENTRY_BITS, False, DTYPE, WARPS
-            )
+            acc = multiply_tile(acc, table, words, p_part, chunks, bank, RATE, False, DTYPE, WARPS)
             p_words += share * INDEX_BITS * 128
             p_part = advance(p_part, share * 256)
         position = gl.arange(0, WARPS, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))

@@ -7,7 +7,7 @@ import torch
 
 from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
@@ -19,9 +19,9 @@ if table.HAS_GATHER:
     from qamw_kernels.ops.gluon.decode_kernels import decode_gemm_kernel as kernel
 
 
-def shared_bytes(index_bits: int) -> int:
+def shared_bytes(rate: Rate) -> int:
     """Shared memory of a program: the table, and room to add the sums of the warps."""
-    return table.table_bytes(index_bits) + 512 * WARPS
+    return table.table_bytes(rate) + 512 * WARPS
 
 
 def parts_of(num_tokens: int) -> int:
@@ -29,14 +29,14 @@ def parts_of(num_tokens: int) -> int:
     return next((parts for parts in PARTS if num_tokens <= 8 * parts), PARTS[-1])
 
 
-def programs_per_processor(index_bits: int, parts: int, shared_memory: int) -> int:
+def programs_per_processor(rate: Rate, parts: int, shared_memory: int) -> int:
     """Programs that a multiprocessor with ``shared_memory`` bytes runs at once.
 
     It has registers for the sums of 64 tokens only once.
     """
     if parts == PARTS[-1]:
         return 1
-    return max(1, min(2, shared_memory // shared_bytes(index_bits)))
+    return max(1, min(2, shared_memory // shared_bytes(rate)))
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> in
 
 @functools.cache
 def constants(
-    index_bits: int,
+    rate: Rate,
     dtype: torch.dtype,
     parts: int,
     shared_memory: int,
@@ -67,9 +67,10 @@ def constants(
     Args:
         shared_memory: bytes that a multiprocessor has.
     """
-    programs = programs_per_processor(index_bits, parts, shared_memory)
+    programs = programs_per_processor(rate, parts, shared_memory)
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "DTYPE": TL_DTYPES[dtype],
         "PARTS": parts,
         "WARPS": WARPS,
@@ -83,13 +84,13 @@ def fits(
     num_tokens: int,
     num_inputs: int,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
-    if processor is None or not table.fits(dtype, index_bits, processor):
+    if processor is None or not table.fits(dtype, rate, processor):
         return False
-    return shared_bytes(index_bits) <= processor.shared_memory
+    return shared_bytes(rate) <= processor.shared_memory
 
 
 def gemm(
@@ -103,7 +104,7 @@ def gemm(
     """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
     num_tokens, num_inputs = rotated.shape
     parts, shared_memory = parts_of(num_tokens), processor.shared_memory
-    programs = programs_per_processor(weight.index_bits, parts, shared_memory)
+    programs = programs_per_processor(weight.rate, parts, shared_memory)
     programs *= processor.multiprocessors
     num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
     log = log_row_tiles(num_row_tiles, num_input_tiles, programs)
@@ -117,7 +118,7 @@ def gemm(
         rotated.view(torch.int32),
         weight.tiles,
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         y if bias is None else bias,
         y,
         num_tokens,
@@ -125,5 +126,5 @@ def gemm(
         num_inputs,
         int(bias is not None),
         log,
-        **constants(weight.index_bits, rotated.dtype, parts, shared_memory),
+        **constants(weight.rate, rotated.dtype, parts, shared_memory),
     )

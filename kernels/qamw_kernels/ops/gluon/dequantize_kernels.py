@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from qamw_kernels.ops.gluon.look_up import load_quadrant
+from qamw_kernels.ops.gluon.look_up import bank_of, load_entries, make_table
 from qamw_kernels.ops.gluon.sums_kernels import first_unit
 from qamw_kernels.ops.gluon.wide_kernels import (
     anew,
@@ -24,6 +24,7 @@ from qamw_kernels.ops.gluon.wide_kernels import (
     no_words,
     prefetch_unit,
     renew_words,
+    signs_of_stage,
     sums_layout,
     tile_pointers,
     wait_for_all_but_one_stage,
@@ -106,19 +107,20 @@ def decode_unit(
     here, following: (weight, place) of this unit and of the one after it.
     matrix: of Hadamard, in shared memory.
     """
-    table, lane4 = lookup
     place = here[1]
     ROWS: gl.constexpr = SHAPE[1] * 16
     WIDTH: gl.constexpr = matrix.shape[0]
     STAGES: gl.constexpr = WIDTH // 32  # of as many outputs
     OUTPUTS: gl.constexpr = outputs_layout(SHAPE[1], WIDTH)
-    index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
+    index = gl.arange(0, SHAPE[1] * 128, lookup[1].type.layout)
     warp, word = anew(index // 128), index % 128
     p_words = word_pointers(here[0], place, warp, word, SHAPE)
     acc = gl.zeros([ROWS, WIDTH], gl.float32, MMA)
+    signs = ()
     for stage in gl.static_range(16):
         words = words_ahead(words, p_words, following, more, warp, word, stage, SHAPE)
-        a = decode_stage(table, words, lane4, stage, matrix.dtype, MMA)
+        signs = signs_of_stage(signs, words, stage, SHAPE[0])
+        a = decode_stage(lookup, words, signs, stage, matrix.dtype, MMA, SHAPE)
         h = matrix.slice(stage % STAGES * 32, 32, dim=1).permute([1, 0])
         acc = warpgroup_mma(a, h, acc, use_acc=stage % STAGES != 0, is_async=True)
         if stage % STAGES == STAGES - 1:
@@ -135,11 +137,12 @@ def dequantize_kernel(
     p_tiles,
     p_row_norms,
     p_input_scales,
-    p_quadrant,
+    p_entries,
     p_out,
     N,
     K,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     B: gl.constexpr,
     WIDTH: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -151,14 +154,12 @@ def dequantize_kernel(
 
     WIDTH: outputs at once, a multiple of the rotation block size B.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, WIDTH)
-    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, WIDTH], DTYPE)
     ROW_MAJOR: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
+    table = make_table(ENTRY_BITS)
     matrix = gl.allocate_shared_memory(DTYPE, [WIDTH, WIDTH], MATRIX)
 
     input_tiles = (K + 511) // 512
@@ -169,15 +170,15 @@ def dequantize_kernel(
     weight = (p_tiles, 0, N)
     place = (input_tiles, row_block, first - row_block * input_tiles)
     prefetch_unit(weight, place, True, SHAPE)
-    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
     matrix.store(hadamard(B, WIDTH, DTYPE, ROW_MAJOR))
     fence_async_shared()
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
-    words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
+    words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
     gl.barrier()
 
-    lookup = (table, slot // 4 % 32 * 4)
+    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
     output = (p_row_norms, p_input_scales, p_out, N, K)
     for unit in range(first, last):
         more = unit + 1 < last

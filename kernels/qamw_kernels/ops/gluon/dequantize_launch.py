@@ -11,7 +11,7 @@ import torch
 from qamw_kernels.ops.gluon import table, wide_launch
 from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_ROWS
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 WIDTH = 128  # outputs that a warp has at once
 WARPS = 16
@@ -19,21 +19,22 @@ kernels = wide_launch.load("dequantize_kernels")
 
 
 def fits(
-    dtype: torch.dtype, index_bits: int, rotation_block_size: int, processor: Processor | None
+    dtype: torch.dtype, rate: Rate, rotation_block_size: int, processor: Processor | None
 ) -> bool:
     """Whether the kernel can decode weights of these rates and rotations on a processor."""
     if kernels is None or processor is None or processor.compute_capability != 90:
         return False
-    needed = table.table_bytes(index_bits) + 2 * WIDTH**2
+    needed = table.table_bytes(rate) + 2 * WIDTH**2
     room = dtype in table.DTYPES and needed < processor.shared_memory
     return room and rotation_block_size <= WIDTH
 
 
 @functools.cache
-def constants(index_bits: int, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def constants(rate: Rate, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "B": rotation_block_size,
         "WIDTH": WIDTH,
         "DTYPE": TL_DTYPES[dtype],
@@ -56,9 +57,9 @@ def dequantize(
         weight.tiles,
         weight.row_norms,
         weight.input_scales,
-        weight.quadrant_words,
+        weight.entry_words,
         out,
         weight.num_rows,
         weight.num_inputs,
-        **constants(weight.index_bits, size, out.dtype),
+        **constants(weight.rate, size, out.dtype),
     )

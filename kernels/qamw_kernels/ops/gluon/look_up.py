@@ -4,14 +4,19 @@
 
 They need a Triton with shared-memory gather.
 
-The quadrant is replicated over the 32 banks of shared memory, so that every lane looks up in a bank
-of its own. The layouts are chosen so that a decoded word is a register of the matrix instruction's
-first operand: nothing moves between lanes.
+The entries are replicated over the banks of shared memory, so that every lane looks up in a bank of
+its own, or for the largest table two lanes in one. The layouts are chosen so that a decoded word is
+a register of the matrix instruction's first operand: but for bits of a path, nothing moves between
+lanes.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from qamw_kernels.ops.gluon.table import copies
+
+copies_of = gluon.constexpr_function(copies)
 
 
 @gluon.jit
@@ -22,28 +27,115 @@ def halves(words, DTYPE: gl.constexpr):
     return gl.join(low, high)
 
 
+@gluon.constexpr_function
+def is_trellis(RATE):
+    """Whether RATE, (index bits, entry bits), is one of the trellis; see ``ops.tiling``."""
+    return RATE[0] - RATE[1] == 1
+
+
+@gluon.constexpr_function
+def sign_word(PAIR, RATE):
+    """Which word of :func:`sign_words` has the signs of a pair."""
+    return PAIR % 4 // 2 if is_trellis(RATE) else PAIR // 16
+
+
+@gluon.constexpr_function
+def sign_shift(PAIR, RATE):
+    """How far left of its place in that word a pair's signs are needed, at bits 31 and 15."""
+    return 15 - (8 * (PAIR % 2) + PAIR // 4) if is_trellis(RATE) else PAIR % 16
+
+
 @gluon.jit
-def entry_address(words, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
-    """Where in the table the entry of pair PAIR of every slot is, for a lane: 128 bytes each."""
+def permute(low, high, selector):
+    """The four of the bytes of high:low that the hexadecimal digits of ``selector`` number."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], gl.int32, True, 1
+    )
+
+
+@gluon.jit
+def two_slots_before(words):
+    """A word of every slot of a warp, two slots on; zeros where those of four lanes begin.
+
+    A thread has four slots in a row, so half of them stay where they are. All lanes must be here.
+    """
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred inside;
+        .reg .b32 from_lane;
+        shfl.sync.up.b32 from_lane|inside, $6, 1, 0x1c00, 0xffffffff;
+        selp.b32 $0, from_lane, 0, inside;
+        shfl.sync.up.b32 from_lane|inside, $7, 1, 0x1c00, 0xffffffff;
+        selp.b32 $1, from_lane, 0, inside;
+        mov.b32 $2, $4;
+        mov.b32 $3, $5;
+        }""",
+        "=&r,=&r,=&r,=&r,r,r,r,r",
+        [words],
+        gl.int32,
+        False,
+        4,
+    )
+
+
+@gluon.jit
+def sign_words(words, FIRST: gl.constexpr, RATE: gl.constexpr):
+    """Two words with the signs of the pairs of every slot: see :func:`sign_word`.
+
+    words: of a slot, those behind the entries from number FIRST on.
+    """
+    if is_trellis(RATE):
+        # Four bytes of steps of 8 paths; the steps before them, by one, two and three.
+        path = words[FIRST]
+        before = two_slots_before(path)
+        y = path ^ permute(path, before, 0x1076) ^ permute(path, before, 0x0765)
+        x = y ^ permute(path, before, 0x2107)
+        signs = (permute(x, y, 0x5410), permute(x, y, 0x7632))
+    else:
+        signs = ()
+        for j in gl.static_range(FIRST, len(words)):
+            signs = signs + (words[j],)
+    return signs
+
+
+@gluon.jit
+def bank_of(lane, ENTRY_BITS: gl.constexpr):
+    """Where in an entry's copies the one is that a lane looks up, in bytes."""
+    if copies_of(ENTRY_BITS) < 32:
+        lane = lane % copies_of(ENTRY_BITS)
+    return lane * 4
+
+
+@gluon.constexpr_function
+def log_entry_bytes(ENTRY_BITS):
+    """Log2 of the bytes that all copies of an entry take."""
+    return (4 * copies_of(ENTRY_BITS)).bit_length() - 1
+
+
+@gluon.jit
+def entry_address(words, bank, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
+    """Where in the table the entry of pair PAIR of every slot is, in the bank of a lane."""
     WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
     SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
-    if SHIFT < 7:
-        entry = words[WORD] << (7 - SHIFT)
+    LOG: gl.constexpr = log_entry_bytes(ENTRY_BITS)
+    if SHIFT < LOG:
+        entry = words[WORD] << (LOG - SHIFT)
     elif SHIFT + ENTRY_BITS <= 32:
-        entry = words[WORD] >> (SHIFT - 7)
+        entry = words[WORD] >> (SHIFT - LOG)
     else:
-        high = words[WORD + 1].to(gl.uint32, bitcast=True) << (39 - SHIFT)
-        low = words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - 7)
+        high = words[WORD + 1].to(gl.uint32, bitcast=True) << (32 + LOG - SHIFT)
+        low = words[WORD].to(gl.uint32, bitcast=True) >> (SHIFT - LOG)
         entry = (high | low).to(gl.int32, bitcast=True)
-    MASK: gl.constexpr = ((1 << ENTRY_BITS) - 1) << 7
-    return (entry & MASK) | lane4
+    MASK: gl.constexpr = ((1 << ENTRY_BITS) - 1) << LOG
+    return (entry & MASK) | bank
 
 
 @gluon.jit
-def look_up(table, words, signs, lane4, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
-    """Codewords of pair PAIR of every slot; ``signs`` has the pair's signs at bits 31 and 15."""
-    address = entry_address(words, lane4, PAIR, ENTRY_BITS)
-    return table.gather(address >> 2, 0) ^ (signs & -0x7FFF8000)
+def look_up(table, words, signs, bank, PAIR: gl.constexpr, RATE: gl.constexpr):
+    """Codewords of pair PAIR of every slot."""
+    address = entry_address(words, bank, PAIR, RATE[1])
+    pair_signs = signs[sign_word(PAIR, RATE)] << sign_shift(PAIR, RATE)
+    return table.gather(address >> 2, 0) ^ (pair_signs & -0x7FFF8000)
 
 
 @gluon.jit
@@ -54,15 +146,24 @@ def to_float16(word):
 
 
 @gluon.jit
-def load_quadrant(p_quadrant, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
-    """The quadrant [32 * C / 4] int32, every word 32 times, as two DTYPE per word."""
-    entry = gl.arange(0, 32 << ENTRY_BITS, gl.BlockedLayout([4], [32], [WARPS], [0])) // 32
-    word = gl.load(p_quadrant + entry)
+def load_entries(p_entries, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
+    """The table of all entries' copies, one entry after the other, as two DTYPE per int32."""
+    COPIES: gl.constexpr = copies_of(ENTRY_BITS)
+    BLOCKED: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
+    entry = gl.arange(0, COPIES << ENTRY_BITS, BLOCKED) // COPIES
+    word = gl.load(p_entries + entry)
     if gl.float16 == DTYPE:  # codewords are exact in both
         x = to_float16(word << 16)
         y = to_float16(word & -0x10000)
         word = x | (y << 16)
     return word
+
+
+@gluon.jit
+def make_table(ENTRY_BITS: gl.constexpr):
+    """Shared memory of the table."""
+    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    return gl.allocate_shared_memory(gl.int32, [copies_of(ENTRY_BITS) << ENTRY_BITS], BANKS)
 
 
 @gluon.jit
@@ -88,24 +189,23 @@ def multiply_chunk(
     words,
     signs,
     x,
-    lane4,
+    bank,
     chunk: gl.constexpr,
-    ENTRY_BITS: gl.constexpr,
+    RATE: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
     """acc + one chunk per warp times its activations, of every part.
 
     words: entries, those of chunk 0 first.
-    signs: of the 16 pairs that this chunk's are among.
+    signs: of :func:`sign_words`.
     """
     MMA: gl.constexpr = acc[0].type.layout
     operands = ()
     for part in gl.static_range(len(acc)):
         operands = operands + gl.split(x[part].reshape([WARPS, 32, 2, 2]).permute([0, 1, 3, 2]))
     for h in gl.static_range(2):
-        pair_signs = signs << (2 * chunk % 16 + h)
-        decoded = look_up(table, words, pair_signs, lane4, 2 * chunk + h, ENTRY_BITS)
+        decoded = look_up(table, words, signs, bank, 2 * chunk + h, RATE)
         a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2])
         a = a.permute([0, 4, 1, 3, 2, 5]).reshape([WARPS, 16, 16])
         a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)

@@ -16,7 +16,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-from qamw_kernels.ops.gluon.look_up import load_quadrant, multiply_chunk
+from qamw_kernels.ops.gluon.look_up import (
+    bank_of,
+    is_trellis,
+    load_entries,
+    make_table,
+    multiply_chunk,
+    permute,
+    sign_words,
+)
 from qamw_kernels.ops.gluon.prefetch import prefetch_rows
 from qamw_kernels.ops.gluon.turns import (
     next_turn,
@@ -44,18 +52,21 @@ else:  # Triton 3.8 and older
 
 
 @gluon.jit
-def load_words(turn, weight, place, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
-    """The words that 16 of the 32 pairs of every slot are in: entries, then signs.
+def load_words(turn, weight, place, RATE: gl.constexpr, WARPS: gl.constexpr):
+    """The words that 16 of the 32 pairs of every slot are in: entries, then signs or the path.
 
     They are read once, and take no room in L1 (.cg).
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
+    ENTRY_BITS: gl.constexpr = RATE[1]
     word, _, sub, half, _ = place
-    p_row_tile = tiles_of_turn(turn, weight, INDEX_BITS)
-    o_tile = word + tile_of_seat(turn, sub, half, weight, INDEX_BITS, WARPS)
+    p_row_tile = tiles_of_turn(turn, weight, RATE[0])
+    o_tile = word + tile_of_seat(turn, sub, half, weight, RATE[0], WARPS)
     # One sum of 32 bits for each pointer: parts that stay would take two registers each.
     p_half = p_row_tile + (o_tile + (half & 1) * (ENTRY_BITS // 2 * 128))
-    p_signs = p_row_tile + (o_tile + (ENTRY_BITS + (half & 1)) * 128)
+    if is_trellis(RATE):
+        p_signs = p_row_tile + (o_tile + ENTRY_BITS * 128)
+    else:
+        p_signs = p_row_tile + (o_tile + (ENTRY_BITS + (half & 1)) * 128)
     words = ()
     for j in gl.static_range((ENTRY_BITS + 1) // 2):
         words = words + (gl.load(p_half + j * 128, cache_modifier=".cg"),)
@@ -99,16 +110,16 @@ def align(words, half, ENTRY_BITS: gl.constexpr):
         aligned = ()
         for j in gl.static_range(ENTRY_BITS // 2 + 1):
             next_word = words[min(j + 1, ENTRY_BITS // 2)]
-            word = gl.inline_asm_elementwise(
-                "prmt.b32 $0, $1, $2, $3;",
-                "=r,r,r,r",
-                [words[j], next_word, bytes_of_word],
-                dtype=gl.int32,
-                is_pure=True,
-                pack=1,
-            )
-            aligned = aligned + (word,)
+            aligned = aligned + (permute(words[j], next_word, bytes_of_word),)
     return aligned
+
+
+@gluon.jit
+def signs_of_half(word, half, RATE: gl.constexpr):
+    """Words with the signs of 16 pairs, as :func:`sign_words` has those of the first half."""
+    if is_trellis(RATE):
+        word >>= (half & 1) * 4  # a byte has the units of the second half above those of the first
+    return sign_words((word,), 0, RATE)
 
 
 @gluon.jit
@@ -122,7 +133,7 @@ def multiply_half(
     weight,
     place,
     K,
-    INDEX_BITS: gl.constexpr,
+    RATE: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
@@ -135,18 +146,17 @@ def multiply_half(
     Returns acc, and words and activations of the turn after, which are loaded as soon as these are
     not needed any more.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    _, _, _, half, lane4 = place
-    words = align(raw, half & 1, ENTRY_BITS)
-    signs = raw[(ENTRY_BITS + 1) // 2]
+    _, _, _, half, bank = place
+    words = align(raw, half & 1, RATE[1])
+    signs = signs_of_half(raw[(RATE[1] + 1) // 2], half, RATE)
     p_half, chunks = half_tile(place, turn[1], K, WARPS)
     new_chunks = gl.where(turn[1] != s, chunks, 0)
     sums, renewed = (acc,), ()
     for chunk in gl.static_range(CHUNKS):
         if chunk == CHUNKS // 2:
-            raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
+            raw = load_words(turn, weight, place, RATE, WARPS)
         sums = multiply_chunk(
-            sums, table, words, signs, (x[chunk],), lane4, chunk, ENTRY_BITS, DTYPE, WARPS
+            sums, table, words, signs, (x[chunk],), bank, chunk, RATE, DTYPE, WARPS
         )
         m_chunk = chunk < new_chunks
         renewed = renewed + (gl.load(p_half + chunk * 16, mask=m_chunk, other=x[chunk]),)
@@ -203,11 +213,11 @@ def write_sums(
 
 
 @gluon.jit
-def make_shared(SLOTS: gl.constexpr, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+def make_shared(SLOTS: gl.constexpr, ENTRY_BITS: gl.constexpr, WARPS: gl.constexpr):
     """Shared memory of the table and of the slots, and the latter one after the other."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << (INDEX_BITS - 2)], FLAT)
+    table = make_table(ENTRY_BITS)
     slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
     return table, slots, reinterpret(slots, gl.float32, [SLOTS * WARPS * 128], FLAT)
 
@@ -219,13 +229,13 @@ def prefetch_run(
     p_row_norms,
     N,
     K,
-    INDEX_BITS: gl.constexpr,
+    RATE: gl.constexpr,
     WARPS: gl.constexpr,
     PREFETCH: gl.constexpr,
 ):
     """What the first turn reads, and the row norms of all."""
     if PREFETCH:
-        prefetch_turn((begin, gl.to_tensor(0), begin), weight, K, INDEX_BITS, WARPS)
+        prefetch_turn((begin, gl.to_tensor(0), begin), weight, K, RATE, WARPS)
     prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[6] * 16, N), WARPS)
 
 
@@ -239,7 +249,7 @@ def multiply_run(
     slots_per_token,
     output,
     K,
-    INDEX_BITS: gl.constexpr,
+    RATE: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -263,10 +273,10 @@ def multiply_run(
     token = (gl.minimum(row_of_m, tokens[1] - 1) // slots_per_token).to(gl.int64)
     p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
     sub, half = seat_of(index // 128, weight, WARPS)
-    place = (lane * 4 + slot, p_token, sub, half, lane * 4)
+    place = (lane * 4 + slot, p_token, sub, half, bank_of(lane, RATE[1]))
     x = load_tokens(place, K, WARPS)
     turn = (begin, gl.to_tensor(0), begin)
-    raw = load_words(turn, weight, place, INDEX_BITS, WARPS)
+    raw = load_words(turn, weight, place, RATE, WARPS)
     for first in range(begin, end, batch):
         stop = gl.minimum(first + batch, end)
         at = 0
@@ -277,10 +287,10 @@ def multiply_run(
                 turn = next_turn(turn, weight)
                 if PREFETCH:
                     # No further ahead: L2 would not keep what all programs have asked for.
-                    prefetch_turn(turn, weight, K, INDEX_BITS, WARPS)
+                    prefetch_turn(turn, weight, K, RATE, WARPS)
                 acc = gl.zeros([WARPS, 16, 8], gl.float32, MMA)
                 acc, raw, x = multiply_half(
-                    acc, table, raw, x, turn, s, weight, place, K, INDEX_BITS, DTYPE, WARPS
+                    acc, table, raw, x, turn, s, weight, place, K, RATE, DTYPE, WARPS
                 )
                 slots.index(at).store(acc)
                 at += 1
@@ -297,7 +307,7 @@ def narrow_gemm_kernel(
     p_x,
     p_tiles,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_bias,
     p_y,
     M,
@@ -307,6 +317,7 @@ def narrow_gemm_kernel(
     run,
     batch,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -325,15 +336,16 @@ def narrow_gemm_kernel(
     PREFETCH: whether tiles are brought to L2 a turn before they are decoded.
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
     end = gl.minimum(begin + run, (N + 15) // 16)
     weight = (p_tiles, input_tiles, slices, WARPS, 1, batch, end)
-    prefetch_run(begin, weight, p_row_norms, N, K, INDEX_BITS, WARPS, PREFETCH)
+    prefetch_run(begin, weight, p_row_norms, N, K, RATE, WARPS, PREFETCH)
     prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
-    shared = make_shared(SLOTS, INDEX_BITS, WARPS)
-    shared[0].store(load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS))
+    shared = make_shared(SLOTS, ENTRY_BITS, WARPS)
+    shared[0].store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
     gl.barrier()
     if DEPENDENT:
         gdc_wait()
@@ -346,7 +358,7 @@ def narrow_gemm_kernel(
         1,
         (p_row_norms, p_bias, p_y, N, has_bias),
         K,
-        INDEX_BITS,
+        RATE,
         DTYPE,
         WARPS,
         WARP_BASES,

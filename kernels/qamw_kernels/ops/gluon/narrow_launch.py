@@ -8,7 +8,7 @@ import torch
 from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 kernel: Any = None
 """The kernel, where the installed Triton can compile it."""
@@ -23,9 +23,9 @@ SLOT_BYTES = 512 * WARPS
 MAX_SLOTS = 8
 
 
-def slots(index_bits: int, shared_memory: int) -> int:
+def slots(rate: Rate, shared_memory: int) -> int:
     """Sums of row tiles and slices that fit beside the table, a power of two; 0: none."""
-    left = (shared_memory - table.table_bytes(index_bits)) // SLOT_BYTES
+    left = (shared_memory - table.table_bytes(rate)) // SLOT_BYTES
     return min(MAX_SLOTS, 1 << (left.bit_length() - 1)) if left > 0 else 0
 
 
@@ -43,15 +43,16 @@ def begins_early(processor: Processor) -> bool:
 
 
 @functools.cache
-def constants(index_bits: int, dtype: torch.dtype, processor: Processor) -> dict[str, Any]:
+def constants(rate: Rate, dtype: torch.dtype, processor: Processor) -> dict[str, Any]:
     """Compile-time arguments of the kernel, and options of its compiler."""
     early = begins_early(processor)
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "DTYPE": TL_DTYPES[dtype],
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,
-        "SLOTS": slots(index_bits, processor.shared_memory),
+        "SLOTS": slots(rate, processor.shared_memory),
         "PREFETCH": early,
         "DEPENDENT": early,
         "num_warps": WARPS,
@@ -64,14 +65,14 @@ def fits(
     num_tokens: int,
     num_inputs: int,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply so many tokens with so many inputs on a processor."""
-    if num_tokens > MAX_TOKENS or processor is None or not table.fits(dtype, index_bits, processor):
+    if num_tokens > MAX_TOKENS or processor is None or not table.fits(dtype, rate, processor):
         return False
     needed = slices(cdiv(num_inputs, TILE_INPUTS))
-    return needed <= slots(index_bits, processor.shared_memory)
+    return needed <= slots(rate, processor.shared_memory)
 
 
 def gemm(
@@ -85,14 +86,14 @@ def gemm(
     """Launch the kernel: y [M, N] = rotated [M, K] times the packed weight, plus ``bias`` [N]."""
     num_row_tiles, num_input_tiles = weight.tiles.shape[:2]
     run = cdiv(num_row_tiles, processor.multiprocessors)
-    fixed = constants(weight.index_bits, rotated.dtype, processor)
+    fixed = constants(weight.rate, rotated.dtype, processor)
     launcher.launch(
         kernel,
         (cdiv(num_row_tiles, run),),
         rotated.view(torch.int32),
         weight.tiles,
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         y if bias is None else bias,
         y,
         len(rotated),

@@ -10,6 +10,7 @@ import torch
 
 from qamw_kernels.ops.gluon import decode_launch, narrow_launch, wide_launch
 from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.weight import Rate
 
 LAUNCHERS = (narrow_launch, wide_launch, decode_launch)
 """The first that fits is the best."""
@@ -19,7 +20,7 @@ def product_for(
     num_tokens: int,
     num_inputs: int,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> ModuleType | None:
     """The launcher of the kernel; None where none of them runs, but the plain Triton kernel.
@@ -28,6 +29,6 @@ def product_for(
         dtype: of the activations.
     """
     for launcher in LAUNCHERS:
-        if launcher.fits(num_tokens, num_inputs, dtype, index_bits, processor):
+        if launcher.fits(num_tokens, num_inputs, dtype, rate, processor):
             return launcher
     return None

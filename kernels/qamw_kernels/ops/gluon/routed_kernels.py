@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
-from qamw_kernels.ops.gluon.look_up import load_quadrant
+from qamw_kernels.ops.gluon.look_up import load_entries
 from qamw_kernels.ops.gluon.narrow_kernels import make_shared, multiply_run, prefetch_run
 
 
@@ -57,7 +57,7 @@ def routed_narrow_gemm_kernel(
     p_x,
     p_tiles,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_slots,
     p_experts,
     p_num_sorted,
@@ -69,6 +69,7 @@ def routed_narrow_gemm_kernel(
     at_once,
     batch,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -84,7 +85,8 @@ def routed_narrow_gemm_kernel(
     :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for the others.
     Everything but x was written before the kernel that writes x began.
     """
-    quadrant = load_quadrant(p_quadrant, INDEX_BITS - 2, DTYPE, WARPS)  # while routing is read
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
+    entries = load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS)  # while routing is read
     row_tiles, input_tiles = (N + 15) // 16, (K + 511) // 512
     each = gl.minimum((K + 255) // 256, WARPS)
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
@@ -97,9 +99,9 @@ def routed_narrow_gemm_kernel(
         return
     first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)
     weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
-    prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, PREFETCH)
-    shared = make_shared(SLOTS, INDEX_BITS, WARPS)
-    shared[0].store(quadrant)
+    prefetch_run(first, weight, p_norms, N, K, RATE, WARPS, PREFETCH)
+    shared = make_shared(SLOTS, ENTRY_BITS, WARPS)
+    shared[0].store(entries)
     gl.barrier()
     if DEPENDENT:
         gdc_wait()
@@ -114,7 +116,7 @@ def routed_narrow_gemm_kernel(
                 slots_per_token,
                 (p_norms, p_y, p_y, N, 0),  # no bias
                 K,
-                INDEX_BITS,
+                RATE,
                 DTYPE,
                 WARPS,
                 WARP_BASES,
@@ -123,4 +125,4 @@ def routed_narrow_gemm_kernel(
         if (block + 1) * turns < end:
             first, last, p_expert, p_norms = run_of_block(block + 1, share, turns, at_once, experts)
             weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
-            prefetch_run(first, weight, p_norms, N, K, INDEX_BITS, WARPS, PREFETCH)
+            prefetch_run(first, weight, p_norms, N, K, RATE, WARPS, PREFETCH)

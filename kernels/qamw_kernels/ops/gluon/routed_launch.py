@@ -12,7 +12,7 @@ from qamw_kernels.ops.gluon import narrow_launch, table, wide_launch
 from qamw_kernels.ops.launcher import Launcher, Processor, cdiv
 from qamw_kernels.ops.routing import Routing
 from qamw_kernels.ops.tiling import TILE_INPUTS
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 narrow_kernel: Any = None
 """The kernel for blocks of 8 slots, where the installed Triton can compile it."""
@@ -49,7 +49,7 @@ def fits(
     block_size: int,
     num_inputs: int,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> bool:
     """Whether there is a kernel for blocks of this size and so many inputs.
@@ -61,9 +61,9 @@ def fits(
     if block_size not in BLOCK_SIZES or processor is None:
         return False
     if is_wide(block_size):
-        return wide_launch.fits(block_size, num_inputs, dtype, index_bits, processor)
+        return wide_launch.fits(block_size, num_inputs, dtype, rate, processor)
     early = narrow_launch.begins_early(processor)
-    return early and narrow_launch.fits(NARROW_SLOTS, num_inputs, dtype, index_bits, processor)
+    return early and narrow_launch.fits(NARROW_SLOTS, num_inputs, dtype, rate, processor)
 
 
 def row_tiles_at_once(num_inputs: int) -> int:
@@ -86,7 +86,7 @@ def narrow_gemm(
     """
     num_inputs, (num_row_tiles, num_input_tiles) = weight.num_inputs, weight.tiles.shape[1:3]
     at_once = row_tiles_at_once(num_inputs)
-    fixed = narrow_launch.constants(weight.index_bits, rotated.dtype, processor)
+    fixed = narrow_launch.constants(weight.rate, rotated.dtype, processor)
     turns = len(routing.experts) * cdiv(num_row_tiles, at_once)
     launcher.launch(
         narrow_kernel,
@@ -94,7 +94,7 @@ def narrow_gemm(
         rotated.view(torch.int32),
         weight.tiles,
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         routing.slots,
         routing.experts,
         routing.num_sorted,
@@ -125,8 +125,8 @@ def wide_gemm(
     assert wide_kernels is not None
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    size, bits, memory = routing.block_size, weight.index_bits, processor.shared_memory
-    shape = wide_launch.shape_of(bits, size, memory)
+    size, rate, memory = routing.block_size, weight.rate, processor.shared_memory
+    shape = wide_launch.shape_of(rate, size, memory)
     block_shape = (size, shape.block_inputs)
     layout = wide_launch.descriptor_layout(block_shape, rotated.dtype)
     runs = len(routing.experts) * cdiv(weight.num_rows, shape.rows)
@@ -136,7 +136,7 @@ def wide_gemm(
         weight.tiles,
         TensorDescriptor.from_tensor(rotated, list(block_shape), layout),
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         routing.slots,
         routing.experts,
         routing.num_sorted,
@@ -144,5 +144,5 @@ def wide_gemm(
         len(y),
         weight.num_rows,
         weight.num_inputs,
-        **wide_launch.constants(bits, rotated.dtype, size, memory),
+        **wide_launch.constants(rate, rotated.dtype, size, memory),
     )

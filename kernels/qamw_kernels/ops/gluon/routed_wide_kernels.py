@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_init, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qamw_kernels.ops.gluon.look_up import load_quadrant, write
+from qamw_kernels.ops.gluon.look_up import bank_of, load_entries, make_table, write
 from qamw_kernels.ops.gluon.ring import make_ring, start_copy
 from qamw_kernels.ops.gluon.wide_kernels import (
     anew,
@@ -90,7 +90,7 @@ def routed_wide_gemm_kernel(
     p_tiles,
     x_blocks,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_slots,
     p_experts,
     p_num_sorted,
@@ -99,6 +99,7 @@ def routed_wide_gemm_kernel(
     N,
     K,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
@@ -114,11 +115,9 @@ def routed_wide_gemm_kernel(
     x_blocks: descriptor of x [sorted slots, K], swapped, for blocks [TOKENS, BLOCK_INPUTS]; what it
         has of padding is not read from the products.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, TOKENS)
-    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     gdc_launch_dependents()
     input_tiles, row_blocks = (K + 511) // 512, (N + ROWS - 1) // ROWS
     first, left = runs_of_program(gl.load(p_num_sorted) // TOKENS * row_blocks)
@@ -128,12 +127,12 @@ def routed_wide_gemm_kernel(
     weight = weight_of(p_tiles, p_experts, run[0], N)
     place = (input_tiles, run[1], 0)
     prefetch_unit(weight, place, True, SHAPE)
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
+    table = make_table(ENTRY_BITS)
     ring = make_ring(x_blocks, PLACES, DTYPE)
-    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
-    words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
+    words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
     gl.barrier()
     gdc_wait()
 
@@ -141,7 +140,7 @@ def routed_wide_gemm_kernel(
     copies = (tokens, left * input_tiles * (512 // BLOCK_INPUTS), input_tiles, 0)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    lookup = (table, slot // 4 % 32 * 4)
+    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
     unit = gl.to_tensor(0)
     while left > 0:
         following = next_run(run, row_blocks)

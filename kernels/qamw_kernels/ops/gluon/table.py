@@ -1,13 +1,14 @@
 """Where the table that all Gluon kernels look up in can be. Needs triton.
 
-They need shared-memory gather, which the installed Triton has from 3.7.1 on, and room for the
-quadrant, 32 times, in the shared memory of a multiprocessor.
+They need shared-memory gather, which the installed Triton has from 3.7.1 on, and room for many
+copies of the entries in the shared memory of a multiprocessor.
 """
 
 import torch
 import triton
 
 from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.weight import Rate
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -34,12 +35,21 @@ def registers(warps: int) -> int:
     return min(65536 // (32 * warps), 255)
 
 
-def table_bytes(index_bits: int) -> int:
+def copies(entry_bits: int) -> int:
+    """Copies of every entry in the table.
+
+    With 32, one for each bank, look-ups have no conflicts. The largest table has room for 16 only:
+    two lanes may then need the same bank.
+    """
+    return 32 if entry_bits <= 10 else 16
+
+
+def table_bytes(rate: Rate) -> int:
     """Shared memory of the table."""
-    return 128 << (index_bits - 2)
+    return 4 * copies(rate.entry_bits) << rate.entry_bits
 
 
-def fits(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> bool:
+def fits(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> bool:
     """Whether a processor has room for the table, and activations of ``dtype`` can be multiplied.
 
     Args:
@@ -47,4 +57,4 @@ def fits(dtype: torch.dtype, index_bits: int, processor: Processor | None) -> bo
     """
     if not HAS_GATHER or processor is None or dtype not in DTYPES:
         return False
-    return table_bytes(index_bits) < processor.shared_memory
+    return table_bytes(rate) < processor.shared_memory

@@ -7,7 +7,7 @@ These go together through the functions of the kernels:
 - ``weight``: (at its tiles, input tiles, slices, warps of a row tile, row tiles at once, row tiles
   of a batch, end of the row tiles).
 - ``place``: of a thread: (in a tile, at its token, row tile of those at once, half tile of the
-  slice, 4 * lane).
+  slice, the bank that it looks up in).
 """
 
 from triton.experimental import gluon
@@ -60,7 +60,7 @@ def tile_of_seat(turn, sub, half, weight, INDEX_BITS: gl.constexpr, WARPS: gl.co
 
 
 @gluon.jit
-def prefetch_turn(turn, weight, K, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
+def prefetch_turn(turn, weight, K, RATE: gl.constexpr, WARPS: gl.constexpr):
     """The tiles of a turn, if there is one; of two warps that share a tile, one asks for it.
 
     Where the inputs end in its first half, the entries of that half are all that is asked for.
@@ -70,9 +70,9 @@ def prefetch_turn(turn, weight, K, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr
     sub, half = seat_of(thread // 32, weight, WARPS)
     sub = gl.where((thread % 32 == 0) & ((half & 1) == 0), sub, 1 << 20)  # nobody else has a tile
     first = turn[1] * WARPS + half
-    p_tile = tiles_of_turn(turn, weight, INDEX_BITS)
-    p_tile += tile_of_seat(turn, sub, half, weight, INDEX_BITS, WARPS)
+    p_tile = tiles_of_turn(turn, weight, RATE[0])
+    p_tile += tile_of_seat(turn, sub, half, weight, RATE[0], WARPS)
     m_tile = (turn[0] + sub < end) & (first * 256 < K)
     whole = (first + 1) * 256 < K
-    prefetch(p_tile, m_tile & whole, prefetch_bytes(INDEX_BITS * 512))
-    prefetch(p_tile, m_tile & (whole == 0), prefetch_bytes((INDEX_BITS - 1) // 2 * 512))
+    prefetch(p_tile, m_tile & whole, prefetch_bytes(RATE[0] * 512))
+    prefetch(p_tile, m_tile & (whole == 0), prefetch_bytes((RATE[1] + 1) // 2 * 512))

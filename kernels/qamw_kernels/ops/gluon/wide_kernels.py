@@ -25,7 +25,8 @@ These go together through the functions below:
 
 - ``place``: (input tiles, number of the row block, number of the tile along the inputs).
 - ``weight``: (at the tiles of the first one, row tiles before this one's, N).
-- ``lookup``: (the table in shared memory, 4 * lane of every slot).
+- ``lookup``: (the table in shared memory, the bank in it of every slot).
+- ``SHAPE``: ((index bits, entry bits), warps).
 """
 
 from triton.experimental import gluon
@@ -37,7 +38,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qamw_kernels.ops.gluon.look_up import entry_address, halves, load_quadrant, write
+from qamw_kernels.ops.gluon.look_up import (
+    bank_of,
+    entry_address,
+    halves,
+    is_trellis,
+    load_entries,
+    make_table,
+    sign_shift,
+    sign_word,
+    sign_words,
+    write,
+)
 from qamw_kernels.ops.gluon.prefetch import prefetch, prefetch_bytes, prefetch_rows
 from qamw_kernels.ops.gluon.ring import make_ring, start_copy, wait_for
 from qamw_kernels.ops.gluon.sums_kernels import first_unit, store_sums
@@ -90,14 +102,28 @@ def flip_signs(words, signs):
 
 
 @gluon.jit
-def decode_stage(table, words, lane4, STAGE: gl.constexpr, DTYPE: gl.constexpr, MMA: gl.constexpr):
+def decode_pair(lookup, words, signs, PAIR: gl.constexpr, RATE: gl.constexpr):
+    """Codewords of pair PAIR of every slot."""
+    table, bank = lookup
+    codewords = table.gather(entry_address(words, bank, PAIR, RATE[1]) >> 2, 0)
+    return flip_signs(codewords, signs[sign_word(PAIR, RATE)] << sign_shift(PAIR, RATE))
+
+
+@gluon.jit
+def decode_stage(
+    lookup,
+    words,
+    signs,
+    STAGE: gl.constexpr,
+    DTYPE: gl.constexpr,
+    MMA: gl.constexpr,
+    SHAPE: gl.constexpr,
+):
     """Coordinates [16 * WARPS, 32] of a stage of a tile, as first operand: a slot has two pairs."""
-    ENTRY_BITS: gl.constexpr = len(words) - 2
-    WARPS: gl.constexpr = lane4.shape[0] // 128
-    signs = words[ENTRY_BITS + STAGE // 8] << (2 * STAGE % 16)
-    low = table.gather(entry_address(words, lane4, 2 * STAGE, ENTRY_BITS) >> 2, 0)
-    high = table.gather(entry_address(words, lane4, 2 * STAGE + 1, ENTRY_BITS) >> 2, 0)
-    decoded = gl.join(flip_signs(low, signs), flip_signs(high, signs << 1))
+    WARPS: gl.constexpr = SHAPE[1]
+    low = decode_pair(lookup, words, signs, 2 * STAGE, SHAPE[0])
+    high = decode_pair(lookup, words, signs, 2 * STAGE + 1, SHAPE[0])
+    decoded = gl.join(low, high)
     a = halves(decoded, DTYPE).reshape([WARPS, 8, 4, 2, 2, 2, 2])  # ..., g, t, k8, r8, h, half
     a = a.permute([0, 4, 1, 5, 3, 2, 6]).reshape([WARPS * 16, 32])
     return gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)
@@ -105,27 +131,35 @@ def decode_stage(table, words, lane4, STAGE: gl.constexpr, DTYPE: gl.constexpr, 
 
 @gluon.constexpr_function
 def first_quarter(WORD, ENTRY_BITS):
-    """The first quarter of a tile's inputs that needs a word."""
+    """The first quarter of a tile's inputs that needs a word; all need that of the path."""
     if WORD < ENTRY_BITS:
         return 32 * WORD // ENTRY_BITS // 8  # pairs of a quarter
     return 2 * (WORD - ENTRY_BITS)
 
 
 @gluon.jit
-def no_words(like, INDEX_BITS: gl.constexpr):
+def signs_of_stage(signs, words, STAGE: gl.constexpr, RATE: gl.constexpr):
+    """``signs`` of a tile: those of the trellis are made once, the others are loaded meanwhile."""
+    if STAGE == 0 or not is_trellis(RATE):
+        signs = sign_words(words, RATE[1], RATE)
+    return signs
+
+
+@gluon.jit
+def no_words(like, SHAPE: gl.constexpr):
     """A tile's words before anything is loaded."""
     words = ()
-    for _ in gl.static_range(INDEX_BITS):
+    for _ in gl.static_range(SHAPE[0][0]):
         words = words + (gl.zeros_like(like),)
     return words
 
 
 @gluon.jit
-def renew_words(words, p_words, m_tile, QUARTER: gl.constexpr):
+def renew_words(words, p_words, m_tile, QUARTER: gl.constexpr, SHAPE: gl.constexpr):
     """``words``, those that a quarter is the first to need loaded from a tile, if ``m_tile``."""
     renewed = ()
     for j in gl.static_range(len(words)):
-        if first_quarter(j, len(words) - 2) == QUARTER:
+        if first_quarter(j, SHAPE[0][1]) == QUARTER:
             word = gl.load(p_words + j * 128, mask=m_tile, other=0, cache_modifier=".cg")
             renewed = renewed + (word,)
         else:
@@ -150,7 +184,7 @@ def tile_pointers(weight, place, warp, SHAPE: gl.constexpr):
     p_tiles, before, N = weight
     input_tiles, row_block, tile = place
     row_tile = before + gl.minimum(row_block * SHAPE[1] + warp, (N + 15) // 16 - 1).to(gl.int64)
-    return p_tiles + (row_tile * input_tiles + tile) * (SHAPE[0] * 128)
+    return p_tiles + (row_tile * input_tiles + tile) * (SHAPE[0][0] * 128)
 
 
 @gluon.jit
@@ -166,7 +200,7 @@ def prefetch_unit(weight, place, wanted, SHAPE: gl.constexpr):
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [SHAPE[1]], [0])
     thread = anew(gl.arange(0, 32 * SHAPE[1], LANES))
     p_tile = tile_pointers(weight, place, thread // 32, SHAPE)
-    prefetch(p_tile, (thread % 32 == 0) & wanted, prefetch_bytes(SHAPE[0] * 512))
+    prefetch(p_tile, (thread % 32 == 0) & wanted, prefetch_bytes(SHAPE[0][0] * 512))
 
 
 @gluon.jit
@@ -180,9 +214,9 @@ def words_ahead(
     """
     if STAGE == 12:
         p_next = word_pointers(following[0], following[1], warp, word, SHAPE)
-        words = renew_words(words, p_next, more, 0)
+        words = renew_words(words, p_next, more, 0, SHAPE)
     elif STAGE % 4 == 0:
-        words = renew_words(words, p_words, True, STAGE // 4 + 1)
+        words = renew_words(words, p_words, True, STAGE // 4 + 1, SHAPE)
     return words
 
 
@@ -199,22 +233,23 @@ def multiply_unit(
     more: whether there is a unit after it.
     unit: its number among those of the program.
     """
-    table, lane4 = lookup
     _, places, _ = ring
     MMA: gl.constexpr = acc.type.tensor_type.layout
     PLACES: gl.constexpr = places.shape[0]
     STAGES: gl.constexpr = places.shape[2] // 32  # of a block
     ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, with a tile
-    index = gl.arange(0, SHAPE[1] * 128, lane4.type.layout)
+    index = gl.arange(0, SHAPE[1] * 128, lookup[1].type.layout)
     warp, word = anew(index // 128), index % 128
     p_words = word_pointers(here[0], here[1], warp, word, SHAPE)
+    signs = ()
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
             # Or older compilers keep where every stage's activations are, in registers or worse.
             block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
         words = words_ahead(words, p_words, following, more, warp, word, stage, SHAPE)
-        a = decode_stage(table, words, lane4, stage, places.dtype, MMA)
+        signs = signs_of_stage(signs, words, stage, SHAPE[0])
+        a = decode_stage(lookup, words, signs, stage, places.dtype, MMA, SHAPE)
         x = block.slice(stage % STAGES * 32, 32, dim=1)
         acc = warpgroup_mma(a, x.permute([1, 0]), acc, is_async=True)
         wait_for_all_but_one_stage(unit)
@@ -241,7 +276,7 @@ def wide_gemm_kernel(
     p_tiles,
     x_blocks,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_bias,
     p_y,
     p_sums,
@@ -251,6 +286,7 @@ def wide_gemm_kernel(
     has_bias,
     grain,
     INDEX_BITS: gl.constexpr,
+    ENTRY_BITS: gl.constexpr,
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
@@ -268,12 +304,10 @@ def wide_gemm_kernel(
     grain: a program's units are a multiple of it, 1 or all of a row block.
     PLACES: for blocks of activations; it divides the blocks of 512 inputs.
     """
-    ENTRY_BITS: gl.constexpr = INDEX_BITS - 2
-    SHAPE: gl.constexpr = (INDEX_BITS, WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, TOKENS)
-    BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    table = gl.allocate_shared_memory(gl.int32, [32 << ENTRY_BITS], BANKS)
+    table = make_table(ENTRY_BITS)
     ring = make_ring(x_blocks, PLACES, DTYPE)
 
     gdc_launch_dependents()
@@ -287,10 +321,10 @@ def wide_gemm_kernel(
     prefetch_unit(weight, place, True, SHAPE)
     end = (last + input_tiles - 1) // input_tiles
     prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
-    table.store(load_quadrant(p_quadrant, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
-    words = renew_words(no_words(slot, INDEX_BITS), p_tile + slot % 128, True, 0)
+    words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
     gl.barrier()
     gdc_wait()
 
@@ -298,7 +332,7 @@ def wide_gemm_kernel(
     copies = ((token,), (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    lookup = (table, slot // 4 % 32 * 4)
+    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
     for row_block in range(first_block, end):
         start = row_block * input_tiles

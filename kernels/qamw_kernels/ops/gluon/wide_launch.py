@@ -13,7 +13,7 @@ import torch
 from qamw_kernels.ops.gluon import table
 from qamw_kernels.ops.launcher import TL_DTYPES, Launcher, Processor, cdiv
 from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 MAX_TOKENS = 1024
 """With so many, the layers of a block of Llama-3-8B take an H100 763 us, and about 921 us where
@@ -128,35 +128,35 @@ def tokens_of(num_tokens: int) -> int:
 
 
 @functools.cache
-def shape_of(index_bits: int, tokens: int, shared_memory: int) -> Shape:
+def shape_of(rate: Rate, tokens: int, shared_memory: int) -> Shape:
     """The shape of the programs that have so many tokens.
 
     Args:
         shared_memory: bytes that one program may have, if it is alone on its multiprocessor.
     """
-    tile = Tile(3) if (index_bits, tokens) == SPILLING else TILES[tokens]
-    inputs = _inputs_beside_table(index_bits, tokens, tile.programs, shared_memory)
+    tile = Tile(3) if (rate.index_bits, tokens) == SPILLING else TILES[tokens]
+    inputs = _inputs_beside_table(rate, tokens, tile.programs, shared_memory)
     if tile.programs > 1 and inputs < TILE_INPUTS:
         tile = tile._replace(programs=1)
-        inputs = _inputs_beside_table(index_bits, tokens, 1, shared_memory)
+        inputs = _inputs_beside_table(rate, tokens, 1, shared_memory)
     block_inputs = min(inputs, TILE_INPUTS) // PLACES
     return Shape(tile, TILE_ROWS << tile.log_warps, block_inputs)
 
 
-def _inputs_beside_table(index_bits: int, tokens: int, programs: int, shared_memory: int) -> int:
+def _inputs_beside_table(rate: Rate, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(index_bits) + 8 * PLACES
+    free -= table.table_bytes(rate) + 8 * PLACES
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
 @functools.lru_cache(maxsize=4096)
 def grid(
-    num_tokens: int, num_rows: int, input_tiles: int, index_bits: int, processor: Processor
+    num_tokens: int, num_rows: int, input_tiles: int, rate: Rate, processor: Processor
 ) -> Grid:
     """The programs that multiply so many tokens with a weight."""
     tokens = tokens_of(num_tokens)
-    shape = shape_of(index_bits, tokens, processor.shared_memory)
+    shape = shape_of(rate, tokens, processor.shared_memory)
     programs = shape.tile.programs * processor.multiprocessors
     groups = cdiv(num_tokens, tokens)
     row_blocks = cdiv(num_rows, shape.rows)
@@ -166,7 +166,7 @@ def grid(
 
 @functools.cache
 def constants(
-    index_bits: int,
+    rate: Rate,
     dtype: torch.dtype,
     tokens: int,
     shared_memory: int,
@@ -177,10 +177,11 @@ def constants(
         tokens: of one program.
         shared_memory: bytes that one program may have.
     """
-    shape = shape_of(index_bits, tokens, shared_memory)
+    shape = shape_of(rate, tokens, shared_memory)
     tile, warps = shape.tile, 1 << shape.tile.log_warps
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
         "BLOCK_INPUTS": shape.block_inputs,
@@ -205,12 +206,12 @@ def fits(
     num_tokens: int,
     num_inputs: int,
     dtype: torch.dtype,
-    index_bits: int,
+    rate: Rate,
     processor: Processor | None,
 ) -> bool:
     """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
     hopper = processor is not None and processor.compute_capability == 90
-    return hopper and kernels is not None and table.fits(dtype, index_bits, processor)
+    return hopper and kernels is not None and table.fits(dtype, rate, processor)
 
 
 def gemm(
@@ -230,10 +231,10 @@ def gemm(
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     (num_tokens, num_inputs), num_rows = rotated.shape, weight.num_rows
-    input_tiles, index_bits = weight.tiles.shape[1], weight.index_bits
-    tokens, groups, share, adds = grid(num_tokens, num_rows, input_tiles, index_bits, processor)
-    chosen = constants(index_bits, rotated.dtype, tokens, processor.shared_memory)
-    shape = shape_of(index_bits, tokens, processor.shared_memory)
+    input_tiles, rate = weight.tiles.shape[1], weight.rate
+    tokens, groups, share, adds = grid(num_tokens, num_rows, input_tiles, rate, processor)
+    chosen = constants(rate, rotated.dtype, tokens, processor.shared_memory)
+    shape = shape_of(rate, tokens, processor.shared_memory)
     sums = weight.row_norms  # of the right type; nothing is written to it
     if adds:
         room = (groups, share.programs, 2, tokens * shape.rows)
@@ -246,7 +247,7 @@ def gemm(
         weight.tiles,
         TensorDescriptor.from_tensor(rotated, list(block_shape), layout),
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         y if bias is None else bias,
         y,
         sums,

@@ -3,8 +3,9 @@
 
 All readers of packed weights decode through :func:`decode_chunk`, except those in
 :mod:`qamw_kernels.ops.gluon`. Shapes: M tokens, N rows, K inputs (a multiple of 64),
-B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`, with E
-bits of an index for the codebook entry; a chunk is 32 inputs. Sizes are not specialized on, so that
+B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`, with
+ENTRY_BITS of the INDEX_BITS for the codebook entry, and with two bits more of the plain code or one
+more of the trellis; a chunk is 32 inputs. Sizes are not specialized on, so that
 :mod:`qamw_kernels.ops.warm_up` can compile everything that a model will ever launch.
 """
 
@@ -15,8 +16,27 @@ from qamw_kernels.ops.triton.arithmetic import cast, dot, hadamard_sign
 
 
 @triton.jit
-def load_pairs(p_words, pair, ENTRY_BITS: tl.constexpr, p_quadrant):
-    """Codewords of pair ``pair`` of the slots whose word 0 ``p_words`` points at.
+def load_signs(p_words, pair, INDEX_BITS: tl.constexpr, ENTRY_BITS: tl.constexpr):
+    """The signs of pair ``pair`` of the slots [R, 128], at bits 31 (y) and 15 (x)."""
+    p_first = p_words + ENTRY_BITS * 128
+    if INDEX_BITS - ENTRY_BITS == 2:
+        signs = tl.load(p_first + pair // 16 * 128) << (pair % 16)
+    else:
+        # A bit of the path; see qamw_kernels.codec.trellis for the signs that follow from it.
+        continues = tl.arange(0, 128)[None, :] % 16 >= 2
+        path = tl.load(p_first).to(tl.uint32, bitcast=True)
+        before = tl.load(p_first - 2, mask=continues, other=0).to(tl.uint32, bitcast=True)
+        y = path ^ ((path << 16) | (before >> 16)) ^ ((path << 24) | (before >> 8))
+        x = y ^ ((path << 8) | (before >> 24))
+        left = 31 - (8 * (pair % 4) + pair // 4)
+        signs = ((y << left) & 0x80000000) | (((x << left) >> 16) & 0x8000)
+        signs = signs.to(tl.int32, bitcast=True)
+    return signs & -0x7FFF8000
+
+
+@triton.jit
+def load_pairs(p_words, pair, INDEX_BITS: tl.constexpr, ENTRY_BITS: tl.constexpr, p_entries):
+    """Codewords of pair ``pair`` of the slots whose word 0 ``p_words`` [R, 128] points at.
 
     Returns two bfloat16 in an int32 each.
     """
@@ -27,34 +47,34 @@ def load_pairs(p_words, pair, ENTRY_BITS: tl.constexpr, p_quadrant):
     # of the next word; where the entry ends in this one, the mask below removes it
     high = (tl.load(p_entry + 128).to(tl.uint32, bitcast=True) << 1) << (31 - shift)
     entry = (low | high).to(tl.int32, bitcast=True) & ((1 << ENTRY_BITS) - 1)
-    signs = tl.load(p_words + (ENTRY_BITS + pair // 16) * 128) << (pair % 16)
-    return tl.load(p_quadrant + entry) ^ (signs & -0x7FFF8000)  # bits 31 and 15
+    return tl.load(p_entries + entry) ^ load_signs(p_words, pair, INDEX_BITS, ENTRY_BITS)
 
 
 @triton.jit
 def decode_chunk(
     p_tiles,
-    p_quadrant,
+    p_entries,
     row_tile,
     chunk,
     NUM_ROW_TILES,
     NUM_INPUT_TILES,
     INDEX_BITS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Coordinates [16 * R, 32] in DTYPE of the row tiles ``row_tile`` [R] and one chunk.
 
     They are exact in all three dtypes. Row tiles past the end are read as the last one.
 
-    p_quadrant: [C / 4] int32, two bfloat16 per word, x in the low half.
+    p_entries: [2**ENTRY_BITS] int32, two bfloat16 per word, x in the low half.
     """
     ROW_TILES: tl.constexpr = row_tile.shape[0]
     first = tl.minimum(row_tile, NUM_ROW_TILES - 1).to(tl.int64) * NUM_INPUT_TILES + chunk // 16
     p_words = p_tiles + first[:, None] * (INDEX_BITS * 128) + tl.arange(0, 128)[None, :]
     pair = 2 * (chunk % 16)
     word = tl.join(
-        load_pairs(p_words, pair, INDEX_BITS - 2, p_quadrant),
-        load_pairs(p_words, pair + 1, INDEX_BITS - 2, p_quadrant),
+        load_pairs(p_words, pair, INDEX_BITS, ENTRY_BITS, p_entries),
+        load_pairs(p_words, pair + 1, INDEX_BITS, ENTRY_BITS, p_entries),
     )
     if DTYPE.is_bf16():
         x = word.to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -70,13 +90,14 @@ def decode_chunk(
 @triton.jit
 def coordinates_times(
     p_tiles,
-    p_quadrant,
+    p_entries,
     row_tile,
     p_x,
     m_x,
     N,
     K,
     INDEX_BITS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
@@ -89,12 +110,13 @@ def coordinates_times(
     for chunk in range(K // 32):
         coordinates = decode_chunk(
             p_tiles,
-            p_quadrant,
+            p_entries,
             row_tile,
             chunk,
             tl.cdiv(N, 16),
             tl.cdiv(K, 512),
             INDEX_BITS,
+            ENTRY_BITS,
             DTYPE,
         )
         k = chunk * 32 + tl.arange(0, 32)
@@ -108,7 +130,7 @@ def gemm_kernel(
     p_x,
     p_tiles,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_bias,
     p_y,
     M,
@@ -116,6 +138,7 @@ def gemm_kernel(
     K,
     has_bias,
     INDEX_BITS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROW_TILES: tl.constexpr,
@@ -130,13 +153,14 @@ def gemm_kernel(
     p_tokens = p_x + m.to(tl.int64) * K
     acc = coordinates_times(
         p_tiles,
-        p_quadrant,
+        p_entries,
         row_tile,
         p_tokens,
         m < M,
         N,
         K,
         INDEX_BITS,
+        ENTRY_BITS,
         DTYPE,
         BLOCK_M,
     )
@@ -152,7 +176,7 @@ def routed_gemm_kernel(
     p_x,
     p_tiles,
     p_row_norms,
-    p_quadrant,
+    p_entries,
     p_slots,
     p_experts,
     p_num_sorted,
@@ -162,6 +186,7 @@ def routed_gemm_kernel(
     N,
     K,
     INDEX_BITS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     ROW_TILES: tl.constexpr,
@@ -183,13 +208,14 @@ def routed_gemm_kernel(
     p_tokens = p_x + (slot // slots_per_token).to(tl.int64) * K
     acc = coordinates_times(
         p_expert,
-        p_quadrant,
+        p_entries,
         row_tile,
         p_tokens,
         m_slot,
         N,
         K,
         INDEX_BITS,
+        ENTRY_BITS,
         DTYPE,
         BLOCK_M,
     )
@@ -226,12 +252,13 @@ def dequantize_kernel(
     p_tiles,
     p_row_norms,
     p_input_scales,
-    p_quadrant,
+    p_entries,
     p_weight,
     N,
     K,
     scale,
     INDEX_BITS: tl.constexpr,
+    ENTRY_BITS: tl.constexpr,
     B: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -257,12 +284,13 @@ def dequantize_kernel(
     for chunk in range(SPAN // 32):
         coordinates = decode_chunk(
             p_tiles,
-            p_quadrant,
+            p_entries,
             row_tile,
             first + chunk,
             tl.cdiv(N, 16),
             tl.cdiv(K, 512),
             INDEX_BITS,
+            ENTRY_BITS,
             tl.bfloat16,
         )
         product = dot(coordinates, hadamard, tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32))

@@ -28,7 +28,7 @@ from qamw_kernels.ops.triton.kernels import (
     routed_gemm_kernel,
 )
 from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_sorted
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 
 
 class Tile(NamedTuple):
@@ -60,7 +60,7 @@ DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
 
 
 @functools.cache
-def gemm_constants(index_bits: int, dtype: torch.dtype, kind: str) -> dict[str, Any]:
+def gemm_constants(rate: Rate, dtype: torch.dtype, kind: str) -> dict[str, Any]:
     """Compile-time arguments of ``gemm_kernel`` and ``routed_gemm_kernel``, and compiler options.
 
     Args:
@@ -68,7 +68,8 @@ def gemm_constants(index_bits: int, dtype: torch.dtype, kind: str) -> dict[str, 
     """
     tile = GEMM_TILES[kind, dtype.itemsize]
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "DTYPE": TL_DTYPES[dtype],
         "BLOCK_M": tile.BLOCK_M,
         "ROW_TILES": tile.ROW_TILES,
@@ -79,14 +80,15 @@ def gemm_constants(index_bits: int, dtype: torch.dtype, kind: str) -> dict[str, 
 
 @functools.cache
 def dequantize_constants(
-    index_bits: int,
+    rate: Rate,
     rotation_block_size: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Compile-time arguments of ``dequantize_kernel``, and options of its compiler."""
     tile = DEQUANTIZE_TILE
     return {
-        "INDEX_BITS": index_bits,
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
         "B": rotation_block_size,
         "WIDTH": min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH),
         "DTYPE": TL_DTYPES[dtype],
@@ -114,7 +116,7 @@ def linear(
     # Kernels are compiled for biases of the activations' dtype, and for no other while serving.
     bias = None if bias is None else bias.to(x.dtype).contiguous()
     processor = launcher.processor(x.device)
-    if len(x) <= gemm_max_tokens(x.device, x.dtype, weight.index_bits, processor):
+    if len(x) <= gemm_max_tokens(x.device, x.dtype, weight.rate, processor):
         return multiply_packed(x.contiguous(), weight, bias, launcher=launcher)
     return multiply_dequantized(x.contiguous(), weight, bias, launcher=launcher)
 
@@ -130,7 +132,7 @@ def multiply_packed(
     if len(x) == 0:
         return y
     processor, (num_tokens, num_inputs) = launcher.processor(x.device), x.shape
-    product = product_for(num_tokens, num_inputs, x.dtype, weight.index_bits, processor)
+    product = product_for(num_tokens, num_inputs, x.dtype, weight.rate, processor)
     swapped = product is wide_launch
     rotated = rotate(x, weight.input_scales, weight.rotation_block_size, launcher, swapped)
     if product is None or processor is None:
@@ -180,23 +182,19 @@ def routed_block_size(
     """
     processor = launcher.processor(weights[0].tiles.device)
     for size in routed_launch.sizes_for(num_slots, num_experts):
-        if all(
-            routed_launch.fits(size, w.num_inputs, dtype, w.index_bits, processor) for w in weights
-        ):
+        if all(routed_launch.fits(size, w.num_inputs, dtype, w.rate, processor) for w in weights):
             return size
     kind = "skinny" if num_slots <= SKINNY_MAX_TOKENS * num_experts else "wide"
     return GEMM_TILES[kind, dtype.itemsize].BLOCK_M
 
 
-def routed_block_sizes(
-    dtype: torch.dtype, index_bits: int, processor: Processor | None
-) -> set[int]:
+def routed_block_sizes(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> set[int]:
     """All that :func:`routed_block_size` may give."""
     plain = {GEMM_TILES[kind, dtype.itemsize].BLOCK_M for kind in ("skinny", "wide")}
     return plain | {
         size
         for size in routed_launch.BLOCK_SIZES
-        if routed_launch.fits(size, UNIT_INPUTS, dtype, index_bits, processor)
+        if routed_launch.fits(size, UNIT_INPUTS, dtype, rate, processor)
     }
 
 
@@ -212,8 +210,8 @@ def routed_linear(
     if num_slots == 0:
         return y
     x, weight, processor = x.contiguous(), weight.contiguous(), launcher.processor(x.device)
-    size, num_inputs, index_bits = routing.block_size, weight.num_inputs, weight.index_bits
-    fits = routed_launch.fits(size, num_inputs, x.dtype, index_bits, processor)
+    size, num_inputs, rate = routing.block_size, weight.num_inputs, weight.rate
+    fits = routed_launch.fits(size, num_inputs, x.dtype, rate, processor)
     if processor and fits and routed_launch.is_wide(size):
         rotated = rotate_sorted(x, weight, routing, num_slots, launcher)
         routed_launch.wide_gemm(rotated, weight, routing, y, processor, launcher)
@@ -239,7 +237,7 @@ def routed_gemm(
         for kind in ("skinny", "wide")
         if routing.block_size == GEMM_TILES[kind, y.dtype.itemsize].BLOCK_M
     )
-    constants = gemm_constants(weight.index_bits, y.dtype, kind)
+    constants = gemm_constants(weight.rate, y.dtype, kind)
     row_blocks = cdiv(weight.num_rows, TILE_ROWS * constants["ROW_TILES"])
     launcher.launch(
         routed_gemm_kernel,
@@ -247,7 +245,7 @@ def routed_gemm(
         rotated,
         weight.tiles,
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         routing.slots,
         routing.experts,
         routing.num_sorted,
@@ -290,7 +288,7 @@ def gemm(
     num_tokens, num_inputs = rotated.shape
     num_rows = weight.num_rows
     kind = "skinny" if num_tokens <= SKINNY_MAX_TOKENS else "wide"
-    constants = gemm_constants(weight.index_bits, rotated.dtype, kind)
+    constants = gemm_constants(weight.rate, rotated.dtype, kind)
     grid = (
         cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
         cdiv(num_tokens, constants["BLOCK_M"]),
@@ -301,7 +299,7 @@ def gemm(
         rotated,
         weight.tiles,
         weight.row_norms,
-        weight.quadrant_words,
+        weight.entry_words,
         y if bias is None else bias,
         y,
         num_tokens,
@@ -321,10 +319,10 @@ def dequantize(
     num_rows, num_inputs, size = weight.num_rows, weight.num_inputs, weight.rotation_block_size
     out = torch.empty(num_rows, num_inputs, dtype=dtype, device=weight.tiles.device)
     processor = launcher.processor(out.device)
-    if processor and dequantize_launch.fits(dtype, weight.index_bits, size, processor):
+    if processor and dequantize_launch.fits(dtype, weight.rate, size, processor):
         dequantize_launch.dequantize(weight, out, processor, launcher)
         return out
-    constants = dequantize_constants(weight.index_bits, size, dtype)
+    constants = dequantize_constants(weight.rate, size, dtype)
     grid = (
         cdiv(num_rows, TILE_ROWS * constants["ROW_TILES"]),
         num_inputs // constants["WIDTH"],
@@ -335,7 +333,7 @@ def dequantize(
         weight.tiles,
         weight.row_norms,
         weight.input_scales,
-        weight.quadrant_words,
+        weight.entry_words,
         out,
         num_rows,
         num_inputs,

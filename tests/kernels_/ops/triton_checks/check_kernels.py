@@ -9,14 +9,14 @@ import triton.language as tl
 
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.rotation import hadamard
-from qamw_kernels.format.codebook import INDEX_BITS
+from qamw_kernels.format.codebook import INDEX_BITS, TRELLIS
 from qamw_kernels.format.config import ROTATION_BLOCK_SIZES
 from qamw_kernels.format.packing import pack_planes, unpack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.triton.arithmetic import cast, dot
 from qamw_kernels.ops.triton.rotate_launch import MANY_INPUTS, rotate, rotate_many
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 from tests.kernels_.ops.triton_checks.common import (
     DEVICE,
     DTYPES,
@@ -28,12 +28,15 @@ from tests.kernels_.ops.triton_checks.common import (
     random_weight,
 )
 
+RATES = [*map(Rate, INDEX_BITS), *(Rate(b, TRELLIS) for b in (6, 11, 12))]
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_decoding_is_exact(index_bits: int, dtype: torch.dtype) -> None:
-    # 9,600 pairs: every codeword occurs; a tile and a part of one.
-    weight = random_weight(30, 10 * 64, index_bits)
+@pytest.mark.parametrize("rate", RATES, ids=str)
+def test_decoding_is_exact(rate: Rate, dtype: torch.dtype) -> None:
+    # 9,600 pairs: every index occurs; a tile and a part of one.
+    index_bits, code = rate
+    weight = random_weight(30, 10 * 64, index_bits, code=code)
     weight.row_norms.fill_(1)
     assert len(unpack_planes(weight.qweight).unique()) == 2**index_bits
     inputs = torch.eye(10 * 64, dtype=dtype, device=DEVICE)
@@ -126,10 +129,11 @@ def test_rotate_overflows_only_where_the_result_does(num_tokens: int) -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 16, 17, 130])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_gemm(index_bits: int, dtype: torch.dtype, num_tokens: int) -> None:
+@pytest.mark.parametrize("rate", [*map(Rate, INDEX_BITS), Rate(11, TRELLIS)], ids=str)
+def test_gemm(rate: Rate, dtype: torch.dtype, num_tokens: int) -> None:
     """1, 3 and 16 tokens take the skinny tile, more the wide one."""
-    weight = random_weight(NUM_ROWS, 5 * 64, index_bits)
+    index_bits, code = rate
+    weight = random_weight(NUM_ROWS, 5 * 64, index_bits, code=code)
     rotated = random(num_tokens, 5 * 64, dtype=dtype)
     bias = random(NUM_ROWS, dtype=dtype, seed=2) if num_tokens != 3 else None
     got = gemm(rotated, weight, bias)
@@ -180,9 +184,10 @@ def check_dequantize(weight: QuantizedWeight, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("index_bits", INDEX_BITS)
-def test_dequantize(index_bits: int, dtype: torch.dtype) -> None:
-    check_dequantize(random_weight(NUM_ROWS, 5 * 64, index_bits), dtype)
+@pytest.mark.parametrize("rate", RATES, ids=str)
+def test_dequantize(rate: Rate, dtype: torch.dtype) -> None:
+    index_bits, code = rate
+    check_dequantize(random_weight(NUM_ROWS, 5 * 64, index_bits, code=code), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,13 +4,14 @@ import pytest
 import torch
 
 from qamw_kernels.codec.decode import decode_weight
+from qamw_kernels.format.codebook import TRELLIS
 from qamw_kernels.ops import reference
 from qamw_kernels.ops.launcher import ON_DEVICE
 from qamw_kernels.ops.linear import combine, routed_linear
 from qamw_kernels.ops.routing import sort_slots
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.triton.rotate_launch import rotate, rotate_many
-from qamw_kernels.ops.weight import TiledWeight
+from qamw_kernels.ops.weight import Rate, TiledWeight
 from tests.kernels_.ops.triton_checks.common import DEVICE, NUM_ROWS, random, random_weight
 
 NUM_EXPERTS, TOP_K = 6, 2
@@ -30,21 +31,23 @@ def choose_experts(num_tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize(
     "case",
     [
-        (11, 64, 1, torch.bfloat16),
-        (8, 128, 5, torch.float16),
-        (6, 16, 40, torch.bfloat16),
-        (12, 64, 7, torch.float32),
-        (9, 64, 0, torch.bfloat16),
+        (Rate(11), 64, 1, torch.bfloat16),
+        (Rate(8), 128, 5, torch.float16),
+        (Rate(6), 16, 40, torch.bfloat16),
+        (Rate(12), 64, 7, torch.float32),
+        (Rate(9), 64, 0, torch.bfloat16),
+        (Rate(11, TRELLIS), 64, 3, torch.bfloat16),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("parallel", [False, True])
-def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) -> None:
+def test_routed_linear(case: tuple[Rate, int, int, torch.dtype], parallel: bool) -> None:
     """Experts of which some get no token; with expert parallelism some are on another rank."""
-    index_bits, size, num_tokens, dtype = case
+    rate, size, num_tokens, dtype = case
     num_inputs = 192 if size == 64 else 256
     weights = [
-        random_weight(NUM_ROWS, num_inputs, index_bits, size, seed) for seed in range(NUM_EXPERTS)
+        random_weight(NUM_ROWS, num_inputs, rate.index_bits, size, seed, rate.code)
+        for seed in range(NUM_EXPERTS)
     ]
     for weight in weights:
         weight.input_scales.copy_(weights[0].input_scales)
@@ -55,7 +58,7 @@ def test_routed_linear(case: tuple[int, int, int, torch.dtype], parallel: bool) 
     tiled = TiledWeight.of_experts([weights[e] for e in here])
     expert_map = expert_map if parallel else None
     processor = ON_DEVICE.processor(chosen.device)
-    for block_size in sorted(launch.routed_block_sizes(dtype, index_bits, processor)):
+    for block_size in sorted(launch.routed_block_sizes(dtype, rate, processor)):
         routing = sort_slots(chosen, block_size, NUM_EXPERTS, expert_map)
         # Behind the first layer of an expert, each slot has an activation of its own.
         for num_activations in (num_tokens, num_tokens * TOP_K):

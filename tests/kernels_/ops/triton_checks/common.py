@@ -2,8 +2,8 @@
 
 import torch
 
-from qamw_kernels.format.codebook import load_codebook
-from qamw_kernels.format.packing import unpack_planes
+from qamw_kernels.codec.decode import decode_coordinates
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_kernels.ops.interpreter import interpreted
 from qamw_kernels.ops.linear import linear as tiled_linear
@@ -22,10 +22,11 @@ def random_weight(
     index_bits: int,
     rotation_block_size: int = 64,
     seed: int = 0,
+    code: str = PLAIN,
 ) -> QuantizedWeight:
     """As :func:`tests.helpers.weights.random_weight`, on the device of the checks."""
     return weights.random_weight(
-        num_rows, num_inputs, index_bits, rotation_block_size, seed, DEVICE
+        num_rows, num_inputs, index_bits, rotation_block_size, seed, DEVICE, code
     )
 
 
@@ -37,8 +38,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> to
 
 def coordinates(weight: QuantizedWeight) -> torch.Tensor:
     """[N, K] float32."""
-    codebook = load_codebook(weight.index_bits).to(DEVICE)
-    return codebook[unpack_planes(weight.qweight).int()].flatten(1)
+    return decode_coordinates(weight)
 
 
 def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, exact: torch.Tensor) -> None:
