@@ -182,6 +182,7 @@ def _request(args: argparse.Namespace) -> "QuantizeRequest":
         calibration_tokens=args.calibration_tokens,
         effort=args.effort,
         encoder=args.encoder,
+        code=args.code,
         rates=args.rates,
         tp_max=args.tp_max,
         ignore=args.ignore,
@@ -233,7 +234,7 @@ def _print_sizes(made: "Plan", processes: int) -> None:
     head = f", and the head at {nominal_bits_per_weight(HEAD_INDEX_BITS):g}" if made.head else ""
     show(
         f"{weights / 1e6:.1f} M weights quantized at {effective:.3f} effective bits per weight"
-        f"{head}"
+        f"{head}; {made.format.code} code"
     )
     scratch = ""
     if request.mixed:

@@ -58,14 +58,15 @@ def _gpus() -> Iterator[tuple[str, str]]:
         return
     from qamw_kernels.ops.crossover import kernel_for_many
     from qamw_kernels.ops.launcher import ON_DEVICE
+    from qamw_kernels.ops.weight import Rate
 
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         processor = ON_DEVICE.processor(torch.device("cuda", index))
-        index_bits = index_bits_within(BITS_PER_WEIGHT)
+        rate = Rate(index_bits_within(BITS_PER_WEIGHT))
         yield (
             f"GPU {index}",
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, "
             f"{properties.total_memory / 2**30:.1f} GiB; kernel for more than a few tokens: "
-            f"{kernel_for_many(torch.bfloat16, index_bits, processor)}",
+            f"{kernel_for_many(torch.bfloat16, rate, processor)}",
         )

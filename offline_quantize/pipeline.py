@@ -278,6 +278,7 @@ def _quantize_linears(
         plan.request.encoder,
         plan.request.balance_scales,
         run.ranks,
+        plan.format.code,
     )
     result = Quantized({}, [])
     for linear in linears:

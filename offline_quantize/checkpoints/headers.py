@@ -28,7 +28,9 @@ def find_modules(checkpoint: Checkpoint, fmt: QamwFormat) -> dict[str, Quantized
                 f"expected [index_bits, N, K / {UNIT_INPUTS}]"
             )
         module = name.removesuffix(".qweight")
-        modules[module] = QuantizedShape(*unpacked_shape(info.shape), fmt.index_bits_of(module))
+        modules[module] = QuantizedShape(
+            *unpacked_shape(info.shape), fmt.index_bits_of(module), fmt.code
+        )
     if not modules:
         raise QuantizeError(f"{checkpoint.directory}: no quantized layer found")
     return modules

@@ -33,7 +33,7 @@ def inspect(directory: Path) -> str:
     num_weights = sum(shape.num_weights for shape in quantized.modules.values())
     lines.append(
         f"{len(quantized.modules)} layers, {num_weights / 1e6:.1f} M weights, "
-        f"{quantized.effective_bits_per_weight:.3f} effective bpw; "
+        f"{quantized.effective_bits_per_weight:.3f} effective bpw; {quantized.format.code} code; "
         f"not quantized: {', '.join(map(_shown, quantized.format.ignore))}"
     )
     lines.append("headers and report as they are; bytes and values were not checked: verify does")

@@ -82,13 +82,17 @@ def pair_blocks(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def rotated_root(
-    hessian: torch.Tensor, input_scales: torch.Tensor, rotation_block_size: int
+    hessian: torch.Tensor,
+    input_scales: torch.Tensor,
+    rotation_block_size: int,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """R [K, K] float64 in the basis of the coordinates.
 
     Args:
         hessian: [K, K] float32, of the input as it is, neither scaled nor rotated.
         input_scales: [K] float16.
+        order: [K] int64, in which coordinates are coded; None for that of the inputs.
     Raises:
         TensorError: the Hessian is not finite.
     """
@@ -96,6 +100,8 @@ def rotated_root(
     basis = hessian.double() * scales[:, None] * scales
     for _ in range(2):
         basis = rotate(basis, rotation_block_size).T
+    if order is not None:
+        basis = basis[order][:, order]
     return factor(basis, DAMPING)
 
 

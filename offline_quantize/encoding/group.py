@@ -1,12 +1,11 @@
 """The weights of one input group become quantized weights. How data flows:
 
 1. Weights and Hessians -> input scales, one vector for the group (:mod:`.scales`).
-2. Hessian and input scales -> a coder (:func:`.feedback.feedback_coder`, or
-   :func:`.beam.beam_coder`): a function from coordinates to indices. Without a Hessian there is
-   none.
+2. Hessian and input scales -> a coder (one of CODERS): a function from coordinates to indices.
+   Without a Hessian there is none.
 3. ``qamw_kernels``' ``encode_weight`` scales, normalizes and rotates some rows of a weight at a
-   time, has the coder choose their indices (or takes the nearest codewords), and packs them.
-4. With a beam, row norms are fitted to what was coded (:func:`fit_row_norms`).
+   time, has the coder choose their indices (or takes those of least squared error), and packs them.
+4. With the encoder "beam", row norms are fitted to what was coded (:func:`fit_row_norms`).
 5. The quantized weight is decoded again and compared with the original (:func:`measure`).
 
 Given scales and Hessian, a row is encoded by itself. Several processes lay the rows of all weights
@@ -22,14 +21,26 @@ import torch
 from offline_quantize.encoding.beam import beam_coder
 from offline_quantize.encoding.feedback import feedback_coder, rotated_root
 from offline_quantize.encoding.scales import balanced_scales, searched_scales
+from offline_quantize.encoding.trellis import sweeping_coder, trellis_coder
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import ENCODE_CHUNK, encode_weight, make_input_scales
-from qamw_kernels.format.weight import QuantizedWeight, largest_row_norm
+from qamw_kernels.codec.trellis import path_inputs
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
+from qamw_kernels.format.weight import QuantizedWeight
 
-CODERS = {"feedback": feedback_coder, "beam": beam_coder}
+CODERS = {
+    "feedback": {PLAIN: feedback_coder, TRELLIS: trellis_coder},
+    "beam": {PLAIN: beam_coder, TRELLIS: sweeping_coder},
+}
+"""Encoder -> code -> what makes a coder of a root and index bits."""
+
 ENCODERS = (*CODERS, "nearest")
 """All but the last need a calibration text."""
+
+Coder = Callable[[torch.Tensor], torch.Tensor]
+"""Coordinates [n, K] float32 -> indices [n, P] int16."""
+
 SEARCH_ROWS = 128  # of every weight: nearest codewords' scales are chosen on these
 MEASURED_ROWS = 1024  # decoded at once
 FEEDBACK_WEIGHTS = 1 << 24  # encoded at once, with feedback
@@ -155,10 +166,7 @@ def fit_row_norms(
         factor = torch.linalg.vecdot(outputs, weight[part].float()) / energy
         factors.append(torch.where(factor.isfinite(), factor, 1))
     fitted = quantized.row_norms * torch.cat(factors).clamp(*FITTED)
-    most = largest_row_norm(
-        quantized.index_bits, quantized.rotation_block_size, quantized.input_scales
-    )
-    row_norms = torch.where(fitted > most, quantized.row_norms, fitted)
+    row_norms = torch.where(fitted > quantized.largest_row_norm, quantized.row_norms, fitted)
     return dataclasses.replace(quantized, row_norms=row_norms)
 
 
@@ -167,6 +175,7 @@ def _scales_for_nearest(
     index_bits: int,
     rotation_block_size: int,
     hessians: Mapping[str, torch.Tensor | None],
+    code: str,
 ) -> torch.Tensor:
     """Input scales with the least output error of nearest codewords, on some rows of each weight.
 
@@ -183,11 +192,32 @@ def _scales_for_nearest(
     def output_error(scales: torch.Tensor) -> float:
         total = 0.0
         for name, weight in rows.items():
-            quantized = encode_weight(weight, index_bits, rotation_block_size, scales)
+            quantized = encode_weight(weight, index_bits, rotation_block_size, scales, code=code)
             total += measure(weight, quantized, known[name]).output_nmse or 0.0
         return total
 
     return searched_scales(magnitudes, output_error)
+
+
+def make_coder(
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    rotation_block_size: int,
+    index_bits: int,
+    encoder: str,
+    code: str,
+) -> Coder:
+    """The coder for one input.
+
+    Args:
+        hessian: [K, K] float32. scales: [K] float16.
+        encoder: one of ENCODERS, but not "nearest".
+    Raises:
+        TensorError: the Hessian is not finite.
+    """
+    order = path_inputs(len(hessian)) if code == TRELLIS else None
+    root = rotated_root(hessian, scales, rotation_block_size, order)
+    return CODERS[encoder][code](root, index_bits)
 
 
 def encode_group(
@@ -198,6 +228,7 @@ def encode_group(
     encoder: str,
     balance: bool = True,
     ranks: Ranks = ALONE,
+    code: str = PLAIN,
 ) -> EncodedGroup:
     """Quantize the weights of an input group, which share input scales.
 
@@ -209,6 +240,7 @@ def encode_group(
         encoder: one of ENCODERS.
         balance: whether error feedback has channel scales, :func:`balanced_scales`.
         ranks: the processes that share the rows; each has all weights, and gets all results.
+        code: one of CODES.
     Returns:
         Tensors on the CPU.
     Raises:
@@ -218,22 +250,21 @@ def encode_group(
     def choose_scales() -> torch.Tensor:
         known = any(hessian is not None for hessian in hessians.values())
         if known and encoder == "nearest":
-            return _scales_for_nearest(weights, index_bits, rotation_block_size, hessians)
+            return _scales_for_nearest(weights, index_bits, rotation_block_size, hessians, code)
         if known and balance:
             return balanced_scales(weights.values())
         return make_input_scales(next(iter(weights.values())).shape[1])
 
     scales = ranks.decide(choose_scales)
-    make_coder = CODERS.get(encoder)
     own: dict[str, _Part] = {}
-    coder: Callable[[torch.Tensor], torch.Tensor] | None = None
+    coder: Coder | None = None
     coder_hessian = None
     for name, rows in _own_rows(weights, ranks).items():
-        hessian = hessians[name] if make_coder else None
+        hessian = hessians[name] if encoder != "nearest" else None
         if hessian is not coder_hessian:
             coder = None  # a coder is large: one at a time
-            if make_coder and hessian is not None:
-                coder = make_coder(rotated_root(hessian, scales, rotation_block_size), index_bits)
+            if hessian is not None:
+                coder = make_coder(hessian, scales, rotation_block_size, index_bits, encoder, code)
             coder_hessian = hessian
         weight = weights[name][rows]
         encoded = encode_weight(
@@ -244,6 +275,7 @@ def encode_group(
             name=f"{name}.weight" + (f"[{rows.start}:]" if rows.start else ""),
             coder=coder,
             weights_at_once=FEEDBACK_WEIGHTS if coder else ENCODE_CHUNK,
+            code=code,
         )
         if encoder == "beam" and hessian is not None:
             encoded = fit_row_norms(weight, encoded, hessian)
@@ -258,6 +290,7 @@ def encode_group(
             torch.cat([part.row_norms for part in of_weight]),
             scales.cpu(),
             rotation_block_size,
+            code,
         )
         total = sum((part.energies for part in of_weight), _Energies())
         errors[name] = total.errors(of_output=hessians[name] is not None)

@@ -24,7 +24,8 @@ tags: [qamw]
 {report.effective_bits_per_weight:.3f} effective bits each
 (every stored byte counted); {report.output_bytes / 1e6:.1f} MB instead of \
 {report.source_bytes / 1e6:.1f} MB.{_head(plan)}{_source(report)}
-Calibration: {_calibration(report)}; encoder {report.encoder}, {report.rates} rates. \
+Calibration: {_calibration(report)}; encoder {report.encoder}, {report.code} code, \
+{report.rates} rates. \
 Made by qamw-vllm {report.qamw_version}.
 
 With the vLLM plugin of qamw-vllm installed:

@@ -86,6 +86,7 @@ def _make_report(plan: Plan, output: Output, num_tokens: int) -> Report:
         calibration=plan.request.calibration_name,
         calibration_tokens=num_tokens,
         encoder=plan.request.encoder,
+        code=plan.format.code,
         rates=plan.request.rates,
         nominal_bits_per_weight=plan.nominal_bits_per_weight,
         effective_bits_per_weight=plan.effective_bits_per_weight,

@@ -87,6 +87,7 @@ class Report:
         calibration: file name of the calibration text, None without.
         calibration_tokens: how many tokens of it were read.
         encoder: as in :class:`~offline_quantize.planning.request.QuantizeRequest`.
+        code: likewise.
         rates: likewise.
         nominal_bits_per_weight: what the indices take, on average over the decoder layers.
         effective_bits_per_weight: all stored bytes of the quantized decoder layers.
@@ -102,6 +103,7 @@ class Report:
     calibration: str | None
     calibration_tokens: int
     encoder: str
+    code: str
     rates: str
     nominal_bits_per_weight: float
     effective_bits_per_weight: float
@@ -144,6 +146,7 @@ class Report:
             "calibration": self.calibration,
             "calibration_tokens": self.calibration_tokens,
             "encoder": self.encoder,
+            "code": self.code,
             "rates": self.rates,
             "nominal_bits_per_weight": self.nominal_bits_per_weight,
             "effective_bits_per_weight": self.effective_bits_per_weight,

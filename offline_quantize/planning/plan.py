@@ -114,7 +114,7 @@ class Plan:
     def shape_of(self, linear: Linear) -> QuantizedShape:
         """Shape and rate of a linear that is quantized."""
         index_bits = self.format.index_bits_of(linear.name)
-        return QuantizedShape(linear.num_rows, linear.num_inputs, index_bits)
+        return QuantizedShape(linear.num_rows, linear.num_inputs, index_bits, self.format.code)
 
     def output_tensors(self, linear: Linear) -> list[TensorInfo]:
         """The tensors that replace a linear's weight."""
@@ -240,6 +240,7 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
         _head_rate(head),
         unquantized_matrices(checkpoint, linears, head),
         stacks={stack.name: stack.shape for layer in layers for stack in layer.stacks},
+        code=request.code,
     )
     served = [
         tp

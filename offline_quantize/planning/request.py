@@ -11,6 +11,7 @@ from offline_quantize.encoding.group import CODERS, ENCODERS
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.planning.shards import MAX_SHARD_BYTES
 from qamw_kernels.errors import FormatError
+from qamw_kernels.format.codebook import CODES, PLAIN
 from qamw_kernels.format.defaults import BITS_PER_WEIGHT, TP_MAX
 from qamw_kernels.format.rates import index_bits_within, is_nominal
 
@@ -48,6 +49,8 @@ class QuantizeRequest:
             :meth:`default_tokens`, or all of them if the text has fewer.
         effort: one of EFFORTS: the defaults of the encoder, the rates and the number of tokens.
         encoder: one of ENCODERS, see :mod:`offline_quantize.encoding.group`.
+        code: "plain", or "trellis": about a quarter less squared error from as many bits, in more
+            time; see :mod:`qamw_kernels.codec.trellis`.
         rates: "mixed" measures sensitivities: bits go to the layers, and calibration tokens count,
             by what their errors cost. "uniform" treats all alike, in about half the time.
         tp_max: widest tensor parallelism that rotation blocks are chosen for.
@@ -65,6 +68,7 @@ class QuantizeRequest:
     calibration_tokens: int | None
     effort: str
     encoder: str
+    code: str
     rates: str
     tp_max: int
     ignore: tuple[str, ...]
@@ -81,6 +85,7 @@ class QuantizeRequest:
         calibration_tokens: int | None = None,
         effort: str = "normal",
         encoder: str | None = None,
+        code: str = PLAIN,
         rates: str | None = None,
         tp_max: int = TP_MAX,
         ignore: Iterable[str] = (),
@@ -107,6 +112,7 @@ class QuantizeRequest:
             "calibration_tokens": calibration_tokens,
             "effort": effort,
             "encoder": encoder or preset.encoder,
+            "code": code,
             "rates": rates or preset.rates,
             "tp_max": tp_max,
             "ignore": tuple(ignore),
@@ -126,6 +132,7 @@ class QuantizeRequest:
     def _check_choices(self) -> None:
         choices = (  # name, value, all values, those that need a calibration text
             ("encoder", self.encoder, ENCODERS, CODERS),
+            ("code", self.code, CODES, ()),
             ("rates", self.rates, RATES, ("mixed",)),
             ("effort", self.effort, EFFORTS, ("fast", "best")),
         )

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_quantize.calibration.text import DEFAULT_TEXT
+from offline_quantize.checkpoints.inspect import inspect
 from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.analysis import find_structure
@@ -21,11 +22,12 @@ from offline_quantize.output.report import Report
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.errors import QamwError, TensorError
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from tests.helpers.checkpoints import LITTLE_CALIBRATION, decoded, files_of, tensors_of
 from tests.helpers.models import copy_model, tiny_model
 from tests.offline.interruptions import file_size_limit
 
-PLAIN = QuantizeRequest(calibration=None)
+UNCALIBRATED = QuantizeRequest(calibration=None)
 COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,7 +42,7 @@ COPIED = (
 def test_every_architecture(architecture: str, tmp_path: Path) -> None:
     model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
     (model / "README.md").write_text("the model's own card")
-    report = quantize(model, out, PLAIN)
+    report = quantize(model, out, UNCALIBRATED)
     before, after = tensors_of(model), tensors_of(out)
     quantized = {layer.name for layer in report.layers}
     assert len(quantized) == 2 * (4 if architecture == "phi3" else 7)
@@ -97,6 +99,29 @@ def test_encoders_and_calibration(tiny_llama: Path, calibrated: Path, tmp_path: 
         assert torch.equal(scales[0], scales[1]) and torch.equal(scales[0], scales[2])
 
 
+def test_along_a_trellis(tiny_llama: Path, tmp_path: Path) -> None:
+    """As many bits, in a new format version, with less error: calibrated or not."""
+    for calibration in (DEFAULT_TEXT, None):
+        reports = [
+            quantize(
+                tiny_llama,
+                tmp_path / f"{code}-{calibration is None}",
+                QuantizeRequest(calibration=calibration, rates="uniform", code=code),
+            )
+            for code in (PLAIN, TRELLIS)
+        ]
+        errors = [[report.error_of(layer) or 0 for layer in report.layers] for report in reports]
+        gains = [one / other for other, one in zip(*errors, strict=True)]
+        assert sum(gains) / len(gains) < 0.85
+        assert reports[0].output_bytes == reports[1].output_bytes
+        out = tmp_path / f"trellis-{calibration is None}"
+        assert verify(out)
+        config = json.loads((out / "config.json").read_text())["quantization_config"]
+        assert (config["format_version"], config["code"]) == (2, "trellis")
+        assert list(config["codebooks"]) == ["trellis-gaussian-2048-v1"]
+        assert "trellis code" in inspect(out) and "trellis code" in (out / "README.md").read_text()
+
+
 def test_scales_of_one_on_request(tiny_llama: Path, tmp_path: Path) -> None:
     request = QuantizeRequest(calibration_tokens=512, balance_scales=False)
     quantize(tiny_llama, tmp_path / "out", request)
@@ -106,7 +131,7 @@ def test_scales_of_one_on_request(tiny_llama: Path, tmp_path: Path) -> None:
 
 
 def test_one_layer_over_two_shards_and_other_dtypes(tmp_path: Path, tiny_llama: Path) -> None:
-    quantize(tiny_llama, tmp_path / "one", PLAIN)
+    quantize(tiny_llama, tmp_path / "one", UNCALIBRATED)
     model = copy_model(tiny_llama, tmp_path / "model")
     tensors = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
@@ -116,7 +141,7 @@ def test_one_layer_over_two_shards_and_other_dtypes(tmp_path: Path, tiny_llama: 
         part = {name: tensors[name].float() for name in weight_map if weight_map[name] == file}
         save_file(part, model / file)
     (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    quantize(model, tmp_path / "two", PLAIN)
+    quantize(model, tmp_path / "two", UNCALIBRATED)
     one, two = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name].to(two[name].dtype), two[name]) for name in one)
@@ -161,11 +186,11 @@ def test_what_does_not_fit_on_the_disk_is_refused(tmp_path: Path, tiny_llama: Pa
     (model / "notes.txt").touch()  # is copied; has a size, but takes no room
     os.truncate(model / "notes.txt", shutil.disk_usage(tmp_path).free + 10**9)
     with pytest.raises(QuantizeError, match=r"out: \d+.\d\d GB needed, \d+.\d\d GB free"):
-        quantize(model, tmp_path / "out", PLAIN)
+        quantize(model, tmp_path / "out", UNCALIBRATED)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("request_", [PLAIN, QuantizeRequest()], ids=["plain", "calibrated"])
+@pytest.mark.parametrize("request_", [UNCALIBRATED, QuantizeRequest()], ids=["plain", "calibrated"])
 @pytest.mark.parametrize(
     "name, at",
     [
@@ -193,7 +218,7 @@ def test_width_without_whole_units_names_the_way_out(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "odd", "llama", intermediate_size=500)
     message = r"(?s)22% of the decoder.*down_proj.weight: 500 inputs, not a multiple of 64"
     with pytest.raises(QuantizeError, match=message):
-        quantize(model, tmp_path / "out", PLAIN)
+        quantize(model, tmp_path / "out", UNCALIBRATED)
     request = QuantizeRequest(calibration=None, allow_partial=True)
     report = quantize(model, tmp_path / "out", request)
     assert not any(layer.name.endswith("down_proj") for layer in report.layers)
@@ -216,7 +241,7 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path, tiny_llama: Path) -> 
     """A full disk is no OSError to safetensors and torch."""
     message = r"out/model-00001-of-00002.safetensors: .*File too large.*resume=True goes on"
     with file_size_limit(100_000), pytest.raises(QuantizeError, match=message):
-        quantize(tiny_llama, tmp_path / "out", PLAIN)
+        quantize(tiny_llama, tmp_path / "out", UNCALIBRATED)
     other = tmp_path / "other"  # another disk may be mounted there
     other.mkdir()
     message = f"{other}: the hidden states of the layers could not be written there: "

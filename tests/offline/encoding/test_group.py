@@ -1,11 +1,14 @@
 """The encoding of input groups."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 
 from offline_quantize.encoding.group import (
+    CODERS,
+    ENCODERS,
     EncodedGroup,
     Errors,
     encode_group,
@@ -14,18 +17,20 @@ from offline_quantize.encoding.group import (
 )
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.encode import make_input_scales
+from qamw_kernels.format.codebook import CODES, PLAIN, TRELLIS
 from tests.helpers.hessians import correlated_hessian
 from tests.helpers.ranks import in_ranks
 
 
+@pytest.mark.parametrize("code", CODES)
 @pytest.mark.parametrize("index_bits", [7, 11])
-def test_feedback_lowers_the_output_error(index_bits: int) -> None:
+def test_feedback_lowers_the_output_error(index_bits: int, code: str) -> None:
     hessian = correlated_hessian(256, 8000)
     generator = torch.Generator().manual_seed(3)
     weights = {"a": torch.randn(64, 256, generator=generator), "b": torch.randn(32, 256)}
     hessians = dict.fromkeys(weights, hessian.float())
     beam, feedback, nearest = (
-        encode_group(weights, index_bits, 128, hessians, encoder).errors
+        encode_group(weights, index_bits, 128, hessians, encoder, code=code).errors
         for encoder in ("beam", "feedback", "nearest")
     )
     for name in weights:
@@ -47,9 +52,10 @@ def test_row_norms_are_fitted() -> None:
     assert torch.equal(fit_row_norms(weight, far, hessian).row_norms, far.row_norms * 0.9)
 
 
-@pytest.mark.parametrize("encoder", ["feedback", "beam"])
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("encoder", CODERS)
 @pytest.mark.parametrize("kind", ["dead channels", "rank one", "few tokens", "tiny", "huge"])
-def test_any_hessian_is_safe(kind: str, encoder: str) -> None:
+def test_any_hessian_is_safe(kind: str, encoder: str, code: str) -> None:
     hessian = correlated_hessian(128, 40 if kind == "few tokens" else 500).float()
     if kind == "dead channels":
         hessian[:, ::3] = 0
@@ -61,11 +67,12 @@ def test_any_hessian_is_safe(kind: str, encoder: str) -> None:
     weight = torch.randn(32, 128, generator=torch.Generator().manual_seed(4))
     weight[3] = 0
     weight[:, 5] = 0
-    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, encoder)
-    nearest_errors = encode_group({"w": weight}, 10, 64, {"w": None}, "nearest").errors["w"]
+    encoded = encode_group({"w": weight}, 10, 64, {"w": hessian}, encoder, code=code)
+    nearest = encode_group({"w": weight}, 10, 64, {"w": None}, "nearest", code=code)
+    assert encoded.quantized["w"].code == code
     assert encoded.quantized["w"].row_norms[3] == 0
     assert 0 < encoded.errors["w"].output_nmse < 0.01
-    assert encoded.errors["w"].nmse < 30 * nearest_errors.nmse
+    assert encoded.errors["w"].nmse < 30 * nearest.errors["w"].nmse
 
 
 def test_channel_scales_are_left_out_where_nothing_is_to_be_balanced() -> None:
@@ -84,8 +91,10 @@ def test_channel_scales_are_left_out_where_nothing_is_to_be_balanced() -> None:
 
 
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("encoder", ["feedback", "beam", "nearest"])
-def test_processes_share_the_rows(encoder: str, count: int) -> None:
+@pytest.mark.parametrize(
+    ("encoder", "code"), [*itertools.product(ENCODERS, [PLAIN]), ("beam", TRELLIS)]
+)
+def test_processes_share_the_rows(encoder: str, code: str, count: int) -> None:
     """Some weights are cut, some have Hessians of their own, as experts have, or none."""
     generator = torch.Generator().manual_seed(8)
     sizes = {"a": 33, "b": 64, "c": 20, "d": 7}
@@ -94,7 +103,7 @@ def test_processes_share_the_rows(encoder: str, count: int) -> None:
     hessians = {"a": shared, "b": shared, "c": None, "d": own}
 
     def encode(ranks: Ranks) -> EncodedGroup:
-        return encode_group(weights, 9, 64, hessians, encoder, ranks=ranks)
+        return encode_group(weights, 9, 64, hessians, encoder, ranks=ranks, code=code)
 
     alone = encode(ALONE)
     for group in in_ranks(count, encode):

@@ -7,7 +7,9 @@ from pathlib import Path
 from offline_quantize.output.report import LayerReport, Report
 
 LAYER = LayerReport("model.layers.0.mlp.up_proj", (64, 128), 11, 128, 5.9, 30.0, 1e-3, 2e-4)
-REPORT = Report("1", "text.txt", 512, "feedback", "mixed", 5.5, 5.9, 8192, 16384, 6000, (1, 2), ())
+REPORT = Report(
+    "1", "text.txt", 512, "feedback", "plain", "mixed", 5.5, 5.9, 8192, 16384, 6000, (1, 2), ()
+)
 
 
 def test_layers_survive_json() -> None:
