@@ -13,6 +13,7 @@ from vllm.platforms import current_platform
 from qamw_kernels.errors import QamwError
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.ops.interpreter import interpreted as kernels_are_interpreted
+from qamw_kernels.ops.weight import Rate
 
 if TYPE_CHECKING:
     from vllm.platforms.interface import Platform
@@ -118,13 +119,14 @@ def warm_up_once(
     """
     if not current_platform.is_cuda():
         return
-    rates = frozenset({format.index_bits, *format.layer_index_bits.values()})
+    used = {format.index_bits, *format.layer_index_bits.values()}
+    rates = frozenset(Rate(index_bits, format.code) for index_bits in used)
     _warm_up(rates, frozenset(format.rotation_block_sizes.values()), dtype, device, experts)
 
 
 @functools.cache
 def _warm_up(
-    rates: frozenset[int],
+    rates: frozenset[Rate],
     rotation_block_sizes: frozenset[int],
     dtype: torch.dtype,
     device: torch.device,
@@ -135,4 +137,5 @@ def _warm_up(
     start = time.perf_counter()
     warm_up(rates, rotation_block_sizes, dtype, device, experts)
     seconds = time.perf_counter() - start
-    logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", sorted(rates), seconds)
+    used = sorted(rate.index_bits for rate in rates)
+    logger.info("QAM-W: kernels for index bits %s were ready after %.1f s", used, seconds)

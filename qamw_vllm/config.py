@@ -12,6 +12,7 @@ from vllm.model_executor.layers.quantization.base_config import (
 )
 
 from qamw_kernels.errors import FormatError
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.config import QUANT_METHOD, QamwFormat
 from qamw_vllm.loading.load_formats import check_load_format, current_load_format
 from qamw_vllm.loading.manifest import (
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
     from vllm.model_executor.models.utils import WeightsMapper
 
     from qamw_vllm.backend import Backend
+
+ONLINE_KEYS = {"quant_method", "bits_per_weight", "code"}
+"""What ``--hf-overrides`` may say of a plain checkpoint; the last may be left out."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -62,7 +66,7 @@ class QamwConfig(QuantizationConfig):
         self.online_plan: OnlinePlan | None = None
         if format is None:
             self.online_plan = plan or OnlinePlan()
-            format = QamwFormat(self.online_plan.index_bits, {})
+            format = self.online_plan.format(())
         self.format = format
         self.backend = backend
         self.summary = LoadSummary()
@@ -114,12 +118,13 @@ class QamwConfig(QuantizationConfig):
             FormatError: an invalid, incomplete or unknown format, or a codebook that this version
                 does not ship.
         """
-        if set(config) == {"quant_method", "bits_per_weight"}:
-            return cls(plan=OnlinePlan(config["bits_per_weight"]))
+        if {"quant_method", "bits_per_weight"} <= set(config) <= ONLINE_KEYS:
+            return cls(plan=OnlinePlan(config["bits_per_weight"], config.get("code", PLAIN)))
         if "format_version" not in config:
             raise FormatError(
                 "quantization_config: neither a format_version, as in a QAM-W checkpoint, nor just "
-                f"quant_method and bits_per_weight, as for a plain one; got {sorted(config)}"
+                "quant_method, bits_per_weight and perhaps code, as for a plain one; "
+                f"got {sorted(config)}"
             )
         return cls(QamwFormat.from_dict(config))
 

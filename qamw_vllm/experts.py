@@ -230,8 +230,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
                 order = torch.arange(row_norms.shape[1]).view(len(MATRICES[stem]), -1).T.flatten()
                 qweight, row_norms = qweight[:, :, order], row_norms[:, order]
             shared_scales = input_scales[0, 0].clone()
+            block_size = self.rotation_block_sizes[stem]
             experts[stem] = [
-                QuantizedWeight(planes, norms, shared_scales, self.rotation_block_sizes[stem])
+                QuantizedWeight(planes, norms, shared_scales, block_size, self.format.code)
                 for planes, norms in zip(qweight, row_norms, strict=True)
             ]
         self.use(layer, experts)
@@ -271,7 +272,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
             warm_up_once(self.format, self.params_dtype, layer.w2_tiles.device, experts=True)
         mark_ready(layer)
         if self.summary.add_layer(shapes):
-            logger.info("QAM-W: %s. %s", self.summary, self.describe())
+            logger.info("QAM-W: %s; %s code. %s", self.summary, self.format.code, self.describe())
 
     def describe(self) -> str:
         """What runs, and why."""

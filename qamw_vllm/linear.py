@@ -170,6 +170,7 @@ class QamwLinearMethod(LinearMethodBase):
             layer.row_norms.data,
             layer.input_scales.data[0].clone(),
             self.rotation_block_size,
+            self.format.code,
         )
         del layer.qweight, layer.row_norms, layer.input_scales
         self.use(layer, weight)
@@ -192,7 +193,7 @@ class QamwLinearMethod(LinearMethodBase):
             warm_up_once(self.format, self.params_dtype, weight.qweight.device)
         mark_ready(layer)
         if self.summary.add_layer([QuantizedShape(*weight.shape, weight.index_bits)]):
-            logger.info("QAM-W: %s. %s", self.summary, self.describe())
+            logger.info("QAM-W: %s; %s code. %s", self.summary, weight.code, self.describe())
 
     def describe(self) -> str:
         """What runs, and why."""

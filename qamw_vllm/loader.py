@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 from qamw_kernels.errors import FileError, FormatError, QamwError, TensorError
+from qamw_kernels.files import read_json
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
 from qamw_kernels.format.index import CONFIG
 from qamw_kernels.format.manifest import MANIFEST
@@ -70,6 +71,7 @@ class QamwModelLoader(DefaultModelLoader):
 
         Raises:
             FileError: see :func:`check_checkpoint`.
+            FormatError: see :func:`check_same_format`.
             TensorError: see :func:`check_plain`; known when a tensor arrives.
         """
         weights = super().get_all_weights(model_config, model)
@@ -199,6 +201,7 @@ class QamwModelLoader(DefaultModelLoader):
         is_local = Path(model_config.model).is_dir()
         directory = Path(model_config.model) if is_local else self._download(model_config)
         checked = check_checkpoint(directory)
+        check_same_format(directory, format_of(model_config.hf_config))
         # A directory was checked before the engine was started, and that was logged.
         level = logging.INFO if checked.num_hashed or not is_local else logging.DEBUG
         logger.log(level, "QAM-W: %s", checked)
@@ -287,16 +290,43 @@ def _other_names(model: torch.nn.Module, loaded: Set[str]) -> set[str]:
 
 
 def format_of(hf_config: Any) -> QamwFormat:
-    """The format of a QAM-W checkpoint, with the names that its modules have there."""
+    """The format of a QAM-W checkpoint, with the names that its modules have there.
+
+    Args:
+        hf_config: its config.json, as transformers or as JSON has it.
+    """
     return QamwFormat.from_dict(_settings(hf_config))
 
 
+def check_same_format(directory: Path, served: QamwFormat) -> None:
+    """Check that layers, made for the format ``served``, understand a checkpoint's tensors.
+
+    A reload may bring another checkpoint, whose tensors have the same shapes and mean other weights
+    (another code, other rotations).
+
+    Raises:
+        FormatError: the checkpoint has another format.
+    """
+    found, expected = format_of(read_json(directory / CONFIG)).to_dict(), served.to_dict()
+    if found != expected:
+        keys = sorted(found.keys() | expected.keys())
+        differing = [key for key in keys if found.get(key) != expected.get(key)]
+        raise FormatError(
+            f"{directory}: the quantization_config of its config.json is not the one that vLLM has "
+            f"made the model for, but differs in {', '.join(differing)}: start vLLM with this "
+            "checkpoint, without --hf-overrides of its quantization_config"
+        )
+
+
 def _settings(hf_config: Any) -> Any:
-    text_config = getattr(hf_config, "text_config", None)
-    for config in (hf_config, text_config):
-        if settings := getattr(config, "quantization_config", None):
+    for config in (hf_config, _value(hf_config, "text_config")):
+        if settings := _value(config, "quantization_config"):
             return settings
     return {}
+
+
+def _value(config: Any, name: str) -> Any:
+    return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
 
 class QamwDummyLoader(DummyModelLoader):

@@ -3,7 +3,7 @@
 While a checkpoint is loaded, a layer has the checkpoint's tensors, under their names. Then
 ``process_weights_after_loading`` replaces them by what ``apply`` multiplies with: a plain
 ``weight``, or the parameters ``tiles``, ``row_norms``, ``input_scales`` and the buffer
-``quadrant_words`` of a :class:`TiledWeight`, for experts with a prefix.
+``entry_words`` of a :class:`TiledWeight`, for experts with a prefix.
 """
 
 from collections.abc import Iterable
@@ -56,7 +56,7 @@ def register_tiled_weight(layer: Any, weight: TiledWeight, prefix: str = "") -> 
     for name in ("row_norms", "input_scales"):
         parameter = Parameter(getattr(weight, name), requires_grad=False)
         layer.register_parameter(prefix + name, parameter)
-    layer.register_buffer(f"{prefix}quadrant_words", weight.quadrant_words, persistent=False)
+    layer.register_buffer(f"{prefix}entry_words", weight.entry_words, persistent=False)
 
 
 def tiled_weight_of(layer: Any, rotation_block_size: int, prefix: str = "") -> TiledWeight:
@@ -68,7 +68,7 @@ def tiled_weight_of(layer: Any, rotation_block_size: int, prefix: str = "") -> T
         getattr(layer, f"{prefix}tiles"),
         getattr(layer, f"{prefix}row_norms"),
         getattr(layer, f"{prefix}input_scales"),
-        getattr(layer, f"{prefix}quadrant_words"),
+        getattr(layer, f"{prefix}entry_words"),
         rotation_block_size,
     )
 

@@ -34,5 +34,11 @@ def encode_shard(
         input_scales = slice_of_rank(input_scales, 0, weight.shape[1], tp_rank).clone()
         shard = InputShard(num_inputs, plan.sum_over_ranks)
     return encode_weight(
-        weight, plan.index_bits, rotation_block_size, input_scales, name, shard=shard
+        weight,
+        plan.index_bits,
+        rotation_block_size,
+        input_scales,
+        name,
+        shard=shard,
+        code=plan.code,
     )

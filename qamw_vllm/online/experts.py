@@ -46,7 +46,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         summary: LoadSummary,
         backend: Backend | None = None,
     ) -> None:
-        unknown_yet = QamwFormat(plan.index_bits, {})  # until all layers are made
+        unknown_yet = QamwFormat(plan.index_bits, {}, code=plan.code)  # until all layers are made
         super().__init__(layer, prefix, unknown_yet, summary, backend)
         self.plan = plan
         self.uses_meta_device = not self.moe.has_bias

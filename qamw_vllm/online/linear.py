@@ -43,7 +43,7 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
         summary: LoadSummary,
         backend: Backend | None = None,
     ) -> None:
-        unknown_yet = QamwFormat(plan.index_bits, {})  # until all layers are made
+        unknown_yet = QamwFormat(plan.index_bits, {}, code=plan.code)  # until all layers are made
         super().__init__(prefix, parts, plan.index_bits, unknown_yet, summary, backend)
         self.plan = plan
         self._tp_sizes = tensor_parallel_sizes_of_model()

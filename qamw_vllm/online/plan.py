@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.config import QamwFormat
 from qamw_kernels.format.defaults import BITS_PER_WEIGHT
 from qamw_kernels.format.rates import index_bits_of_rate
@@ -16,21 +17,25 @@ class OnlinePlan:
 
     Args:
         bits_per_weight: 3, 3.5 ... 6, of every layer.
+        code: one of CODES.
         sum_over_ranks: sums a tensor over the tensor-parallel ranks.
 
     Attributes:
         index_bits: bits per pair of every layer.
 
     Raises:
-        FormatError: another rate.
+        FormatError: another rate or code.
     """
 
     def __init__(
         self,
         bits_per_weight: object = BITS_PER_WEIGHT,
+        code: str = PLAIN,
         sum_over_ranks: Callable[[torch.Tensor], torch.Tensor] = sum_over_ranks,
     ) -> None:
         self.index_bits = index_bits_of_rate(bits_per_weight)
+        self.code = code
+        QamwFormat(self.index_bits, {}, code=code)  # or it is refused
         self.sum_over_ranks = sum_over_ranks
         self._layers: set[tuple[int, bool]] = set()
 
@@ -50,4 +55,4 @@ class OnlinePlan:
             tp_sizes: tensor-parallel sizes that the model allows.
         """
         rotation_block_sizes = choose_rotation_block_sizes(self._layers, tp_sizes)
-        return QamwFormat(self.index_bits, rotation_block_sizes)
+        return QamwFormat(self.index_bits, rotation_block_sizes, code=self.code)

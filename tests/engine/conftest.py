@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from offline_quantize.checkpoints.dequantize import dequantize
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from tests.architectures.build import build
 from tests.helpers.engine import ARCHITECTURES, PROMPTS, EngineRunner, Result
 from tests.helpers.models import ARCHITECTURES as TINY
@@ -23,6 +24,9 @@ from tests.helpers.models import tiny_model
 from tools.real_models import real_model
 
 MakeCheckpoint = Callable[[str], Path]
+
+
+ALONG_A_TRELLIS = {"qwen2", "phi3", "qwen2_moe", "llama4_text"}  # the others have the plain code
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,7 +80,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
             folder = tmp_path_factory.mktemp(architecture)
             make_model = tiny_model if architecture in TINY else build
             make_model(folder / "model", architecture)
-            request = QuantizeRequest(bpw=5.5, calibration=None, tp_max=4)
+            code = TRELLIS if architecture in ALONG_A_TRELLIS else PLAIN
+            request = QuantizeRequest(bpw=5.5, calibration=None, code=code, tp_max=4)
             quantize(folder / "model", folder / "quantized", request)
             made[architecture] = folder / "quantized"
         return made[architecture]
@@ -117,10 +122,13 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
 
 @pytest.fixture(scope="session")
 def with_head(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny llama whose head is quantized too; two ranks hold unequal parts of its vocabulary."""
+    """A tiny llama whose head is quantized too; two ranks hold unequal parts of its vocabulary.
+
+    Along a trellis: the head, with 12 bits, has the largest table of all.
+    """
     folder = tmp_path_factory.mktemp("head")
     model = tiny_model(folder / "model", "llama", vocab_size=390)
-    request = QuantizeRequest(calibration=None, quantize_lm_head=True)
+    request = QuantizeRequest(calibration=None, quantize_lm_head=True, code=TRELLIS)
     quantize(model, folder / "quantized", request)
     return folder / "quantized"
 

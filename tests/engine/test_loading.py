@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from tests.helpers.checkpoints import change_tensor
 from tests.helpers.engine import PROMPTS, TWO_RANKS, assert_matches, kernels_of
 from tests.helpers.models import copy_model
@@ -31,6 +32,7 @@ def test_weights_are_reloaded(backend, run, checkpoint, with_head, tmp_path):
         request = QuantizeRequest(
             calibration=None,
             quantize_lm_head=architecture == "llama",
+            code=TRELLIS if architecture == "llama" else PLAIN,
             tp_max=4,
         )
         quantize(other, others[-1], request)
@@ -63,8 +65,14 @@ def large_weights(weight: torch.Tensor) -> torch.Tensor:
 def test_quantized_while_loading(tp_size, num_jobs, run, checkpoint, tmp_path):
     """As ``qamw quantize --calibration none`` makes it; at 5.5 bits per weight and other rates."""
     jobs, expected = [], []
-    rates = {"llama": 5.5, "mixtral": 5.5, "qwen2": 4.0, "phi3": 5.5, "qwen2_moe": 3.0}
-    for architecture, bpw in islice(rates.items(), num_jobs):
+    rates = {
+        "llama": (5.5, PLAIN),
+        "mixtral": (5.5, PLAIN),
+        "qwen2": (4.0, TRELLIS),
+        "phi3": (5.5, PLAIN),
+        "qwen2_moe": (3.0, TRELLIS),
+    }
+    for architecture, (bpw, code) in islice(rates.items(), num_jobs):
         source = checkpoint(architecture).parent / "model"
         plain = copy_model(source, tmp_path / f"{architecture}-plain")
         if architecture == "llama":  # the first rank's inputs raise the norm of this row
@@ -75,11 +83,11 @@ def test_quantized_while_loading(tp_size, num_jobs, run, checkpoint, tmp_path):
             **(TWO_RANKS if tp_size == 2 else {}),
         }
         if bpw != 5.5:
-            method = {"quant_method": "qamw", "bits_per_weight": bpw}
+            method = {"quant_method": "qamw", "bits_per_weight": bpw, "code": code}
             options["hf_overrides"] = {"quantization_config": method}
         jobs.append({"model": str(plain), "options": options})
         expected.append(tmp_path / architecture)
-        quantize(plain, expected[-1], QuantizeRequest(bpw=bpw, calibration=None))
+        quantize(plain, expected[-1], QuantizeRequest(bpw=bpw, calibration=None, code=code))
     if tp_size == 1:
         results, _ = run(jobs)
     else:  # two ranks need a process for every job

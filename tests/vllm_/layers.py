@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.config import QamwFormat
 from qamw_vllm.backend import Backend
 from qamw_vllm.config import QamwConfig
@@ -87,13 +88,15 @@ def _make_layer(kind: str, config: QamwConfig, bias: bool, dtype: torch.dtype) -
     return classes[kind](K, ROWS[kind][0], **options)
 
 
-def make_checkpoint(kind: str, bias: bool = False, seed: int = 0) -> list[Tensors]:
+def make_checkpoint(
+    kind: str, bias: bool = False, seed: int = 0, code: str = PLAIN
+) -> list[Tensors]:
     """The tensors of every matrix in a layer, with ``weight``, the decoded reference."""
     generator = torch.Generator().manual_seed(seed + len(kind))
     matrices = []
     for rows in ROWS[kind]:
         weight = torch.randn(rows, K, generator=generator)
-        quantized = encode_weight(weight, BITS, 64, make_input_scales(K))
+        quantized = encode_weight(weight, BITS, 64, make_input_scales(K), code=code)
         tensors = {**quantized.tensors(), "weight": decode_weight(quantized)}
         if bias:
             tensors["bias"] = torch.randn(rows, generator=generator)

@@ -46,7 +46,7 @@ def test_config_contract() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"format_version": 3}, "format_version 3 is not supported"),
         (
             {"codebooks": {"circular-gaussian-2048-v1": "0" * 64}},
             "codebooks: this version of qamw ships",

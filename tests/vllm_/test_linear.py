@@ -11,6 +11,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
 from qamw_kernels.errors import FormatError, TensorError
+from qamw_kernels.format.codebook import CODES
 from qamw_kernels.ops.tiling import tiled_shape
 from qamw_vllm.backend import Backend
 from qamw_vllm.linear import QamwLinearMethod
@@ -52,20 +53,21 @@ def part_of_rank(
 @pytest.mark.parametrize("backend", ["decode", "triton"])
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("kind", list(ROWS))
+@pytest.mark.parametrize("code", CODES)
 def test_layers_compute_the_decoded_weight(
-    kind: str, tp_size: int, backend: Backend, rank: Rank
+    code: str, kind: str, tp_size: int, backend: Backend, rank: Rank
 ) -> None:
     """The packed path runs the ops' reference here.
 
     This tests what is handed to them; tests/engine tests the kernels.
     """
-    matrices = make_checkpoint(kind, bias=True)
+    matrices = make_checkpoint(kind, bias=True, code=code)
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(1))
     expected = [x @ matrix["weight"].T + matrix["bias"] for matrix in matrices]
     outputs = []
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        layer = make_layer(kind, make_config(backend), bias=True)
+        layer = make_layer(kind, make_config(backend, code=code), bias=True)
         load(layer, kind, matrices)
         layer.quant_method.process_weights_after_loading(layer)  # a second call must do nothing
         if kind == "o_proj":
@@ -112,7 +114,7 @@ def test_packed_layer_holds_no_decoded_tensor(rank: Rank) -> None:
         "row_norms": (512,),
         "input_scales": (K,),
     }
-    assert layer.quadrant_words.shape == (2**BITS // 4,)
+    assert layer.entry_words.shape == (2**BITS // 4,)
 
 
 def test_packed_layer_compiles_into_one_graph(rank: Rank) -> None:

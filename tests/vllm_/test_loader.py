@@ -1,5 +1,6 @@
 """The loader that refuses incomplete and changed checkpoints, with a model of two weights."""
 
+import json
 import pickle
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def write(directory: Path, *names: str) -> Path:
     directory.mkdir(parents=True)
     state = {name: torch.ones_like(Model().state_dict()[name]) for name in names}
     save_file(state, directory / "model.safetensors")
-    (directory / "config.json").write_text("{}")
+    (directory / "config.json").write_text(json.dumps({"quantization_config": PACKED}))
     sign(directory)
     return directory
 
@@ -99,6 +100,22 @@ def test_whole_checkpoints_load(tmp_path: Path) -> None:
     (whole / MANIFEST).unlink()
     load(settings(whole, PLAIN))  # a plain checkpoint, quantized while loading
     load(settings(whole, hf_config=SimpleNamespace(quantization_config=None)))
+
+
+def test_another_format_is_refused(tmp_path: Path) -> None:
+    """As a reload may bring it, or an override: tensors have the same shapes."""
+    whole = write(tmp_path / "whole", "embed.weight", "norm.weight")
+    others = {
+        "code, codebooks, format_version": {"code": "trellis"},
+        "rotation_block_sizes": {"rotation_block_sizes": {256: 32}},
+    }
+    for differing, change in others.items():
+        fields = {"index_bits": 11, "rotation_block_sizes": {256: 64}, **change}
+        made_for = settings(whole, QamwFormat(**fields).to_dict())
+        with pytest.raises(FormatError, match=f"whole: .* but differs in {differing}: start"):
+            load(made_for)
+    nested = SimpleNamespace(text_config=SimpleNamespace(quantization_config=PACKED))
+    load(settings(whole, hf_config=nested))
 
 
 @pytest.mark.parametrize("method", [PACKED, PLAIN])

@@ -4,6 +4,7 @@ import torch
 
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
+from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.loading.reorder import Weights, reordered
 
@@ -45,7 +46,7 @@ def test_classes_that_reorder_all_tensors_leave_packed_ones_alone() -> None:
         assert not torch.equal(found.pop("qkv.bias"), bias)
         tensors = {name.removeprefix("qkv."): tensor for name, tensor in found.items()}
         assert torch.equal(
-            decode_weight(QuantizedWeight(**tensors, rotation_block_size=64)), expected
+            decode_weight(QuantizedWeight(**tensors, rotation_block_size=64, code=PLAIN)), expected
         )
 
 
@@ -56,7 +57,7 @@ def test_packed_rows_are_reordered_like_plain_ones() -> None:
     for module in ("q_proj", "v_proj"):
         stored = [(f"{module}.{name}", tensor) for name, tensor in quantized.tensors().items()]
         found = {name.rpartition(".")[2]: tensor for name, tensor in reordered(stored, model)}
-        decoded = decode_weight(QuantizedWeight(**found, rotation_block_size=64))
+        decoded = decode_weight(QuantizedWeight(**found, rotation_block_size=64, code=PLAIN))
         _, expected = model[0].permute_qk_weight_for_rotary(
             f"{module}.weight", decode_weight(quantized)
         )

@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 from qamw_kernels.codec.encode import InputShard, encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import CODES
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.online.plan import OnlinePlan
 from tests.vllm_.layers import (
@@ -30,7 +31,9 @@ pytestmark = needs_cpu
 Rank = Callable[[int, int], None]
 
 
-def sums_of_whole_rows(weight: torch.Tensor, rotation_block_size: int) -> list[torch.Tensor]:
+def sums_of_whole_rows(
+    weight: torch.Tensor, rotation_block_size: int, code: str
+) -> list[torch.Tensor]:
     """What ranks have when they have summed, each time that they do, for one weight."""
     totals: list[torch.Tensor] = []
 
@@ -39,7 +42,7 @@ def sums_of_whole_rows(weight: torch.Tensor, rotation_block_size: int) -> list[t
         return sums
 
     input_scales, shard = make_input_scales(K), InputShard(K, record)
-    encode_weight(weight, BITS, rotation_block_size, input_scales, shard=shard)
+    encode_weight(weight, BITS, rotation_block_size, input_scales, shard=shard, code=code)
     return totals
 
 
@@ -58,7 +61,9 @@ def replay(totals: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["qkv_proj", "gate_up_proj", "o_proj"])
+@pytest.mark.parametrize("code", CODES)
 def test_quantized_while_loading(
+    code: str,
     kind: str,
     tp_size: int,
     rank: Rank,
@@ -69,15 +74,16 @@ def test_quantized_while_loading(
     weights = [torch.randn(rows, K, generator=generator).bfloat16() for rows in ROWS[kind]]
     block = 64 if kind == "o_proj" else 128  # o_proj may be cut into shards of 64
     weights[0][5, :3] = 40  # a row whose norm is raised
-    quantized = [encode_weight(w, BITS, block, make_input_scales(K)) for w in weights]
+    scales = make_input_scales(K)
+    quantized = [encode_weight(w, BITS, block, scales, code=code) for w in weights]
     matrices = [one.tensors() for one in quantized]
-    totals = sums_of_whole_rows(weights[0], block)
+    totals = sums_of_whole_rows(weights[0], block, code)
     assert len(totals) == 3
     for tp_rank in range(tp_size):
         rank(tp_rank, tp_size)
-        packed_config = make_config("triton", rotation_block_sizes={K: block})
+        packed_config = make_config("triton", rotation_block_sizes={K: block}, code=code)
         packed = make_layer(kind, packed_config, dtype=torch.bfloat16)
-        plan = OnlinePlan(BITS / 2, sum_over_ranks=replay(totals))
+        plan = OnlinePlan(BITS / 2, code, replay(totals))
         plain = make_layer(kind, QamwConfig(plan=plan, backend="triton"), dtype=torch.bfloat16)
         load(packed, kind, matrices)
         with while_vllm_loads():

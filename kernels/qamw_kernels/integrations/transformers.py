@@ -71,13 +71,14 @@ class QamwLinear(nn.Module):
     row_norms: torch.Tensor
     input_scales: torch.Tensor
     tiles: torch.Tensor
-    quadrant_words: torch.Tensor
+    entry_words: torch.Tensor
 
     def __init__(
-        self, linear: nn.Linear | Conv1D, index_bits: int, rotation_block_size: int
+        self, linear: nn.Linear | Conv1D, index_bits: int, rotation_block_size: int, code: str
     ) -> None:
         super().__init__()
         self.rotation_block_size = rotation_block_size
+        self._code = code
         self._transposed = isinstance(linear, Conv1D)
         for name, (shape, dtype) in layer_tensors(*sizes(linear), index_bits).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
@@ -99,7 +100,7 @@ class QamwLinear(nn.Module):
         quantized.check(name)
         weight = TiledWeight.of(quantized)
         self.register_buffer("tiles", weight.tiles)
-        self.register_buffer("quadrant_words", weight.quadrant_words)
+        self.register_buffer("entry_words", weight.entry_words)
         del self.qweight
 
     def plain(self, name: str, dtype: torch.dtype) -> nn.Linear | Conv1D:
@@ -129,7 +130,7 @@ class QamwLinear(nn.Module):
             self.tiles,
             self.row_norms,
             self.input_scales,
-            self.quadrant_words,
+            self.entry_words,
             self.rotation_block_size,
         )
         return quantized_linear(x, weight, self.bias)
@@ -140,6 +141,7 @@ class QamwLinear(nn.Module):
             self.row_norms,
             self.input_scales,
             self.rotation_block_size,
+            self._code,
         )
 
 
@@ -177,7 +179,7 @@ class QamwHfQuantizer(HfQuantizer):
             index_bits = fmt.index_bits_of(full)
             check_packed(stored, full, num_rows, num_inputs, index_bits)
             block_size = fmt.rotation_block_size_of(full, num_inputs)
-            model.set_submodule(name, QamwLinear(module, index_bits, block_size))
+            model.set_submodule(name, QamwLinear(module, index_bits, block_size, fmt.code))
         check_filled(model, found)
         self._dtypes = _dtypes(model)
 

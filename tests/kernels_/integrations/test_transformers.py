@@ -16,6 +16,7 @@ from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.codec.decode import decode_weight
 from qamw_kernels.codec.encode import encode_weight, make_input_scales
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import CODES, PLAIN, TRELLIS
 from qamw_kernels.integrations.transformers import QamwLinear
 from tests.helpers.checkpoints import change_tensor
 from tests.helpers.models import copy_model, tiny_model
@@ -30,7 +31,8 @@ INDEX = "model.safetensors.index.json"
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     model = tiny_model(folder / "model", request.param)
-    quantize(model, folder / "quantized", UNCALIBRATED)
+    code = TRELLIS if request.param == "phi3" else PLAIN
+    quantize(model, folder / "quantized", QuantizeRequest(calibration=None, code=code))
     return folder / "quantized"
 
 
@@ -129,24 +131,25 @@ def test_models_whose_own_code_initializes_linears(architecture: str, tmp_path: 
     assert torch.equal(model(ids).logits, load_model(tmp_path / "out")(ids).logits)
 
 
+@pytest.mark.parametrize("code", CODES)
 @torch.no_grad()
-def test_packed_layer() -> None:
+def test_packed_layer(code: str) -> None:
     """What a GPU runs, here with the op's CPU implementation."""
-    quantized = encode_weight(torch.randn(100, 256), 9, 64, make_input_scales(256))
-    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64)
+    quantized = encode_weight(torch.randn(100, 256), 9, 64, make_input_scales(256), code=code)
+    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64, code)
     for name, tensor in quantized.tensors().items():
         layer.register_buffer(name, tensor)
     x = torch.randn(2, 3, 256)
     plain = layer.plain("up", torch.float32)
     assert torch.equal(plain.weight, decode_weight(quantized))
     layer.pack("up")
-    buffers = {"tiles", "row_norms", "input_scales", "quadrant_words"}
+    buffers = {"tiles", "row_norms", "input_scales", "entry_words"}
     assert set(dict(layer.named_buffers())) == buffers
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
 def test_a_value_that_cannot_be_is_not_packed() -> None:
-    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64)
+    layer = QamwLinear(torch.nn.Linear(256, 100), 9, 64, PLAIN)
     for name, tensor in random_weight(100, 256, 9).tensors().items():
         layer.register_buffer(name, tensor)
     layer.row_norms[3] = -1
