@@ -25,13 +25,8 @@ from benchmarks.study.integers import (
     round_to_nearest,
     smoothing_factors,
 )
-from benchmarks.study.trellis import EIGHT, fitted_book
-from benchmarks.study.trellis_feedback import trellis_coder
-from offline_quantize.encoding.feedback import rotated_root
-from offline_quantize.encoding.scales import balanced_scales
 from offline_quantize.model.structure import Structure
-from qamw_kernels.codec.encode import nearest_codewords, row_factors, to_coordinates
-from qamw_kernels.codec.rotation import rotate, unrotate
+from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.format.sharding import choose_rotation_block_sizes, possible_tensor_parallel_sizes
 
 NORM_BITS, SCALE_BITS = 32, 16  # what is stored of every row norm, and of every scale
@@ -205,46 +200,6 @@ def quantize_rotated(
     return code_weights(model, structure, code_weight, SCALE_BITS * table_length)
 
 
-def code_scaled(
-    weight: torch.Tensor,
-    scales: torch.Tensor,
-    rotation_block_size: int,
-    index_bits: int,
-    code: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """QAM-W with another code of coordinates [N, K] float32: the decoded weight [N, K] float32.
-
-    Args:
-        weight: [N, K]. scales: of its inputs [K] float16.
-        index_bits: of the codebook that norms are raised for.
-    """
-    coordinates, norms = to_coordinates(weight, rotation_block_size, scales)
-    factors = row_factors(coordinates, partial(nearest_codewords, index_bits=index_bits))
-    decoded = unrotate(code(coordinates / factors[:, None]), rotation_block_size)
-    return decoded * (factors * norms)[:, None] * scales.float()
-
-
-@torch.no_grad()
-def quantize_trellis(
-    model: Any, structure: Structure, tokens: torch.Tensor, index_bits: int
-) -> float:
-    """QAM-W with uniform rates, and trellis-coded QAM with eight states for its codebook."""
-    book, block_sizes = fitted_book(index_bits), rotation_block_sizes(structure)
-    stored = float(SCALE_BITS * book.codewords.numel())
-    for groups in layer_statistics(model, structure, tokens, products):
-        for linears, hessian in groups:
-            weights = [model.get_submodule(linear.name).weight for linear in linears]
-            block_size = block_sizes[len(hessian)]
-            scales = balanced_scales(weights)
-            code = trellis_coder(rotated_root(hessian, scales, block_size), book, EIGHT)
-            for weight in weights:
-                weight.copy_(code_scaled(weight, scales, block_size, index_bits, code))
-                num_rows, num_inputs = weight.shape
-                stored += index_bits / 2 * weight.numel()
-                stored += NORM_BITS * num_rows + SCALE_BITS * num_inputs
-    return stored / num_weights(structure)
-
-
 def _integers() -> Iterator[Baseline]:
     yield Baseline(
         "int8",
@@ -315,17 +270,6 @@ def _rotated() -> Iterator[Baseline]:
         )
 
 
-def _trellis() -> Iterator[Baseline]:
-    yield Baseline(
-        "qamw-trellis-5.5",
-        "qamw-trellis",
-        5.5,
-        "qamw-both with a trellis of eight states, feedback along each survivor",
-        partial(quantize_trellis, index_bits=11),
-        calibrated=True,
-    )
-
-
 def _gguf() -> Iterator[Baseline]:
     for ftype in FTYPES:
         rate = float(ftype[1])
@@ -346,6 +290,4 @@ def _gguf() -> Iterator[Baseline]:
         )
 
 
-BASELINES = {
-    baseline.name: baseline for baseline in (*_integers(), *_rotated(), *_trellis(), *_gguf())
-}
+BASELINES = {baseline.name: baseline for baseline in (*_integers(), *_rotated(), *_gguf())}

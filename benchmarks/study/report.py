@@ -27,6 +27,7 @@ README_METHODS = {
     "gguf-q5_k_m": "llama.cpp Q5_K_M",
     "qamw-6": "**QAM-W, 6 bits**",
     "qamw-5.5": "**QAM-W, 5.5 bits**",
+    "qamw-trellis-5.5": "**QAM-W, 5.5 bits, `--code trellis`**",
 }
 README_FAMILIES = {
     "qamw": ("QAM-W", "left"),
@@ -48,7 +49,9 @@ PLACES = {
 METHODS = (
     *("int8", "smoothquant", "int6-g64", "hadamard-int6-g64", "hadamard-gptq-int6-g64"),
     *("int5-g64", "int4-g64", "gptq-int4-g128", "gguf-q5_k_m", "polar-11", "qamw-plain-5.5"),
-    *("qamw-best-6", "qamw-6", "qamw-best-5.5", "qamw-5.5", "qamw-both-5.5", "qamw-trellis-5.5"),
+    *("qamw-best-trellis-6", "qamw-trellis-6", "qamw-best-6", "qamw-6"),
+    *("qamw-best-trellis-5.5", "qamw-trellis-5.5", "qamw-both-trellis-5.5"),
+    *("qamw-best-5.5", "qamw-5.5", "qamw-both-5.5"),
     *("qamw-5", "qamw-4.5", "qamw-best-4", "qamw-4", "qamw-3.5"),
 )
 COLORS = {
@@ -59,6 +62,8 @@ COLORS = {
     "qamw-plain": "tab:orange",
     "qamw-both": "tab:brown",
     "qamw-trellis": "magenta",
+    "qamw-best-trellis": "purple",
+    "qamw-both-trellis": "violet",
     "qamw-feedback": "tab:pink",
     "qamw-scales": "gold",
     "rotated polar": "tab:olive",

@@ -73,6 +73,19 @@ VARIANTS = {
     "qamw": Variant("error feedback, scales, mixed rates: the default", {}),
     "qamw-beam": Variant("beam instead of feedback", {"encoder": "beam"}, SOME_RATES),
     "qamw-best": Variant("beam, more tokens: --effort best", {"effort": "best"}, SOME_RATES),
+    "qamw-both-trellis": Variant(
+        "error feedback and scales, along a trellis",
+        {"rates": "uniform", "code": "trellis"},
+        SOME_RATES,
+    ),
+    "qamw-trellis": Variant(
+        "the default along a trellis: --code trellis", {"code": "trellis"}, SOME_RATES
+    ),
+    "qamw-best-trellis": Variant(
+        "the same with sweeps and more tokens: --code trellis --effort best",
+        {"code": "trellis", "effort": "best"},
+        SOME_RATES,
+    ),
     "qamw-mlp": Variant(
         "the default, attention left in 16 bits",
         {"ignore": ("*.self_attn.*",), "allow_partial": True},

@@ -7,18 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.study import baselines
 from benchmarks.study.activations import Fold, largest, layer_statistics, products, squares
 from benchmarks.study.baselines import BASELINES
-from benchmarks.study.trellis import Book, lattice
-from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
-from offline_quantize.encoding.feedback import feedback_coder
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.model.analysis import find_structure
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.pipeline import quantize
-from offline_quantize.planning.request import QuantizeRequest
-from qamw_kernels.format.codebook import load_codebook
 from tests.helpers.models import tiny_model
 
 
@@ -56,11 +49,7 @@ def test_layer_statistics(architecture: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in BASELINES if not name.startswith("gguf")])
-def test_only_decoder_linears_change(
-    name: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # a fit takes a while, and no figure is looked at
-    monkeypatch.setattr(baselines, "fitted_book", lambda bits: Book.of(lattice(bits)))
+def test_only_decoder_linears_change(name: str, tiny_llama: Path) -> None:
     model, structure = (
         load_model(tiny_llama, torch.bfloat16),
         find_structure(Checkpoint(tiny_llama)),
@@ -77,28 +66,3 @@ def test_only_decoder_linears_change(
             difference = (after[key].float() - tensor.float()).square().mean()
             error = float(difference / tensor.float().square().mean())
             assert 0 < error < 0.1, key
-
-
-def test_trellis_rows_differ_from_qamw_by_their_code_alone(
-    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With QAM-W's own coder, weights are those of qamw-both but for what bfloat16 rounds."""
-    bits, num_tokens = 11, 2048
-
-    def plain_coder(root: torch.Tensor, *_: object) -> Callable[[torch.Tensor], torch.Tensor]:
-        code = feedback_coder(root, bits)
-        return lambda coordinates: load_codebook(bits)[code(coordinates).int()].flatten(1)
-
-    monkeypatch.setattr(baselines, "fitted_book", lambda bits: Book.of(lattice(bits)))
-    monkeypatch.setattr(baselines, "trellis_coder", plain_coder)
-    request = QuantizeRequest(bpw=bits / 2, rates="uniform", calibration_tokens=num_tokens)
-    report = quantize(tiny_llama, tmp_path / "out", request)
-    expected = load_model(tmp_path / "out", torch.bfloat16).state_dict()
-    model = load_model(tiny_llama, torch.bfloat16)
-    structure = find_structure(Checkpoint(tiny_llama))
-    tokens = calibration_windows(tiny_llama, DEFAULT_TEXT, num_tokens)
-    effective = BASELINES["qamw-trellis-5.5"].quantize(model, structure, tokens)
-    for name, tensor in model.state_dict().items():
-        same = (tensor == expected[name]).float().mean()
-        assert same > 0.99, name
-    assert effective == pytest.approx(report.effective_bits_per_weight, rel=0.05)

@@ -21,7 +21,9 @@ from benchmarks.kernels.model.paths import walk
 from benchmarks.kernels.model.simulate import BlockStep, Launch, Outcome, simulate
 from benchmarks.kernels.model.trace import NOTHING, Record, Request, Source, Unit, record
 from benchmarks.kernels.model.wide import wide_launch
+from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from qamw_kernels.ops.gluon import table
+from qamw_kernels.ops.weight import Rate
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 MACHINE = dataclasses.replace(TYPICAL, program_start=0)
@@ -126,15 +128,18 @@ def test_paths_go_round_loops() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not table.HAS_GATHER, reason="this Triton has no shared-memory gather")
-@pytest.mark.parametrize("num_tokens, groups, row_blocks", [(20, 1, 3), (100, 1, 2), (260, 2, 3)])
+@pytest.mark.parametrize(
+    "num_tokens, groups, row_blocks, code",
+    [(20, 1, 3, PLAIN), (100, 1, 2, PLAIN), (260, 2, 3, PLAIN), (20, 1, 3, TRELLIS)],
+)
 def test_every_tile_of_a_weight_is_multiplied_once(
-    num_tokens: int, groups: int, row_blocks: int
+    num_tokens: int, groups: int, row_blocks: int, code: str
 ) -> None:
     """By one program of every group of tokens: row blocks of 128 or 256 rows, 4 tiles long.
 
     A turn is a tile of each warp.
     """
-    launch = wide_launch(300, 1600, num_tokens, 11, TYPICAL)
+    launch = wide_launch(300, 1600, num_tokens, Rate(11, code), TYPICAL)
     turns = [1 + max(step.turn for step in warps[0]) for _, warps in launch.programs]
     assert sum(turns) == groups * row_blocks * 4
     assert len({first for first, _ in launch.programs}) == groups
