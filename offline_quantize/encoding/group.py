@@ -13,7 +13,7 @@ of a group end to end, and each encodes a stretch: whole weights of experts, par
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from offline_quantize.encoding.scales import balanced_scales, searched_scales
 from offline_quantize.encoding.trellis import sweeping_coder, trellis_coder
 from offline_quantize.ranks import ALONE, Ranks
 from qamw_kernels.codec.decode import decode_weight
-from qamw_kernels.codec.encode import ENCODE_CHUNK, encode_weight, make_input_scales
+from qamw_kernels.codec.encode import ENCODE_CHUNK, Coder, encode_weight, make_input_scales
 from qamw_kernels.codec.trellis import path_inputs
 from qamw_kernels.format.codebook import PLAIN, TRELLIS
 from qamw_kernels.format.weight import QuantizedWeight
@@ -37,9 +37,6 @@ CODERS = {
 
 ENCODERS = (*CODERS, "nearest")
 """All but the last need a calibration text."""
-
-Coder = Callable[[torch.Tensor], torch.Tensor]
-"""Coordinates [n, K] float32 -> indices [n, P] int16."""
 
 SEARCH_ROWS = 128  # of every weight: nearest codewords' scales are chosen on these
 MEASURED_ROWS = 1024  # decoded at once
