@@ -62,36 +62,34 @@ def decide(
     tokens = _read_tokens(plan)
     check_disk(plan, out, tokens.numel() if tokens is not None and request.mixed else 0)
     plan.checkpoint.sources.hash_all(unfinished.sources if unfinished else {}, progress)
-    fingerprint = _fingerprint(plan, tokens, device, processes)
+    decisive = _decisive(plan, tokens, device, processes)
     if unfinished:
-        unfinished.require(out, fingerprint)
-    return Decisions(plan, tokens, Journal(fingerprint, plan.checkpoint.sources.files))
+        unfinished.require(out, decisive)
+    return Decisions(plan, tokens, Journal(decisive, plan.checkpoint.sources.files))
 
 
-def _fingerprint(
+def _decisive(
     plan: Plan, tokens: torch.Tensor | None, device: torch.device, processes: int
-) -> str:
-    """Hash of everything that decides the output's bytes; a resumed run needs it unchanged.
+) -> dict[str, str]:
+    """Everything that decides the output's bytes, by name; a resumed run needs it unchanged.
 
     Args:
         plan: as it is before anything is measured; its source is hashed.
         processes: how many carry the run out.
     """
     packages = ("qamw-vllm", "torch", "transformers", "matplotlib")
-    decisive = {
-        "versions": [version(package) for package in packages],
-        "device": device.type,
-        "processes": processes,
-        "request": plan.request.identity(),
-        "config": plan.checkpoint.config,
-        "format": plan.format.to_dict(),
-        "sources": {name: file.sha256 for name, file in plan.checkpoint.sources.files.items()},
-        "shards": [[shard.file, [t.name for t in shard.tensors]] for shard in plan.shards],
-        "tokens": None,
+    named = {package: version(package) for package in packages}
+    named |= plan.request.identity() | {"device": device.type, "processes": processes}
+    hashed = {
+        "the model's config": plan.checkpoint.config,
+        "the output's config": plan.format.to_dict(),
+        "the model's files": {n: file.sha256 for n, file in plan.checkpoint.sources.files.items()},
+        "the output's shards": [[s.file, [t.name for t in s.tensors]] for s in plan.shards],
+        "the calibration tokens": None if tokens is None else tokens.tolist(),
     }
-    if tokens is not None:
-        decisive["tokens"] = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+    contents = {name: json.dumps(value, sort_keys=True) for name, value in hashed.items()}
+    hashes = {name: hashlib.sha256(of.encode()).hexdigest() for name, of in contents.items()}
+    return {name: str(value) for name, value in named.items()} | hashes
 
 
 def _read_tokens(plan: Plan) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """The output directory: every file is written whole or not at all, config.json last.
 
-A progress file remembers finished shards and a fingerprint of the request, so that a resumed run
+A progress file remembers finished shards and the request, so that a resumed run
 goes on only with the very same request and ends in the very same bytes. Without config.json nothing
 can mistake a partial directory for a checkpoint.
 """
@@ -48,9 +48,9 @@ class Output:
 
         Args:
             directory: is there.
-            journal: of this run: its fingerprint and sources.
+            journal: of this run: its request and sources.
             state: what was measured, and is kept until the run is finished.
-            unfinished: the journal of the run that this one continues, with the same fingerprint.
+            unfinished: the journal of the run that this one continues, with the same request.
             resumable: whether a run can go on after an error, for messages.
         """
         self.directory = directory

@@ -20,20 +20,22 @@ from qamw_kernels.errors import FileError
 from qamw_kernels.files import Stamp, open_regular, read_json
 from qamw_kernels.format.manifest import FileEntry
 
+SHORT = 60  # characters of two values that a message has room for
+
 
 @dataclass
 class Journal:
     """The progress of one run.
 
     Attributes:
-        fingerprint: identifies the request.
+        request: all that decides the output's bytes, name -> value; what is large as a hash.
         sources: the model's files, by path inside its directory.
         state: of the file with what was measured; None where nothing was.
         files: everything finished so far, by path inside the output directory.
         notes: JSON that was stored with each finished shard, by file name.
     """
 
-    fingerprint: str
+    request: Mapping[str, str]
     sources: Mapping[str, SourceFile] = field(default_factory=dict)
     state: FileEntry | None = None
     files: dict[str, FileEntry] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Journal:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of the file."""
         content = {
-            "fingerprint": self.fingerprint,
+            "request": self.request,
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "state": self.state and self.state.to_dict(),
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
@@ -63,7 +65,7 @@ class Journal:
             if content.pop("sha256", None) != _checksum(content):
                 raise FileError(f"{path}: its content does not have the checksum in it")
             return Journal(
-                content["fingerprint"],
+                dict(content["request"]),
                 {name: _source_file(source) for name, source in content["sources"].items()},
                 content["state"] and _entry(content["state"]),
                 {name: _entry(entry) for name, entry in content["files"].items()},
@@ -76,18 +78,24 @@ class Journal:
                 else f"{path}: of another version; start again in a new directory"
             ) from None
 
-    def require(self, directory: Path, fingerprint: str) -> None:
+    def require(self, directory: Path, request: Mapping[str, str]) -> None:
         """Refuse to go on with another request than the one that the run was started with.
 
         Args:
             directory: of the output, for the message.
         Raises:
-            QuantizeError: the fingerprints differ.
+            QuantizeError: they differ; names where.
         """
-        if self.fingerprint != fingerprint:
+        changes = []
+        for name in sorted({*self.request, *request}):
+            old, new = (str(of.get(name)) for of in (self.request, request))
+            if old != new:
+                short = len(old + new) <= SHORT
+                changes.append(f"{name} was {old} and is {new}" if short else f"{name} differs")
+        if changes:
             raise QuantizeError(
-                f"{directory}: started from another request (model, options, calibration text or "
-                "versions differ); resume with the same ones, or start again in a new directory"
+                f"{directory}: started from another request: {', '.join(changes)}; "
+                "resume with the same one, or start again in a new directory"
             )
 
     def read_state(self, directory: Path) -> dict[str, torch.Tensor] | None:

@@ -20,16 +20,16 @@ TENSORS = {"a": torch.arange(4.0)}
 
 
 def unfinished(directory: Path, **options: Any) -> Output:
-    """An output that was begun with a fingerprint of its own."""
+    """An output that was begun with a request of its own."""
     directory.mkdir(exist_ok=True)
-    return Output(directory, Journal("request"), **options)
+    return Output(directory, Journal({}), **options)
 
 
 def test_finished_output_has_a_manifest_and_no_progress(tmp_path: Path) -> None:
     out = tmp_path / "out"
     sources = {"model.safetensors": FileEntry("0" * 64, 7)}
     with Output.reserved(out, tmp_path / "model", resume=False):
-        output = Output(out, Journal("request"), TENSORS)
+        output = Output(out, Journal({}), TENSORS)
         output.write_shard("model.safetensors", TENSORS, {"note": 1})
         output.write_bytes("folder/file.txt", b"text")
         output.finish({"a": "model.safetensors"}, 16, {"model_type": "tiny"}, sources)
@@ -111,7 +111,7 @@ def test_who_may_read(tmp_path: Path) -> None:
     try:
         write_atomically(tmp_path / "figures.json", lambda path: path.write_text("{}"))
         (tmp_path / "out").mkdir()
-        output = Output(tmp_path / "out", Journal("request"))
+        output = Output(tmp_path / "out", Journal({}))
         output.write_shard("model.safetensors", {"x": torch.zeros(1)}, None)
     finally:
         os.umask(umask)

@@ -17,7 +17,11 @@ from qamw_kernels.format.manifest import FileEntry
 
 ENTRY = FileEntry("0" * 64, 3)
 JOURNAL = Journal(
-    "request", {"a": SourceFile(Stamp(3, 0, 1, 2, 3), "f" * 64)}, ENTRY, {"b": ENTRY}, {"b": [0.1]}
+    {"bpw": "5.5"},
+    {"a": SourceFile(Stamp(3, 0, 1, 2, 3), "f" * 64)},
+    ENTRY,
+    {"b": ENTRY},
+    {"b": [0.1]},
 )
 
 
@@ -39,9 +43,9 @@ def test_damage_is_named(tmp_path: Path, key: str, value: Any) -> None:
 
 
 def test_state_is_believed_whole_or_not_at_all(tmp_path: Path) -> None:
-    assert Journal("request").read_state(tmp_path) == {}
+    assert Journal({}).read_state(tmp_path) == {}
     save_file({"a": torch.ones(3)}, tmp_path / STATE)
-    journal = Journal("request", state=FileEntry.of(tmp_path / STATE))
+    journal = Journal({}, state=FileEntry.of(tmp_path / STATE))
     state = journal.read_state(tmp_path)
     assert state and torch.equal(state["a"], torch.ones(3))
     content = (tmp_path / STATE).read_bytes()
