@@ -140,17 +140,16 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 
     rates = [Rate(bits, code) for code in CODES for bits in INDEX_BITS]
     for rate in rates:
-        if narrow_launch.slots(rate, shared_memory):
-            name = f"narrow_gemm (Gluon), {label(rate)}, 8 tokens"
-            constants = narrow_launch.constants(rate, torch.bfloat16, processor)
-            # The loop that decodes holds another, of its prefetch, and is not looked at.
-            yield row(name, target, narrow_launch.kernel, constants)
-            if narrow_launch.begins_early(processor):
-                name = f"routed_narrow_gemm (Gluon), {label(rate)}, blocks of 8 slots"
-                yield row(name, target, routed_launch.narrow_kernel, constants)
+        name = f"narrow_gemm (Gluon), {label(rate)}, 8 tokens"
+        constants = narrow_launch.constants(rate, torch.bfloat16, processor)
+        # The loop that decodes holds another, of its prefetch, and is not looked at.
+        yield row(name, target, narrow_launch.kernel, constants)
+        if narrow_launch.begins_early(processor):
+            name = f"routed_narrow_gemm (Gluon), {label(rate)}, blocks of 8 slots"
+            yield row(name, target, routed_launch.narrow_kernel, constants)
     more = [(Rate(11), 4), (Rate(11), 8), (Rate(11, TRELLIS), 4), (Rate(11, TRELLIS), 8)]
     for rate, parts in [*((rate, 2) for rate in rates), *more]:
-        if target != 90 and decode_launch.shared_bytes(rate) <= shared_memory:
+        if target != 90:
             name = f"decode_gemm (Gluon), {label(rate)}, {8 * parts} tokens"
             constants = decode_launch.constants(rate, torch.bfloat16, parts, shared_memory)
             yield row(name, target, decode_launch.kernel, constants, pairs, decoding)
@@ -191,7 +190,7 @@ def wide_rows(target: int) -> Iterator[dict[str, Any]]:
     yield row("add_sums (Gluon)", target, kernel, constants)
     assert dequantize_launch.kernels is not None
     for rate in rates:
-        constants = dequantize_launch.constants(rate, 128, torch.bfloat16)
+        constants = dequantize_launch.constants(rate, 128, torch.bfloat16, shared_memory)
         kernel = dequantize_launch.kernels.dequantize_kernel
         name = f"dequantize (Gluon), {label(rate)}, B = 128"
         yield row(name, target, kernel, constants, 128, decoding)

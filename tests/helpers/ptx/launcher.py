@@ -7,6 +7,7 @@ import torch
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for
 from qamw_kernels.ops.gluon.table import copies
 from qamw_kernels.ops.launcher import Processor
+from qamw_kernels.ops.weight import Rate
 from tests.helpers.ptx.machine import Machine, TensorMap
 from tests.helpers.ptx.registers import Array
 
@@ -18,6 +19,11 @@ def bytes_of(tensor: torch.Tensor) -> Array:
     assert tensor.is_contiguous()
     array: Array = tensor.view(-1).view(torch.uint8).numpy()
     return array
+
+
+def lanes_of_a_bank(target: int, rate: Rate) -> int:
+    """Lanes that wait for each other when they look up, as the table has too few copies."""
+    return 32 // copies(rate, SHARED_BYTES[target])
 
 
 class PtxLauncher:
@@ -58,8 +64,7 @@ class PtxLauncher:
 
     @staticmethod
     def _table_bytes(constants: dict[str, Any]) -> int:
-        entry_bits = constants.get("ENTRY_BITS", 0)
-        return 4 * copies(entry_bits) << entry_bits
+        return int(4 * constants.get("COPIES", 0) << constants.get("ENTRY_BITS", 0))
 
     @staticmethod
     def _parameters(argument: Any, memory: dict[int, Array]) -> list[int | TensorMap]:

@@ -18,7 +18,7 @@ from qamw_kernels.ops.tiling import tile_planes
 from qamw_kernels.ops.triton import launch
 from qamw_kernels.ops.triton.rotate_kernels import rotate_kernel, rotate_many_kernel
 from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
-from tests.helpers.ptx.launcher import PtxLauncher
+from tests.helpers.ptx.launcher import PtxLauncher, lanes_of_a_bank
 from tests.kernels_.ops.test_wide import PAIRS_PER_THREAD, check_spills, filled_with_nan, swap
 
 pytestmark = [
@@ -135,9 +135,7 @@ def test_ptx_is_right(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=step, atol=1e-3)
     assert (y == expected.to(dtype)).double().mean() > 0.99
     if seed is None and bool(expected.any()):
-        assert launcher.machines[0].look_up_conflicts == 32 // table.copies(rate.entry_bits), (
-            "lanes of one bank"
-        )
+        assert launcher.machines[0].look_up_conflicts == lanes_of_a_bank(90, rate)
 
 
 @pytest.mark.parametrize("rate", [Rate(6), Rate(12), Rate(11, TRELLIS)], ids=str)

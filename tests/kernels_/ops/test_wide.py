@@ -13,10 +13,9 @@ import torch
 from benchmarks.kernels.sass import SHARED_BYTES, compile_for, disassemble, loops, registers
 from qamw_kernels.format.codebook import CODES, INDEX_BITS, TRELLIS
 from qamw_kernels.ops.gluon import wide_launch
-from qamw_kernels.ops.gluon.table import copies
 from qamw_kernels.ops.weight import Rate
 from tests.helpers.products import check_rounded, random_product
-from tests.helpers.ptx.launcher import PtxLauncher
+from tests.helpers.ptx.launcher import PtxLauncher, lanes_of_a_bank
 
 needs_wide = pytest.mark.skipif(
     wide_launch.kernels is None, reason="this Triton lacks what the kernel needs, or interprets"
@@ -105,9 +104,7 @@ def test_ptx_is_right(
     check_rounded(y, exact)
     if seed is None:
         assert launcher.machines[0].look_ups % PAIRS_PER_THREAD == 0 < launcher.machines[0].look_ups
-        assert launcher.machines[0].look_up_conflicts == 32 // copies(rate.entry_bits), (
-            "lanes of one bank"
-        )
+        assert launcher.machines[0].look_up_conflicts == lanes_of_a_bank(90, rate)
 
 
 @needs_wide

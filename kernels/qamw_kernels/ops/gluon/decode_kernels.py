@@ -78,6 +78,7 @@ def decode_gemm_kernel(
     log_row_tiles,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
     PARTS: gl.constexpr,
     WARPS: gl.constexpr,
@@ -91,20 +92,20 @@ def decode_gemm_kernel(
     log_row_tiles: a program takes 1 << log_row_tiles row tiles at once, WARPS at most.
     WARP_BASES: [[128], [256] ...], one for every bit of the warp.
     """
-    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS, COPIES)
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
     )
     MMA: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[WARPS, 1, 1], instr_shape=[1, 16, 8]
     )
-    table = make_table(ENTRY_BITS)
-    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
+    table = make_table(RATE)
+    table.store(load_entries(p_entries, RATE, DTYPE, WARPS))
     gl.barrier()
 
     index = gl.arange(0, WARPS * 128, WORDS)
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
-    bank = bank_of(lane, ENTRY_BITS)
+    bank = bank_of(lane, RATE)
     log_share = len(WARP_BASES) - log_row_tiles
     share = 1 << log_share  # of the warps, for one row tile
     first_tile = warp & (share - 1)

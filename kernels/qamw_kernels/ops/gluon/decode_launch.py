@@ -19,9 +19,9 @@ if table.HAS_GATHER:
     from qamw_kernels.ops.gluon.decode_kernels import decode_gemm_kernel as kernel
 
 
-def shared_bytes(rate: Rate) -> int:
-    """Shared memory of a program: the table, and room to add the sums of the warps."""
-    return table.table_bytes(rate) + 512 * WARPS
+def shared_bytes(rate: Rate, shared_memory: int) -> int:
+    """What a program takes of ``shared_memory``: the table, and room to add the warps' sums."""
+    return table.table_bytes(rate, shared_memory) + 512 * WARPS
 
 
 def parts_of(num_tokens: int) -> int:
@@ -36,7 +36,7 @@ def programs_per_processor(rate: Rate, parts: int, shared_memory: int) -> int:
     """
     if parts == PARTS[-1]:
         return 1
-    return max(1, min(2, shared_memory // shared_bytes(rate)))
+    return max(1, min(2, shared_memory // shared_bytes(rate, shared_memory)))
 
 
 @functools.cache
@@ -69,8 +69,7 @@ def constants(
     """
     programs = programs_per_processor(rate, parts, shared_memory)
     return {
-        "INDEX_BITS": rate.index_bits,
-        "ENTRY_BITS": rate.entry_bits,
+        **table.rate_constants(rate, shared_memory),
         "DTYPE": TL_DTYPES[dtype],
         "PARTS": parts,
         "WARPS": WARPS,
@@ -90,7 +89,7 @@ def fits(
     """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
     if processor is None or not table.fits(dtype, rate, processor):
         return False
-    return shared_bytes(rate) <= processor.shared_memory
+    return shared_bytes(rate, processor.shared_memory) <= processor.shared_memory
 
 
 def gemm(

@@ -143,6 +143,7 @@ def dequantize_kernel(
     K,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     B: gl.constexpr,
     WIDTH: gl.constexpr,
     DTYPE: gl.constexpr,
@@ -154,12 +155,12 @@ def dequantize_kernel(
 
     WIDTH: outputs at once, a multiple of the rotation block size B.
     """
-    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS, COPIES), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, WIDTH)
     MATRIX: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, WIDTH], DTYPE)
     ROW_MAJOR: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [WARPS, 1], [1, 0])
-    table = make_table(ENTRY_BITS)
+    table = make_table(SHAPE[0])
     matrix = gl.allocate_shared_memory(DTYPE, [WIDTH, WIDTH], MATRIX)
 
     input_tiles = (K + 511) // 512
@@ -170,7 +171,7 @@ def dequantize_kernel(
     weight = (p_tiles, 0, N)
     place = (input_tiles, row_block, first - row_block * input_tiles)
     prefetch_unit(weight, place, True, SHAPE)
-    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, SHAPE[0], DTYPE, WARPS))
     matrix.store(hadamard(B, WIDTH, DTYPE, ROW_MAJOR))
     fence_async_shared()
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
@@ -178,7 +179,7 @@ def dequantize_kernel(
     words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
     gl.barrier()
 
-    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
+    lookup = (table, bank_of(slot // 4 % 32, SHAPE[0]))
     output = (p_row_norms, p_input_scales, p_out, N, K)
     for unit in range(first, last):
         more = unit + 1 < last

@@ -24,17 +24,22 @@ def fits(
     """Whether the kernel can decode weights of these rates and rotations on a processor."""
     if kernels is None or processor is None or processor.compute_capability != 90:
         return False
-    needed = table.table_bytes(rate) + 2 * WIDTH**2
+    needed = table.table_bytes(rate, processor.shared_memory) + 2 * WIDTH**2
     room = dtype in table.DTYPES and needed < processor.shared_memory
     return room and rotation_block_size <= WIDTH
 
 
 @functools.cache
-def constants(rate: Rate, rotation_block_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Compile-time arguments of the kernel, and options of its compiler."""
+def constants(
+    rate: Rate, rotation_block_size: int, dtype: torch.dtype, shared_memory: int
+) -> dict[str, Any]:
+    """Compile-time arguments of the kernel, and options of its compiler.
+
+    Args:
+        shared_memory: bytes that one program may have.
+    """
     return {
-        "INDEX_BITS": rate.index_bits,
-        "ENTRY_BITS": rate.entry_bits,
+        **table.rate_constants(rate, shared_memory),
         "B": rotation_block_size,
         "WIDTH": WIDTH,
         "DTYPE": TL_DTYPES[dtype],
@@ -61,5 +66,5 @@ def dequantize(
         out,
         weight.num_rows,
         weight.num_inputs,
-        **constants(weight.rate, size, out.dtype),
+        **constants(weight.rate, size, out.dtype, processor.shared_memory),
     )

@@ -5,18 +5,16 @@
 They need a Triton with shared-memory gather.
 
 The entries are replicated over the banks of shared memory, so that every lane looks up in a bank of
-its own, or for the largest table two lanes in one. The layouts are chosen so that a decoded word is
-a register of the matrix instruction's first operand: but for bits of a path, nothing moves between
-lanes.
+its own, or where there is no room for 32 copies, a few lanes in one. The layouts are chosen so that
+a decoded word is a register of the matrix instruction's first operand: but for bits of a path,
+nothing moves between lanes.
+
+RATE is (index bits, entry bits, copies of every entry), of :func:`.table.rate_constants`.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-
-from qamw_kernels.ops.gluon.table import copies
-
-copies_of = gluon.constexpr_function(copies)
 
 
 @gluon.jit
@@ -29,7 +27,7 @@ def halves(words, DTYPE: gl.constexpr):
 
 @gluon.constexpr_function
 def is_trellis(RATE):
-    """Whether RATE, (index bits, entry bits), is one of the trellis; see ``ops.tiling``."""
+    """Whether RATE is one of the trellis; see ``ops.tiling``."""
     return RATE[0] - RATE[1] == 1
 
 
@@ -99,25 +97,26 @@ def sign_words(words, FIRST: gl.constexpr, RATE: gl.constexpr):
 
 
 @gluon.jit
-def bank_of(lane, ENTRY_BITS: gl.constexpr):
+def bank_of(lane, RATE: gl.constexpr):
     """Where in an entry's copies the one is that a lane looks up, in bytes."""
-    if copies_of(ENTRY_BITS) < 32:
-        lane = lane % copies_of(ENTRY_BITS)
+    if RATE[2] < 32:
+        lane = lane % RATE[2]
     return lane * 4
 
 
 @gluon.constexpr_function
-def log_entry_bytes(ENTRY_BITS):
+def log_entry_bytes(COPIES):
     """Log2 of the bytes that all copies of an entry take."""
-    return (4 * copies_of(ENTRY_BITS)).bit_length() - 1
+    return (4 * COPIES).bit_length() - 1
 
 
 @gluon.jit
-def entry_address(words, bank, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
+def entry_address(words, bank, PAIR: gl.constexpr, RATE: gl.constexpr):
     """Where in the table the entry of pair PAIR of every slot is, in the bank of a lane."""
+    ENTRY_BITS: gl.constexpr = RATE[1]
     WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
     SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
-    LOG: gl.constexpr = log_entry_bytes(ENTRY_BITS)
+    LOG: gl.constexpr = log_entry_bytes(RATE[2])
     if SHIFT < LOG:
         entry = words[WORD] << (LOG - SHIFT)
     elif SHIFT + ENTRY_BITS <= 32:
@@ -133,7 +132,7 @@ def entry_address(words, bank, PAIR: gl.constexpr, ENTRY_BITS: gl.constexpr):
 @gluon.jit
 def look_up(table, words, signs, bank, PAIR: gl.constexpr, RATE: gl.constexpr):
     """Codewords of pair PAIR of every slot."""
-    address = entry_address(words, bank, PAIR, RATE[1])
+    address = entry_address(words, bank, PAIR, RATE)
     pair_signs = signs[sign_word(PAIR, RATE)] << sign_shift(PAIR, RATE)
     return table.gather(address >> 2, 0) ^ (pair_signs & -0x7FFF8000)
 
@@ -146,11 +145,10 @@ def to_float16(word):
 
 
 @gluon.jit
-def load_entries(p_entries, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
+def load_entries(p_entries, RATE: gl.constexpr, DTYPE: gl.constexpr, WARPS: gl.constexpr):
     """The table of all entries' copies, one entry after the other, as two DTYPE per int32."""
-    COPIES: gl.constexpr = copies_of(ENTRY_BITS)
     BLOCKED: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
-    entry = gl.arange(0, COPIES << ENTRY_BITS, BLOCKED) // COPIES
+    entry = gl.arange(0, RATE[2] << RATE[1], BLOCKED) // RATE[2]
     word = gl.load(p_entries + entry)
     if gl.float16 == DTYPE:  # codewords are exact in both
         x = to_float16(word << 16)
@@ -160,10 +158,10 @@ def load_entries(p_entries, ENTRY_BITS: gl.constexpr, DTYPE: gl.constexpr, WARPS
 
 
 @gluon.jit
-def make_table(ENTRY_BITS: gl.constexpr):
+def make_table(RATE: gl.constexpr):
     """Shared memory of the table."""
     BANKS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    return gl.allocate_shared_memory(gl.int32, [copies_of(ENTRY_BITS) << ENTRY_BITS], BANKS)
+    return gl.allocate_shared_memory(gl.int32, [RATE[2] << RATE[1]], BANKS)
 
 
 @gluon.jit

@@ -213,11 +213,11 @@ def write_sums(
 
 
 @gluon.jit
-def make_shared(SLOTS: gl.constexpr, ENTRY_BITS: gl.constexpr, WARPS: gl.constexpr):
+def make_shared(SLOTS: gl.constexpr, RATE: gl.constexpr, WARPS: gl.constexpr):
     """Shared memory of the table and of the slots, and the latter one after the other."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-    table = make_table(ENTRY_BITS)
+    table = make_table(RATE)
     slots = gl.allocate_shared_memory(gl.float32, [SLOTS, WARPS, 16, 8], SLOT)
     return table, slots, reinterpret(slots, gl.float32, [SLOTS * WARPS * 128], FLAT)
 
@@ -273,7 +273,7 @@ def multiply_run(
     token = (gl.minimum(row_of_m, tokens[1] - 1) // slots_per_token).to(gl.int64)
     p_token = p_x + token * (K // 2) + lane % 4 * 4 + slot
     sub, half = seat_of(index // 128, weight, WARPS)
-    place = (lane * 4 + slot, p_token, sub, half, bank_of(lane, RATE[1]))
+    place = (lane * 4 + slot, p_token, sub, half, bank_of(lane, RATE))
     x = load_tokens(place, K, WARPS)
     turn = (begin, gl.to_tensor(0), begin)
     raw = load_words(turn, weight, place, RATE, WARPS)
@@ -318,6 +318,7 @@ def narrow_gemm_kernel(
     batch,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -336,7 +337,7 @@ def narrow_gemm_kernel(
     PREFETCH: whether tiles are brought to L2 a turn before they are decoded.
     DEPENDENT: the program may run before the kernel is complete that writes x.
     """
-    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS, COPIES)
     input_tiles = (K + 511) // 512
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
     begin = gl.program_id(0) * run
@@ -344,8 +345,8 @@ def narrow_gemm_kernel(
     weight = (p_tiles, input_tiles, slices, WARPS, 1, batch, end)
     prefetch_run(begin, weight, p_row_norms, N, K, RATE, WARPS, PREFETCH)
     prefetch_rows(p_bias, begin * 16, gl.minimum(end * 16, N * has_bias), WARPS)
-    shared = make_shared(SLOTS, ENTRY_BITS, WARPS)
-    shared[0].store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
+    shared = make_shared(SLOTS, RATE, WARPS)
+    shared[0].store(load_entries(p_entries, RATE, DTYPE, WARPS))
     gl.barrier()
     if DEPENDENT:
         gdc_wait()

@@ -25,7 +25,7 @@ MAX_SLOTS = 8
 
 def slots(rate: Rate, shared_memory: int) -> int:
     """Sums of row tiles and slices that fit beside the table, a power of two; 0: none."""
-    left = (shared_memory - table.table_bytes(rate)) // SLOT_BYTES
+    left = (shared_memory - table.table_bytes(rate, shared_memory)) // SLOT_BYTES
     return min(MAX_SLOTS, 1 << (left.bit_length() - 1)) if left > 0 else 0
 
 
@@ -47,8 +47,7 @@ def constants(rate: Rate, dtype: torch.dtype, processor: Processor) -> dict[str,
     """Compile-time arguments of the kernel, and options of its compiler."""
     early = begins_early(processor)
     return {
-        "INDEX_BITS": rate.index_bits,
-        "ENTRY_BITS": rate.entry_bits,
+        **table.rate_constants(rate, processor.shared_memory),
         "DTYPE": TL_DTYPES[dtype],
         "WARPS": WARPS,
         "WARP_BASES": WARP_BASES,

@@ -70,6 +70,7 @@ def routed_narrow_gemm_kernel(
     batch,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
     WARP_BASES: gl.constexpr,
@@ -85,8 +86,8 @@ def routed_narrow_gemm_kernel(
     :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for the others.
     Everything but x was written before the kernel that writes x began.
     """
-    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS)
-    entries = load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS)  # while routing is read
+    RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS, COPIES)
+    entries = load_entries(p_entries, RATE, DTYPE, WARPS)  # while routing is read
     row_tiles, input_tiles = (N + 15) // 16, (K + 511) // 512
     each = gl.minimum((K + 255) // 256, WARPS)
     slices = (input_tiles + WARPS // 2 - 1) // (WARPS // 2)
@@ -100,7 +101,7 @@ def routed_narrow_gemm_kernel(
     first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)
     weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
     prefetch_run(first, weight, p_norms, N, K, RATE, WARPS, PREFETCH)
-    shared = make_shared(SLOTS, ENTRY_BITS, WARPS)
+    shared = make_shared(SLOTS, RATE, WARPS)
     shared[0].store(entries)
     gl.barrier()
     if DEPENDENT:

@@ -100,6 +100,7 @@ def routed_wide_gemm_kernel(
     K,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
@@ -115,7 +116,7 @@ def routed_wide_gemm_kernel(
     x_blocks: descriptor of x [sorted slots, K], swapped, for blocks [TOKENS, BLOCK_INPUTS]; what it
         has of padding is not read from the products.
     """
-    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS, COPIES), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, TOKENS)
     gdc_launch_dependents()
@@ -127,9 +128,9 @@ def routed_wide_gemm_kernel(
     weight = weight_of(p_tiles, p_experts, run[0], N)
     place = (input_tiles, run[1], 0)
     prefetch_unit(weight, place, True, SHAPE)
-    table = make_table(ENTRY_BITS)
+    table = make_table(SHAPE[0])
     ring = make_ring(x_blocks, PLACES, DTYPE)
-    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, SHAPE[0], DTYPE, WARPS))
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
     words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
@@ -140,7 +141,7 @@ def routed_wide_gemm_kernel(
     copies = (tokens, left * input_tiles * (512 // BLOCK_INPUTS), input_tiles, 0)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
+    lookup = (table, bank_of(slot // 4 % 32, SHAPE[0]))
     unit = gl.to_tensor(0)
     while left > 0:
         following = next_run(run, row_blocks)

@@ -11,6 +11,8 @@ from qamw_kernels.ops.launcher import Processor
 from qamw_kernels.ops.weight import Rate
 
 DTYPES = (torch.bfloat16, torch.float16)
+MIN_COPIES = 8
+"""So many fit on every GPU from compute capability 8.0 on, at every rate."""
 
 
 def _has_gather() -> bool:
@@ -35,18 +37,31 @@ def registers(warps: int) -> int:
     return min(65536 // (32 * warps), 255)
 
 
-def copies(entry_bits: int) -> int:
-    """Copies of every entry in the table.
+def copies(rate: Rate, shared_memory: int) -> int:
+    """Copies of every entry in the table: as many as there is room for, 32 at most.
 
-    With 32, one for each bank, look-ups have no conflicts. The largest table has room for 16 only:
-    two lanes may then need the same bank.
+    With 32, one for each bank, look-ups have no conflicts. With fewer, lanes that need the same
+    bank wait for each other.
+
+    Args:
+        shared_memory: bytes that one program may have.
     """
-    return 32 if entry_bits <= 10 else 16
+    room = shared_memory // (4 << rate.entry_bits)
+    return min(32, 1 << room.bit_length() - 1) if room else 0
 
 
-def table_bytes(rate: Rate) -> int:
-    """Shared memory of the table."""
-    return 4 * copies(rate.entry_bits) << rate.entry_bits
+def table_bytes(rate: Rate, shared_memory: int) -> int:
+    """Bytes of the table, of those that one program may have."""
+    return 4 * copies(rate, shared_memory) << rate.entry_bits
+
+
+def rate_constants(rate: Rate, shared_memory: int) -> dict[str, int]:
+    """Compile-time arguments of all kernels that look up in the table."""
+    return {
+        "INDEX_BITS": rate.index_bits,
+        "ENTRY_BITS": rate.entry_bits,
+        "COPIES": copies(rate, shared_memory),
+    }
 
 
 def fits(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> bool:
@@ -57,4 +72,4 @@ def fits(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> bool:
     """
     if not HAS_GATHER or processor is None or dtype not in DTYPES:
         return False
-    return table_bytes(rate) < processor.shared_memory
+    return copies(rate, processor.shared_memory) >= MIN_COPIES

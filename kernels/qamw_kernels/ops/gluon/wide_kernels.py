@@ -105,7 +105,7 @@ def flip_signs(words, signs):
 def decode_pair(lookup, words, signs, PAIR: gl.constexpr, RATE: gl.constexpr):
     """Codewords of pair PAIR of every slot."""
     table, bank = lookup
-    codewords = table.gather(entry_address(words, bank, PAIR, RATE[1]) >> 2, 0)
+    codewords = table.gather(entry_address(words, bank, PAIR, RATE) >> 2, 0)
     return flip_signs(codewords, signs[sign_word(PAIR, RATE)] << sign_shift(PAIR, RATE))
 
 
@@ -287,6 +287,7 @@ def wide_gemm_kernel(
     grain,
     INDEX_BITS: gl.constexpr,
     ENTRY_BITS: gl.constexpr,
+    COPIES: gl.constexpr,
     DTYPE: gl.constexpr,
     TOKENS: gl.constexpr,
     BLOCK_INPUTS: gl.constexpr,
@@ -304,10 +305,10 @@ def wide_gemm_kernel(
     grain: a program's units are a multiple of it, 1 or all of a row block.
     PLACES: for blocks of activations; it divides the blocks of 512 inputs.
     """
-    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS), WARPS)
+    SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS, COPIES), WARPS)
     ROWS: gl.constexpr = WARPS * 16
     MMA: gl.constexpr = sums_layout(WARPS, TOKENS)
-    table = make_table(ENTRY_BITS)
+    table = make_table(SHAPE[0])
     ring = make_ring(x_blocks, PLACES, DTYPE)
 
     gdc_launch_dependents()
@@ -321,7 +322,7 @@ def wide_gemm_kernel(
     prefetch_unit(weight, place, True, SHAPE)
     end = (last + input_tiles - 1) // input_tiles
     prefetch_rows(p_row_norms, first_block * ROWS, gl.minimum(end * ROWS, N), WARPS)
-    table.store(load_entries(p_entries, ENTRY_BITS, DTYPE, WARPS))
+    table.store(load_entries(p_entries, SHAPE[0], DTYPE, WARPS))
     slot = gl.arange(0, WARPS * 128, words_layout(WARPS))
     p_tile = tile_pointers(weight, place, slot // 128, SHAPE)
     words = renew_words(no_words(slot, SHAPE), p_tile + slot % 128, True, 0, SHAPE)
@@ -332,7 +333,7 @@ def wide_gemm_kernel(
     copies = ((token,), (last - first) * (512 // BLOCK_INPUTS), input_tiles, place[2] * 512)
     for i in gl.static_range(PLACES - 1):
         copies = start_copy(ring, i, copies)
-    lookup = (table, bank_of(slot // 4 % 32, ENTRY_BITS))
+    lookup = (table, bank_of(slot // 4 % 32, SHAPE[0]))
     output = (p_row_norms, p_bias, p_y, M, N, has_bias)
     for row_block in range(first_block, end):
         start = row_block * input_tiles

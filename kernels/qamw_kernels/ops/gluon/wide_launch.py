@@ -146,7 +146,7 @@ def shape_of(rate: Rate, tokens: int, shared_memory: int) -> Shape:
 def _inputs_beside_table(rate: Rate, tokens: int, programs: int, shared_memory: int) -> int:
     """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
-    free -= table.table_bytes(rate) + 8 * PLACES
+    free -= table.table_bytes(rate, shared_memory) + 8 * PLACES
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
 
 
@@ -180,8 +180,7 @@ def constants(
     shape = shape_of(rate, tokens, shared_memory)
     tile, warps = shape.tile, 1 << shape.tile.log_warps
     return {
-        "INDEX_BITS": rate.index_bits,
-        "ENTRY_BITS": rate.entry_bits,
+        **table.rate_constants(rate, shared_memory),
         "DTYPE": TL_DTYPES[dtype],
         "TOKENS": tokens,
         "BLOCK_INPUTS": shape.block_inputs,
