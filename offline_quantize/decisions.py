@@ -10,7 +10,7 @@ import torch
 
 from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows
 from offline_quantize.errors import Option, QuantizeError
-from offline_quantize.output.journal import Journal
+from offline_quantize.output.journal import HASHED, Journal
 from offline_quantize.output.other_files import check_copies
 from offline_quantize.planning.plan import Plan, make_plan
 from offline_quantize.planning.request import QuantizeRequest
@@ -78,18 +78,25 @@ def _decisive(
         processes: how many carry the run out.
     """
     packages = ("qamw-vllm", "torch", "transformers", "matplotlib")
-    named = {package: version(package) for package in packages}
-    named |= plan.request.identity() | {"device": device.type, "processes": processes}
-    hashed = {
-        "the model's config": plan.checkpoint.config,
-        "the output's config": plan.format.to_dict(),
-        "the model's files": {n: file.sha256 for n, file in plan.checkpoint.sources.files.items()},
-        "the output's shards": [[s.file, [t.name for t in s.tensors]] for s in plan.shards],
-        "the calibration tokens": None if tokens is None else tokens.tolist(),
+    values = plan.request.identity() | {
+        "the command": "quantize",
+        "device": device.type,
+        "the number of processes": processes,
+        **{f"the version of {package}": version(package) for package in packages},
     }
-    contents = {name: json.dumps(value, sort_keys=True) for name, value in hashed.items()}
-    hashes = {name: hashlib.sha256(of.encode()).hexdigest() for name, of in contents.items()}
-    return {name: str(value) for name, value in named.items()} | hashes
+    large = {
+        "the model's config": plan.checkpoint.config,
+        "the content of the model": {
+            name: file.sha256 for name, file in plan.checkpoint.sources.files.items()
+        },
+        "the output's config": plan.format.to_dict(),
+        "the division into shards": [[s.file, [t.name for t in s.tensors]] for s in plan.shards],
+        "the sequence of calibration tokens": None if tokens is None else tokens.tolist(),
+    }
+    return {name: str(value) for name, value in values.items()} | {
+        name: HASHED + hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in large.items()
+    }
 
 
 def _read_tokens(plan: Plan) -> torch.Tensor | None:

@@ -59,7 +59,7 @@ def _write(
     source.checkpoint.other_files()  # refuses what could not be copied in the end
     total = sum(info.num_bytes for info in infos)
     check_space(out, total)
-    output = Output(out, Journal({}), resumable=False)
+    output = Output(out, Journal({"the command": "dequantize"}), resumable=False)
     weight_map, done = {}, 0
     for shard in make_shards([], infos, max_shard_bytes):
         tensors = {}

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from safetensors.torch import load
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import Option, QuantizeError, shortened
 from offline_quantize.files import PROGRESS, STATE
 from offline_quantize.model.sources import SourceFile
 from qamw_kernels.errors import FileError
 from qamw_kernels.files import Stamp, open_regular, read_json
 from qamw_kernels.format.manifest import FileEntry
 
-SHORT = 60  # characters of two values that a message has room for
+HASHED = "sha256:"
+SHOWN = 80  # characters of a value in a message
 
 
 @dataclass
@@ -28,7 +29,8 @@ class Journal:
     """The progress of one run.
 
     Attributes:
-        request: all that decides the output's bytes, name -> value; what is large as a hash.
+        request: all that decides the output's bytes, name -> value. Names that are identifiers are
+            those of parameters; what is large is a hash, after HASHED.
         sources: the model's files, by path inside its directory.
         state: of the file with what was measured; None where nothing was.
         files: everything finished so far, by path inside the output directory.
@@ -84,19 +86,21 @@ class Journal:
         Args:
             directory: of the output, for the message.
         Raises:
-            QuantizeError: they differ; names where.
+            QuantizeError: they differ; says in what.
         """
-        changes = []
-        for name in sorted({*self.request, *request}):
-            old, new = (str(of.get(name)) for of in (self.request, request))
-            if old != new:
-                short = len(old + new) <= SHORT
-                changes.append(f"{name} was {old} and is {new}" if short else f"{name} differs")
-        if changes:
-            raise QuantizeError(
-                f"{directory}: started from another request: {', '.join(changes)}; "
-                "resume with the same one, or start again in a new directory"
-            )
+        if self.request == request:
+            return
+        known = self.request.keys() & request.keys()
+        changed = [name for name in sorted(known) if self.request[name] != request[name]]
+        # Where values differ that a reader knows, hashes differ because of them.
+        values = [name for name in changed if not request[name].startswith(HASHED)]
+        message: list[str | Option] = [f"{directory}: started from another request"]
+        for i, name in enumerate(values or changed):
+            message += [", " if i else ": ", Option(name) if name.isidentifier() else name]
+            old, new = (shortened(of[name], SHOWN) for of in (self.request, request))
+            message.append(f" was {old} and is {new}" if values else " is not the same")
+        message.append("; resume with that of the first run, or start again in a new directory")
+        raise QuantizeError(*message)
 
     def read_state(self, directory: Path) -> dict[str, torch.Tensor] | None:
         """What was measured.
