@@ -38,7 +38,7 @@ INTRODUCTION = """\
 Written by `make kernels-report`, without a GPU: compiled ahead of time, disassembled, counted.
 bfloat16. The loop is the innermost one that decodes; its instructions include loads, matrix
 instructions and its own control. An H200 at its memory's speed has time for 9.5 instructions per
-pair at b = 11. That look-ups in shared memory have no bank conflicts is shown by
+pair at b = 11. How many lanes of a look-up wait for each other is checked by
 `tests/kernels_/ops/test_decode.py` and `test_wide.py`, which execute the PTX. Matrix instructions
 counted are HMMA and HGMMA.
 """

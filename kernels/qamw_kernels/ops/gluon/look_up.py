@@ -1,6 +1,6 @@
 # mypy: ignore-errors
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
-"""How the kernels in Gluon decode: look-ups without bank conflicts, few instructions per pair.
+"""How the kernels in Gluon decode: look-ups with few bank conflicts, few instructions per pair.
 
 They need a Triton with shared-memory gather.
 
