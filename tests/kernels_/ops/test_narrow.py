@@ -112,6 +112,16 @@ def test_machine_code(target: int, rate: Rate) -> None:
     assert ("griddepcontrol.wait" in compiled.asm["ptx"]) == hopper
 
 
+def test_the_table_has_as_many_copies_as_fit() -> None:
+    """Of 9, 10 and 11 bits of an entry."""
+    rates = (Rate(11), Rate(12), Rate(12, TRELLIS))
+    found = {
+        target: [table.copies(rate, size) for rate in rates]
+        for target, size in SHARED_BYTES.items()
+    }
+    assert found == {80: [32, 32, 16], 89: [32, 16, 8], 90: [32, 32, 16], 100: [32, 32, 16]}
+
+
 def test_slots_fit_beside_the_table() -> None:
     """One program of 16 warps on every device, at every rate."""
     found = {
