@@ -73,14 +73,14 @@ def quantize(args: argparse.Namespace) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """``qamw plan MODEL``."""
-    from offline_quantize.calibration.text import read_text
+    from offline_quantize.calibration.documents import read_documents
     from offline_quantize.model.checkpoint import resolve_model
     from offline_quantize.output.other_files import check_copies
     from offline_quantize.planning.plan import make_plan
 
     request = _request(args)
     if request.calibration:
-        read_text(request.calibration)  # or an error, as quantize would give
+        read_documents(request.calibration)  # or an error, as quantize would give
     made = make_plan(resolve_model(args.model), request)
     check_copies(made, made.checkpoint.directory)
     _print_table(made)
@@ -117,7 +117,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """``qamw eval CKPT ... --reference MODEL --text FILE``."""
     import torch
 
-    from offline_quantize.calibration.text import read_text
+    from offline_quantize.calibration.documents import read_text
     from offline_quantize.devices import usable_device
     from offline_quantize.evaluation.conventions import CONVENTIONS
     from offline_quantize.evaluation.report import plot, table, to_json

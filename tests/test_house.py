@@ -43,7 +43,7 @@ MAX_FILE, MAX_BODY = 400, 60  # lines
 PACKAGE_DATA = {
     "qamw_kernels/format/codebooks.safetensors",
     "qamw_kernels/ops/crossover.json",
-    "offline_quantize/calibration/calibration.txt",
+    "offline_quantize/calibration/calibration.jsonl",
     "offline_quantize/calibration/calibration.LICENSE.md",
     "offline_quantize/planning/served.json",
     *(f"{package}/py.typed" for package in PACKAGES),

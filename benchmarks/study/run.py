@@ -22,12 +22,8 @@ import torch
 
 from benchmarks.study.baselines import BASELINES, Quantize
 from benchmarks.study.report import RESULTS, Row
-from offline_quantize.calibration.text import (
-    DEFAULT_TEXT,
-    MIN_TOKENS,
-    calibration_windows,
-    read_text,
-)
+from offline_quantize.calibration.documents import read_text
+from offline_quantize.calibration.text import DEFAULT_TEXT, MIN_TOKENS, calibration_windows
 from offline_quantize.evaluation.conventions import Window, open_text
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.evaluation.head import Head, compare_window

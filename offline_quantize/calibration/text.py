@@ -1,13 +1,16 @@
 """The calibration text, and the windows of tokens that are read of it."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
 
+from offline_quantize.calibration.documents import as_texts, read_documents
 from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.model.runner import BATCH
 from offline_quantize.model.tokenizer import load_tokenizer
 
-DEFAULT_TEXT = Path(__file__).with_name("calibration.txt")
+DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
 MIN_TOKENS = 16384
 TOKENS_PER_INPUT = 3  # of the widest layer: with fewer, its Hessian shows more chance than pattern
 WINDOW_TOKENS = 512
@@ -21,19 +24,6 @@ def default_num_tokens(num_inputs: int) -> int:
     return max(MIN_TOKENS, TOKENS_PER_INPUT * num_inputs)
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        QuantizeError: no such file, or not UTF-8; names the file.
-    """
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise QuantizeError(f"{path}: {reason}") from None
-
-
 def calibration_windows(
     directory: Path,
     text_file: Path,
@@ -43,8 +33,12 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Windows of a text's tokens, spread evenly over it, each led by BOS if the tokenizer has one.
 
+    Windows that follow each other come from places far apart: those that are read in one batch are
+    of all kinds that the text has.
+
     Args:
         directory: of the model, whose tokenizer is used.
+        text_file: a text, or JSON Lines; see :func:`read_documents`.
         num_tokens: of all windows, rounded up to whole windows.
         at_least: a text with fewer than ``num_tokens`` is enough if it has so many; None where it
             must have ``num_tokens``.
@@ -52,17 +46,19 @@ def calibration_windows(
     Returns:
         [windows, window_tokens] int64.
     Raises:
-        QuantizeError: the text is missing, not UTF-8, or too short; or the model has no usable
-            tokenizer.
+        QuantizeError: the text is missing, not what :func:`read_documents` expects, or too short;
+            or the model has no usable tokenizer.
+        FileError: a line of JSON Lines is not a JSON object.
     """
-    text = read_text(text_file)
+    documents = read_documents(text_file)
     try:
-        tokenizer = load_tokenizer(directory, text)
+        tokenizer = load_tokenizer(directory, as_texts(documents))
     except QuantizeError as error:
         raise QuantizeError(*error.parts, ". Or use ", Option("calibration", None)) from None
-    encoded = tokenizer(text, add_special_tokens=False, verbose=False)
-    tokens = torch.tensor(encoded["input_ids"], dtype=torch.long)
-    if text and not len(tokens):
+    texts = as_texts(documents, tokenizer)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+    tokens = torch.tensor(list(chain.from_iterable(encoded["input_ids"])), dtype=torch.long)
+    if any(texts) and not len(tokens):
         raise QuantizeError(
             f"{directory}: its tokenizer makes no token of {text_file}: is its vocabulary empty?"
         )
@@ -74,7 +70,9 @@ def calibration_windows(
             raise QuantizeError(f"{text_file}: {count}")
         unless = (", unless ", Option("calibration_tokens"), " asks for less")
         raise QuantizeError(f"{text_file}: {count}", *unless)
-    return spread_windows(tokens, bos, _windows_of(num_tokens, window_tokens), window_tokens)
+    windows = spread_windows(tokens, bos, _windows_of(num_tokens, window_tokens), window_tokens)
+    num_batches = -(-len(windows) // BATCH)
+    return windows[sorted(range(len(windows)), key=lambda window: window % num_batches)]
 
 
 def spread_windows(

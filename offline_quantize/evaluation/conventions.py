@@ -164,7 +164,7 @@ def open_text(raw: str, directory: Path, bos: str) -> tuple[Text, int]:
         config = AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
         ).get_text_config()
-    tokenizer = load_tokenizer(directory, raw)
+    tokenizer = load_tokenizer(directory, [raw])
     context = getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT
     chosen = Bos.choose(tokenizer, config.model_type, bos)
     return Text(raw, tokenizer, chosen, context), config.vocab_size

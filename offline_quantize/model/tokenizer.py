@@ -5,11 +5,13 @@ library that obeys ends the whole process when memory runs out, and does not sto
 process of its own tries first, within limits. It needs that library only, and starts in no time.
 """
 
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,14 +26,16 @@ _BASE_BYTES, _BYTES_PER_BYTE = 4 * 2**30, 2**12
 BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
 
 
-def load_tokenizer(directory: Path, text: str, base_seconds: float = BASE_SECONDS) -> Any:
+def load_tokenizer(
+    directory: Path, texts: Sequence[str], base_seconds: float = BASE_SECONDS
+) -> Any:
     """transformers' tokenizer of a model; no code of the model runs.
 
     Args:
-        text: that it will be used for.
+        texts: that it will be used for.
         base_seconds: that it may take for an empty text.
     Raises:
-        QuantizeError: there is none, or it cannot be used for this text.
+        QuantizeError: there is none, or it cannot be used for these texts.
     """
     for path in directory.iterdir():
         if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
@@ -39,7 +43,7 @@ def load_tokenizer(directory: Path, text: str, base_seconds: float = BASE_SECOND
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
             )
     if (directory / TOKENIZER).is_file():
-        _try(directory / TOKENIZER, text.encode(), base_seconds)
+        _try(directory / TOKENIZER, texts, base_seconds)
     from transformers import AutoTokenizer  # slow to import
 
     try:
@@ -54,19 +58,20 @@ def load_tokenizer(directory: Path, text: str, base_seconds: float = BASE_SECOND
         ) from None
 
 
-def _try(path: Path, text: bytes, base_seconds: float) -> None:
-    """Have another process tokenize a text.
+def _try(path: Path, texts: Sequence[str], base_seconds: float) -> None:
+    """Have another process tokenize texts.
 
     Raises:
         QuantizeError: it took too much memory or time, or was ended by the attempt.
     """
-    num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * len(text)
-    seconds = base_seconds + _SECONDS_PER_BYTE * len(text)
+    text_bytes = sum(len(text.encode()) for text in texts)
+    num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * text_bytes
+    seconds = base_seconds + _SECONDS_PER_BYTE * text_bytes
     command = [sys.executable, "-P", "-m", __name__, str(path), str(num_bytes)]
     try:
         code = subprocess.run(
             command,
-            input=text,
+            input=json.dumps(texts).encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             timeout=seconds,
@@ -79,7 +84,7 @@ def _try(path: Path, text: bytes, base_seconds: float) -> None:
             return
         ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
         how = f"the process ended with {ended}; it had {num_bytes / 2**30:.1f} GiB of memory"
-    raise QuantizeError(f"{path}: this tokenizer cannot tokenize {len(text)} bytes of text: {how}")
+    raise QuantizeError(f"{path}: this tokenizer cannot tokenize {text_bytes} bytes of text: {how}")
 
 
 def _main(file: str, num_bytes: str) -> None:
@@ -90,11 +95,11 @@ def _main(file: str, num_bytes: str) -> None:
     with suppress(ValueError, OSError):  # less is allowed already
         resource.setrlimit(resource.RLIMIT_DATA, (int(num_bytes), int(num_bytes)))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    text = sys.stdin.buffer.read().decode()
+    texts = json.load(sys.stdin.buffer)
     try:
         from tokenizers import Tokenizer
 
-        Tokenizer.from_file(file).encode(text, add_special_tokens=False)
+        Tokenizer.from_file(file).encode_batch(texts, add_special_tokens=False)
     except MemoryError:
         raise
     except Exception:

@@ -38,6 +38,14 @@ def test_windows_have_the_asked_length(tiny_llama: Path) -> None:
     assert (windows[:, 0] == 1).all()  # BOS
 
 
+def test_batches_are_of_the_whole_text(tmp_path: Path, tiny_llama: Path) -> None:
+    (tmp_path / "text").write_text("".join(f"{letter * 4000}\n" for letter in "abcdefgh"))
+    windows = calibration_windows(tiny_llama, tmp_path / "text", 8 * 512)
+    letters = [window.mode().values.item() for window in windows]
+    assert len(set(letters)) == 8
+    assert letters == [sorted(letters)[i] for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+
+
 def test_windows_of_a_long_text_are_whole() -> None:
     """Float32 has not every integer above 2**24."""
     tokens = torch.arange(2**24 + 515)
@@ -78,9 +86,11 @@ def test_an_empty_vocabulary_is_not_blamed_on_the_text(tmp_path: Path, tiny_llam
     tokenizer = json.loads((model / "tokenizer.json").read_text())
     tokenizer["model"] |= {"vocab": {}, "merges": []}
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = "model: its tokenizer makes no token of .*: is its vocabulary empty"
+    text = tmp_path / "text"
+    text.write_text("a text")
+    message = "model: its tokenizer makes no token of .*text: is its vocabulary empty"
     with pytest.raises(QuantizeError, match=message):
-        calibration_windows(model, DEFAULT_TEXT, 1000)
+        calibration_windows(model, text, 1000)
 
 
 def test_a_tokenizer_of_gigabytes_is_not_read(tmp_path: Path, tiny_llama: Path) -> None:

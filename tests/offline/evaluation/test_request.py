@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from offline_quantize.calibration.text import read_text
+from offline_quantize.calibration.documents import read_text
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.request import EvaluationRequest
 

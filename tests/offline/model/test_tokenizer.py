@@ -26,11 +26,11 @@ def growing(tiny_llama: Path, tmp_path: Path) -> Path:
 
 
 def test_only_a_text_that_ends_the_process_is_refused(growing: Path, tiny_llama: Path) -> None:
-    expected = load_tokenizer(tiny_llama, "text")("some text")["input_ids"]
-    assert load_tokenizer(growing, "some text")("some text")["input_ids"] == expected
+    expected = load_tokenizer(tiny_llama, ["text"])("some text")["input_ids"]
+    assert load_tokenizer(growing, ["some text"])("some text")["input_ids"] == expected
     message = r"tokenizer.json: this tokenizer cannot tokenize 4 bytes of text: .*SIGABRT"
     with pytest.raises(QuantizeError, match=message):
-        load_tokenizer(growing, "zoo\n")
+        load_tokenizer(growing, ["zoo\n"])
 
 
 def test_one_that_does_not_stop_is_stopped(tiny_llama: Path, tmp_path: Path) -> None:
@@ -41,7 +41,7 @@ def test_one_that_does_not_stop_is_stopped(tiny_llama: Path, tmp_path: Path) -> 
     (model / "tokenizer.json").write_text(json.dumps(content | {"normalizer": normalizer}))
     message = r"tokenizer.json: this tokenizer cannot tokenize 9000 bytes of text: it was stopped"
     with pytest.raises(QuantizeError, match=message):
-        load_tokenizer(model, "z" * 9000, base_seconds=3)
+        load_tokenizer(model, ["z" * 9000], base_seconds=3)
 
 
 def test_commands_end_with_one_message(
@@ -61,7 +61,7 @@ def test_commands_end_with_one_message(
 def test_what_is_wrong_otherwise_is_said_by_transformers(growing: Path) -> None:
     (growing / "tokenizer.json").write_text("{}")
     with pytest.raises(QuantizeError, match=r"growing: no usable tokenizer.*\(.+\)"):
-        load_tokenizer(growing, "zoo")
+        load_tokenizer(growing, ["zoo"])
     os.remove(growing / "tokenizer.json")
     with pytest.raises(QuantizeError, match=r"is tokenizer\.json there"):
-        load_tokenizer(growing, "zoo")
+        load_tokenizer(growing, ["zoo"])
