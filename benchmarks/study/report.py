@@ -14,6 +14,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
 
+from offline_quantize.calibration.text import DEFAULT_TEXT
+from qamw_kernels.files import sha256_of
+
 WITHIN = 0.4  # percent of perplexity, the paper's claim for about 5.5 bits per weight
 RESULTS = Path(__file__).with_name("results")
 SQNR_FILE = RESULTS / "trellis.json"  # of benchmarks/study/trellis.py
@@ -86,7 +89,9 @@ COLUMNS = (
 )
 FRONTIER = "frontier"
 Row = dict[str, Any]
-"""What run.py appends to results/MODEL.jsonl."""
+"""What run.py writes to results/MODEL.jsonl."""
+TEXT_HASH = sha256_of(DEFAULT_TEXT)
+OUTDATED = " †"
 
 
 def load_rows(directory: Path = RESULTS) -> list[Row]:
@@ -96,6 +101,16 @@ def load_rows(directory: Path = RESULTS) -> list[Row]:
         for file in sorted(directory.glob("*.jsonl"))
         for line in file.read_text().splitlines()
     ]
+
+
+def is_outdated(row: Row) -> bool:
+    """Whether it was calibrated with another text than the default one of now."""
+    return row["calibration"] not in (None, TEXT_HASH)
+
+
+def name_of(row: Row) -> str:
+    """Its method, marked if it is outdated."""
+    return row["method"] + (OUTDATED if is_outdated(row) else "")
 
 
 def load_codes() -> list[Row]:
@@ -137,7 +152,7 @@ def table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (effective_rate(row), row["method"])):
         divergence = row["kl"]
         cells = [
-            row["method"],
+            name_of(row),
             f"{effective_rate(row):.3f}",
             f"{row['perplexity']['quantized']:.3f}",
             change_with_error(row),
@@ -303,7 +318,9 @@ def quality_table(rows: list[Row]) -> str:
         if row is None:
             return ""
         rate, divergence = effective_rate(row), row["kl"]["mean"]
-        return f"{rate:.2f} bpw: {change_with_error(row)} %, {divergence:.4f}"
+        return f"{rate:.2f} bpw: {change_with_error(row)} %, {divergence:.4f}" + (
+            OUTDATED if is_outdated(row) else ""
+        )
 
     lines = [
         line_of(["method", *(windows_of(model, own) for model, own in models.items())]),
@@ -348,6 +365,8 @@ def results_page(rows: list[Row], codes: list[Row]) -> str:
     ]
     for model, own in by_model(rows).items():
         parts += [f"## {windows_of(model, own)}", table(own)]
+    if any(map(is_outdated, rows)):
+        parts.append(f"{OUTDATED.strip()} Calibrated with the text of an earlier version.")
     parts += [
         "## Codes of the unit normal",
         "Signal to noise ratio in dB, written by `python -m benchmarks.study.trellis`; standard "

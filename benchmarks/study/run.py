@@ -1,7 +1,8 @@
 """The study: every method on every model, one row of figures each; hours, and resumable.
 
 ``make study TEXT=wiki.test.raw``, or ``python -m benchmarks.study.run TEXT``. Rows are appended to
-results/MODEL.jsonl as they are made, and a row that is already there is not made again. TEXT is the
+results/MODEL.jsonl as they are made, and a row that is already there is not made again, unless it
+was calibrated with another text than the default one of now. TEXT is the
 raw WikiText-2 test split, which no calibration reads; it is read in the convention gptq-2048.
 Weights of all methods are decoded to bfloat16 and run by transformers; QAM-W goes through the
 checkpoint that ``qamw quantize`` writes.
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.study.baselines import BASELINES, Quantize
-from benchmarks.study.report import RESULTS, Row
+from benchmarks.study.report import RESULTS, TEXT_HASH, Row, is_outdated
 from offline_quantize.calibration.documents import read_text
 from offline_quantize.calibration.text import DEFAULT_TEXT, MIN_TOKENS, calibration_windows
 from offline_quantize.evaluation.conventions import Window, open_text
@@ -33,6 +34,7 @@ from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.products import quick_products
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
+from qamw_kernels.files import write_atomically
 from tools.real_models import real_model
 
 CONVENTION = "gptq-2048"
@@ -96,6 +98,7 @@ class Method:
 
     Attributes:
         rate: nominal bits per weight.
+        calibrated: whether it reads the calibration text.
         make: gives the changed model, in bfloat16, and its effective bits per weight.
     """
 
@@ -103,6 +106,7 @@ class Method:
     family: str
     rate: float
     description: str
+    calibrated: bool
     make: Callable[[], tuple[Any, float]]
 
 
@@ -128,13 +132,14 @@ def with_qamw(directory: Path, request: QuantizeRequest) -> tuple[Any, float]:
 
 def methods(directory: Path) -> Iterator[Method]:
     """All rows of a model: unquantized, the baselines, QAM-W's variants at every rate."""
-    yield Method("bf16", "bf16", 16, "the model itself", partial(unquantized, directory))
+    yield Method("bf16", "bf16", 16, "the model itself", False, partial(unquantized, directory))
     for name, baseline in BASELINES.items():
         yield Method(
             name,
             baseline.family,
             baseline.rate,
             baseline.description,
+            baseline.calibrated,
             partial(with_baseline, directory, baseline.quantize),
         )
     for name, variant in VARIANTS.items():
@@ -145,6 +150,7 @@ def methods(directory: Path) -> Iterator[Method]:
                 name,
                 rate,
                 variant.description,
+                request.calibration is not None,
                 partial(with_qamw, directory, request),
             )
 
@@ -181,6 +187,7 @@ def make_row(
         "nominal_bits_per_weight": method.rate,
         "effective_bits_per_weight": bits,
         "description": method.description,
+        "calibration": TEXT_HASH if method.calibrated else None,
         "perplexity": asdict(Perplexity.of(scores)),
         "kl": asdict(Divergence.of(scores)),
         "quantize_seconds": round(made - start),
@@ -206,8 +213,8 @@ def study(
         results: the folder with NAME.jsonl.
     """
     file = results / f"{name}.jsonl"
-    lines = file.read_text().splitlines() if file.exists() else []
-    done = {json.loads(line)["method"] for line in lines}
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    done = {row["method"] for row in rows if not is_outdated(row)}
     wanted = [m for m in methods(directory) if m.name not in done and (not only or m.name in only)]
     if not wanted:
         return
@@ -219,8 +226,9 @@ def study(
     for method in wanted:
         row = make_row(method, windows, head, reference)
         row |= {"model": name, "convention": CONVENTION, "versions": versions}
-        with file.open("a") as rows:
-            rows.write(json.dumps(row) + "\n")
+        rows = [old for old in rows if old["method"] != method.name] + [row]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(file, lambda partial, lines=lines: partial.write_text(lines))
         print(
             f"{name} {method.name}: {row['effective_bits_per_weight']:.3f} bits, "
             f"perplexity {row['perplexity']['change_percent']:+.2f} %, "

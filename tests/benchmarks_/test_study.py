@@ -1,5 +1,6 @@
 """The study's rows, and what its report makes of them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,18 @@ def test_rows_are_made_once(tmp_path: Path) -> None:
     assert report.table(rows).count("\n") == len(rows) + 1
     report.plot(rows, tmp_path / "rates.png")
     assert (tmp_path / "rates.png").stat().st_size > 10000
+    calibrated = [row["method"] for row in rows if row["calibration"]]
+    assert calibrated == ["qamw-feedback-4", "qamw-4.5"]
+    outdated = [row | {"calibration": row["calibration"] and "another"} for row in rows]
+    assert "| qamw-4.5 † |" in report.table(outdated) and "†" not in report.table(rows)
+    (results / "tiny.jsonl").write_text("".join(json.dumps(row) + "\n" for row in outdated))
+    study("tiny", model, raw, ["int8", "qamw-4.5"], num_windows=2, results=results)
+    *others, again = report.load_rows(results)
+    assert others == outdated[:-1]
+    assert again | {"quantize_seconds": 0, "evaluate_seconds": 0} == rows[-1] | {
+        "quantize_seconds": 0,
+        "evaluate_seconds": 0,
+    }
 
 
 def row(method: str, kl: float, change: float) -> dict[str, Any]:
