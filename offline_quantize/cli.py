@@ -217,8 +217,9 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         "--calibration",
         default="default",
         metavar="FILE|none",
-        help="UTF-8 text like what the model will read, 16 thousand tokens or more (default: "
-        "encyclopedia articles that come with qamw); none: less time, larger errors",
+        help="UTF-8 text like what the model will read, 16 thousand tokens or more; .jsonl has a "
+        '{"text": ...} or a chat, {"messages": ...}, on each line (default: articles, programs '
+        "and chats that come with qamw); none: less time, larger errors",
     )
     add(
         "--calibration-tokens",
