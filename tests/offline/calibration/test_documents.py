@@ -27,10 +27,10 @@ def test_the_default_text_has_prose_code_languages_and_chats() -> None:
     lines = [json.loads(line) for line in DEFAULT_TEXT.read_text().splitlines()]
     assert all(line["source"] and line["license"] for line in lines)
     documents = read_documents(DEFAULT_TEXT)
-    assert len(documents) == len(lines) and sum(not isinstance(d, str) for d in documents) == 60
+    assert len(documents) == len(lines) and sum(not isinstance(d, str) for d in documents) == 46
     languages = Counter(line.get("language") for line in lines)
-    assert languages["en"] == 141 and len(languages) == 17
-    assert sum("(Rust)" in line["source"] for line in lines) == 5
+    assert languages["en"] == 205 and len(languages) == 17
+    assert sum("(Rust)" in line["source"] for line in lines) == 4
 
 
 def test_chats_are_read_as_the_template_of_the_model_writes_them(
