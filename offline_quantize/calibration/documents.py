@@ -2,40 +2,60 @@
 
 import logging
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple
 
-from offline_quantize.errors import QuantizeError, is_out_of_memory, shortened
+from offline_quantize.errors import QuantizeError, printable, shortened
+from offline_quantize.model.chat_template import render_chats
 from qamw_kernels.files import parse_json
 
-Chat = list[dict[str, str]]
-"""Messages, each with its role and its content."""
-
-JSON_LINES = ".jsonl"
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 TEXT, CHAT = "text", "messages"
-_MESSAGE_KEYS = ("role", "content")
+ROLE, CONTENT = "role", "content"
 _BETWEEN = "\n\n"
+_BOM = "\ufeff"
 
 logger = logging.getLogger(__name__)
 
 
+class Chat(NamedTuple):
+    """A chat, as chat templates take it.
+
+    Attributes:
+        messages: each with "role" and "content", both strings, and whatever else it has.
+        tools: schemas of functions, or None.
+        place: file and line.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    place: str
+
+    def plain(self) -> str:
+        """Roles and contents, with colons between them."""
+        return _BETWEEN.join(f"{m[ROLE]}: {m[CONTENT]}" for m in self.messages)
+
+
+Document = str | Chat
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
+    """The text of a UTF-8 file, without a byte order mark.
 
     Raises:
         QuantizeError: no such file, or not UTF-8; names the file.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8").removeprefix(_BOM)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise QuantizeError(f"{path}: {reason}") from None
 
 
-def read_documents(path: Path) -> list[str | Chat]:
-    """The documents of a file: one, unless its name ends in .jsonl.
+def read_documents(path: Path) -> list[Document]:
+    """The documents of a file: one, unless its name ends in .jsonl, .ndjson or .json.
 
-    Of such a file, every line is an object with "text", a string, or with "messages", a chat of
-    objects with "role" and "content". Other keys are not read, nor empty lines.
+    Of such a file, every line is an object with "text", a string, or with "messages" and perhaps
+    "tools": see :class:`Chat`. Other keys are not read, nor empty lines.
 
     Raises:
         QuantizeError: no such file, not UTF-8, no document in it, or a line is another object;
@@ -43,7 +63,7 @@ def read_documents(path: Path) -> list[str | Chat]:
         FileError: a line is not a JSON object; names file and line.
     """
     text = read_text(path)
-    if path.suffix != JSON_LINES:
+    if path.suffix.lower() not in JSON_LINES:
         return [text]
     lines = enumerate(text.split("\n"), 1)  # splitlines() would also split within strings
     documents = [_document(line, f"{path}:{number}") for number, line in lines if line.strip()]
@@ -52,58 +72,83 @@ def read_documents(path: Path) -> list[str | Chat]:
     return documents
 
 
-def _document(line: str, place: str) -> str | Chat:
+def _document(line: str, place: str) -> Document:
     values = parse_json(line.encode(), Path(place))
-    text, chat = values.get(TEXT), values.get(CHAT)
-    if isinstance(text, str) and chat is None:
+    text, messages, tools = values.get(TEXT), values.get(CHAT), values.get("tools")
+    if isinstance(text, str) and messages is None:
         return text
-    if text is None and _is_chat(chat):
-        return [{key: message[key] for key in _MESSAGE_KEYS} for message in chat]
-    raise QuantizeError(
-        f'{place}: {shortened(line, 80)}, expected "{TEXT}", a string, or "{CHAT}", a list of '
-        'objects with "role" and "content", both strings'
-    )
+    if text is not None or not isinstance(messages, list) or not messages:
+        raise QuantizeError(
+            f'{place}: {shortened(line, 80)}, expected either "{TEXT}", a string, '
+            f'or "{CHAT}", a list of messages'
+        )
+    for number, message in enumerate(messages, 1):
+        values = message if isinstance(message, dict) else {}
+        if not all(isinstance(values.get(key), str) for key in (ROLE, CONTENT)):
+            raise QuantizeError(
+                f"{place}: message {number} is {shortened(message, 80)}, expected an object with "
+                f'"{ROLE}" and "{CONTENT}", both strings'
+            )
+    if tools is not None and not isinstance(tools, list):
+        raise QuantizeError(f"{place}: tools are {shortened(tools, 80)}, expected a list")
+    return Chat(messages, tools, place)
 
 
-def _is_chat(value: object) -> TypeGuard[Chat]:
-    if not isinstance(value, list) or not value:
-        return False
-    return all(
-        isinstance(message, dict) and all(isinstance(message.get(k), str) for k in _MESSAGE_KEYS)
-        for message in value
-    )
+def plain_texts(documents: list[Document]) -> list[str]:
+    """The texts of documents, that between them included; chats without a template."""
+    return _separated([d.plain() if isinstance(d, Chat) else d for d in documents])
 
 
-def as_texts(documents: list[str | Chat], tokenizer: Any = None) -> list[str]:
+def templated_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]:
     """The texts of documents, that between them included; chats as the model's template has them.
 
-    Without a template, or where it refuses one of the chats, all chats are roles and contents with
-    colons between them.
+    Chats that the template refuses are read as :meth:`Chat.plain`, and all of them where there is
+    no template; a warning says so.
 
     Args:
-        tokenizer: of the model, from transformers; None for no template.
+        tokenizer: of the model, from transformers.
+        path: of the model.
+    Raises:
+        QuantizeError: the template took too much memory or time.
     """
-    chats = [document for document in documents if not isinstance(document, str)]
-    rendered = iter(_rendered(chats, tokenizer) if chats else [])
-    texts = [d if isinstance(d, str) else next(rendered) for d in documents]
-    return [text + _BETWEEN for text in texts[:-1]] + texts[-1:]
+    chats = [document for document in documents if isinstance(document, Chat)]
+    rendered = iter(_templated(chats, tokenizer, path) if chats else [])
+    return _separated([next(rendered) if isinstance(d, Chat) else d for d in documents])
 
 
-def _rendered(chats: list[Chat], tokenizer: Any) -> list[str]:
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-            return [_without_beginning(text, tokenizer.bos_token) for text in texts]
-        except Exception as error:  # a template may raise anything; many have no system role
-            if is_out_of_memory(error):
-                raise
-            logger.warning("chats are read as plain text: the template refuses one (%s)", error)
-    return [_BETWEEN.join(f"{m['role']}: {m['content']}" for m in chat) for chat in chats]
+def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
+    try:
+        template = tokenizer.get_chat_template()
+    except (AttributeError, ValueError):  # none, or several and none of them the default
+        logger.warning("%d chats are read as plain text: %s has no chat template", len(chats), path)
+        return [chat.plain() for chat in chats]
+    special_tokens = tokenizer.special_tokens_map
+    given = [{"messages": chat.messages, "tools": chat.tools} for chat in chats]
+    rendered = render_chats(template, special_tokens, given, path)
+    refused = [(c, r) for c, r in zip(chats, rendered, strict=True) if r.text is None]
+    for chat, (_, why) in refused[:1]:
+        logger.warning(
+            "%d of %d chats are read as plain text: the chat template of %s refuses them, "
+            "first %s (%s)",
+            *(len(refused), len(chats), path, chat.place, printable(shortened(why))),
+        )
+    bos = special_tokens.get("bos_token")
+    return [
+        chat.plain() if text is None else _without_beginning(text, chat, bos)
+        for chat, (text, _) in zip(chats, rendered, strict=True)
+    ]
 
 
-def _without_beginning(text: str, bos: str | None) -> str:
+def _without_beginning(text: str, chat: Chat, bos: str | None) -> str:
     """A chat without BOS: each window of the text has its own.
 
     Where it is there more than once it begins every message, as SmolLM2's, and stays.
     """
-    return text.removeprefix(bos) if bos and text.count(bos) == 1 else text
+    if not bos or len(chat.messages) == 1:
+        return text
+    written = text.count(bos) - sum(message[CONTENT].count(bos) for message in chat.messages)
+    return text.removeprefix(bos) if written == 1 else text
+
+
+def _separated(texts: list[str]) -> list[str]:
+    return [text + _BETWEEN for text in texts[:-1]] + texts[-1:]

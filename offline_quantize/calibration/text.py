@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from offline_quantize.calibration.documents import as_texts, read_documents
+from offline_quantize.calibration.documents import plain_texts, read_documents, templated_texts
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.runner import BATCH
-from offline_quantize.model.tokenizer import load_tokenizer
+from offline_quantize.model.tokenizer import load_tokenizer, try_tokenizer
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
 MIN_TOKENS = 16384
@@ -52,10 +52,13 @@ def calibration_windows(
     """
     documents = read_documents(text_file)
     try:
-        tokenizer = load_tokenizer(directory, as_texts(documents))
+        plain = plain_texts(documents)
+        tokenizer = load_tokenizer(directory, plain)
+        texts = templated_texts(documents, tokenizer, directory)
+        if texts != plain:
+            try_tokenizer(directory, texts)
     except QuantizeError as error:
         raise QuantizeError(*error.parts, ". Or use ", Option("calibration", None)) from None
-    texts = as_texts(documents, tokenizer)
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
     tokens = torch.tensor(list(chain.from_iterable(encoded["input_ids"])), dtype=torch.long)
     if any(texts) and not len(tokens):

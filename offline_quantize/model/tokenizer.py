@@ -1,29 +1,18 @@
 """The tokenizer of a model, once another process has seen what it makes of the text.
 
-tokenizer.json may ask for anything, such as a normalizer that doubles the text forty times. The
-library that obeys ends the whole process when memory runs out, and does not stop by itself. So a
+tokenizer.json may ask for anything, such as a normalizer that doubles the text forty times. So a
 process of its own tries first, within limits. It needs that library only, and starts in no time.
 """
 
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from offline_quantize.errors import QuantizeError, is_out_of_memory, shortened
+from offline_quantize.model.limited import BASE_SECONDS, EndedError, receive, run_limited
 from qamw_kernels.files import MAX_JSON_BYTES
 
 TOKENIZER = "tokenizer.json"
-
-# What tokenizers take is far below: some hundred bytes and less than 10 microseconds for a byte.
-_BASE_BYTES, _BYTES_PER_BYTE = 4 * 2**30, 2**12
-BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
 
 
 def load_tokenizer(
@@ -42,8 +31,7 @@ def load_tokenizer(
             raise QuantizeError(
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
             )
-    if (directory / TOKENIZER).is_file():
-        _try(directory / TOKENIZER, texts, base_seconds)
+    try_tokenizer(directory, texts, base_seconds)
     from transformers import AutoTokenizer  # slow to import
 
     try:
@@ -58,44 +46,32 @@ def load_tokenizer(
         ) from None
 
 
-def _try(path: Path, texts: Sequence[str], base_seconds: float) -> None:
-    """Have another process tokenize texts.
+def try_tokenizer(
+    directory: Path, texts: Sequence[str], base_seconds: float = BASE_SECONDS
+) -> None:
+    """Have another process tokenize texts, if the model has a tokenizer.json.
 
     Raises:
         QuantizeError: it took too much memory or time, or was ended by the attempt.
     """
+    path = directory / TOKENIZER
+    if not path.is_file():
+        return
     text_bytes = sum(len(text.encode()) for text in texts)
-    num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * text_bytes
-    seconds = base_seconds + _SECONDS_PER_BYTE * text_bytes
-    command = [sys.executable, "-P", "-m", __name__, str(path), str(num_bytes)]
     try:
-        code = subprocess.run(
-            command,
-            input=json.dumps(texts).encode(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=seconds,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        ).returncode
-    except subprocess.TimeoutExpired:
-        how = f"it was stopped after {seconds:.0f} s"
-    else:
-        if not code:
-            return
-        ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        how = f"the process ended with {ended}; it had {num_bytes / 2**30:.1f} GiB of memory"
-    raise QuantizeError(f"{path}: this tokenizer cannot tokenize {text_bytes} bytes of text: {how}")
+        run_limited(__name__, [str(path), texts], text_bytes, base_seconds)
+    except EndedError as how:
+        raise QuantizeError(
+            f"{path}: this tokenizer cannot tokenize {text_bytes} bytes of text: {how}"
+        ) from None
 
 
-def _main(file: str, num_bytes: str) -> None:
+def _main() -> None:
     """What the other process does.
 
     Whatever is an error of the usual kind, transformers will say in its own words.
     """
-    with suppress(ValueError, OSError):  # less is allowed already
-        resource.setrlimit(resource.RLIMIT_DATA, (int(num_bytes), int(num_bytes)))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    texts = json.load(sys.stdin.buffer)
+    file, texts = receive()
     try:
         from tokenizers import Tokenizer
 
@@ -107,4 +83,4 @@ def _main(file: str, num_bytes: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _main()

@@ -1,7 +1,6 @@
 """Calibration texts: plain ones, and JSON Lines of texts and chats."""
 
 import json
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from offline_quantize.calibration.documents import as_texts, read_documents
+from offline_quantize.calibration.documents import plain_texts, read_documents, templated_texts
 from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
+from offline_quantize.model.chat_template import render_chats
 from qamw_kernels.errors import QamwError
 from tests.helpers.models import copy_model
 
@@ -33,35 +33,104 @@ def test_the_default_text_has_prose_code_languages_and_chats() -> None:
     assert sum("(Rust)" in line["source"] for line in lines) == 4
 
 
+def texts_of(file: Path, model: Path, **changes: Any) -> list[str]:
+    """As the model's tokenizer has them, with other attributes."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    return templated_texts(read_documents(file), tokenizer, model)
+
+
 def test_chats_are_read_as_the_template_of_the_model_writes_them(
     tmp_path: Path, tiny_llama: Path
 ) -> None:
     """With a separator between documents, and without BOS, which every window has."""
     file = write_lines(tmp_path / "a.jsonl", {"text": "A text.", "source": 1}, {"messages": CHAT})
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    chat = "<|user|>Hi<|end|><|assistant|>Hello\u2028there<|end|>"
-    assert as_texts(read_documents(file), tokenizer) == ["A text.\n\n", chat]
-    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
-    assert as_texts(read_documents(file), tokenizer) == ["A text.\n\n", chat]
-    each = tokenizer.chat_template.replace("{{ bos_token }}", "").replace(
-        "'<|'", "bos_token + '<|'"
+    template = AutoTokenizer.from_pretrained(tiny_llama).chat_template
+    expected = ["A text.\n\n", "<|user|>Hi<|end|><|assistant|>Hello\u2028there<|end|>"]
+    assert texts_of(file, tiny_llama) == expected
+    led = "{{ bos_token }}" + template
+    assert texts_of(file, tiny_llama, chat_template=led) == expected
+    each = template.replace("'<|'", "bos_token + '<|'")  # as SmolLM2, whose BOS begins messages
+    assert texts_of(file, tiny_llama, chat_template=each)[1].count("<s>") == 2
+    alone = write_lines(tmp_path / "alone.jsonl", {"messages": CHAT[:1]})
+    assert texts_of(alone, tiny_llama, chat_template=each) == ["<s><|user|>Hi<|end|>"]
+
+
+def test_templates_see_tools_and_all_of_a_message(tmp_path: Path, tiny_llama: Path) -> None:
+    called = CHAT[0] | {"tool_calls": [{"name": "add"}]}
+    file = write_lines(tmp_path / "a.jsonl", {"messages": [called], "tools": [{"name": "add"}]})
+    template = "{{ tools[0].name }} {{ messages[0].tool_calls[0].name }}"
+    assert texts_of(file, tiny_llama, chat_template=template) == ["add add"]
+
+
+def test_templates_have_no_clock_and_no_dice(tmp_path: Path, tiny_llama: Path) -> None:
+    """Or a run could not be resumed on the next day."""
+    file = write_lines(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 2)
+    template = (
+        "{{ strftime_now('%Y-%m-%d') }} {{ range(10**5) | random }} {{ messages[0].content }}"
     )
-    tokenizer.chat_template = each  # as SmolLM2, whose BOS begins every message
-    assert as_texts(read_documents(file), tokenizer)[1].count("<s>") == 2
+    first, second = texts_of(file, tiny_llama, chat_template=template)
+    assert first.startswith("2026-01-01 ") and first == second + "\n\n"
 
 
 def test_chats_without_a_template(
     tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    documents = read_documents(write_lines(tmp_path / "a.jsonl", {"messages": CHAT}))
+    file = write_lines(tmp_path / "a.jsonl", {"messages": CHAT})
     plain = ["user: Hi\n\nassistant: Hello\u2028there"]
-    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    tokenizer.chat_template = None
-    assert as_texts(documents, tokenizer) == as_texts(documents) == plain
-    tokenizer.chat_template = "{{ raise_exception('no user') }}"
-    with caplog.at_level(logging.WARNING):
-        assert as_texts(documents, tokenizer) == plain
-    assert "chats are read as plain text: the template refuses one (no user)" in caplog.text
+    assert plain_texts(read_documents(file)) == plain
+    assert texts_of(file, tiny_llama, chat_template=None) == plain
+    assert "1 chats are read as plain text: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("refusing", "why"),
+    [
+        ("{{ raise_exception('\x1b no system') }}", r"TemplateError: \x1b no system"),
+        ("", "it writes nothing"),
+        ("{{ 'a' * 10**6 }}", "it writes 1000000 characters"),
+        ("{{ '\ud800' }}", "UnicodeEncodeError"),
+    ],
+)
+def test_only_what_a_template_refuses_is_read_without_it(
+    tmp_path: Path, tiny_llama: Path, caplog: pytest.LogCaptureFixture, refusing: str, why: str
+) -> None:
+    system = [{"role": "system", "content": "Be kind."}, *CHAT]
+    file = write_lines(tmp_path / "a.jsonl", {"messages": CHAT}, {"messages": system})
+    template = (
+        "{% if messages[0].role == 'system' %}" + refusing + "{% else %}{{ messages }}{% endif %}"
+    )
+    templated, plain = texts_of(file, tiny_llama, chat_template=template)
+    assert templated.startswith("[{'role': 'user'") and plain.startswith("system: Be kind.")
+    assert f"1 of 2 chats are read as plain text: the chat template of {tiny_llama}" in caplog.text
+    assert f"first {file}:2" in caplog.text and why in caplog.text and "\x1b" not in caplog.text
+
+
+def test_templates_that_take_too_much_are_stopped() -> None:
+    chats = [{"messages": CHAT, "tools": None}]
+    message = r"^model: its chat template cannot write 1 chats: "
+    with pytest.raises(QamwError, match=message + r"the process ended .* 4\.0 GiB of memory"):
+        render_chats("{{ 'a' * 10**10 }}", {}, chats, Path("model"))
+    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(QamwError, match=message + "it was stopped after 3 s"):
+        render_chats(forever, {}, chats, Path("model"), base_seconds=3)
+
+
+def test_what_templates_add_is_tried_too(tmp_path: Path, tiny_llama: Path) -> None:
+    """The template writes what makes the tokenizer grow without end."""
+    model = copy_model(tiny_llama, tmp_path / "model")
+    steps = [("\u2603", "z"), *[("z", "z" * 1000)] * 5]
+    replacing = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in steps]
+    content = json.loads((model / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "Sequence", "normalizers": replacing}
+    (model / "tokenizer.json").write_text(json.dumps(content))
+    (model / "chat_template.jinja").write_text("\u2603 {{ messages[0].content }}")
+    file = write_lines(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 40)
+    with pytest.raises(
+        QamwError, match=r"this tokenizer cannot tokenize .*Or use calibration=None"
+    ):
+        calibration_windows(model, file, 128, window_tokens=32)
 
 
 def test_chats_become_tokens_of_the_template(tmp_path: Path, tiny_llama: Path) -> None:
@@ -76,10 +145,18 @@ def test_chats_become_tokens_of_the_template(tmp_path: Path, tiny_llama: Path) -
     [
         ("{", r"a\.jsonl:2: Expecting property name"),
         ("[1]", r"a\.jsonl:2: expected a JSON object, got list"),
-        ('{"text": 3}', r'a\.jsonl:2: \{"text": 3\}, expected "text", a string, or "messages"'),
+        ('{"text": 3}', r'a\.jsonl:2: \{"text": 3\}, expected either "text", a string, or'),
         ('{"text": "a", "messages": []}', r"a\.jsonl:2: .*expected"),
         ('{"messages": []}', r"a\.jsonl:2: .*expected"),
-        ('{"messages": [{"role": "user", "content": null}]}', r"a\.jsonl:2: .*both strings"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            r"a\.jsonl:2: message 1 is \{.*both strings",
+        ),
+        ('{"messages": [{"role": "user", "content": "a"}, 3]}', r"message 2 is 3, expected"),
+        (
+            '{"messages": [{"role": "u", "content": ""}], "tools": 1}',
+            r"tools are 1, expected a list",
+        ),
         ('{"prompt": "a"}', r"a\.jsonl:2: .*expected"),
     ],
 )
@@ -87,6 +164,12 @@ def test_lines_that_are_no_document(tmp_path: Path, line: str, message: str) -> 
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line)
     with pytest.raises(QamwError, match=message):
         read_documents(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.ndjson", "a.json"])
+def test_json_lines_go_by_their_name(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('\ufeff{"text": "fine"}\r\n\r\n')
+    assert read_documents(tmp_path / name) == ["fine"]
 
 
 def test_a_file_without_documents(tmp_path: Path) -> None:
