@@ -108,9 +108,9 @@ def is_outdated(row: Row) -> bool:
     return row["calibration"] not in (None, TEXT_HASH)
 
 
-def name_of(row: Row) -> str:
-    """Its method, marked if it is outdated."""
-    return row["method"] + (OUTDATED if is_outdated(row) else "")
+def mark_of(row: Row) -> str:
+    """What follows its name or its figures: nothing, unless it is outdated."""
+    return OUTDATED if is_outdated(row) else ""
 
 
 def load_codes() -> list[Row]:
@@ -152,7 +152,7 @@ def table(rows: list[Row]) -> str:
     for row in sorted(rows, key=lambda row: (effective_rate(row), row["method"])):
         divergence = row["kl"]
         cells = [
-            name_of(row),
+            row["method"] + mark_of(row),
             f"{effective_rate(row):.3f}",
             f"{row['perplexity']['quantized']:.3f}",
             change_with_error(row),
@@ -287,7 +287,9 @@ def claims(rows: list[Row]) -> str:
     default = {row["model"]: row for row in rows if row["method"] == "qamw-5.5"}
     changes = [row["perplexity"]["change_percent"] for row in default.values()]
     within = sum(abs(change) <= WITHIN for change in changes)
-    figures = (f"{model} {change_with_error(row)} %" for model, row in default.items())
+    figures = (
+        f"{model} {change_with_error(row)} %{mark_of(row)}" for model, row in default.items()
+    )
     lines.append(
         f"- *About 5.5 bits per weight stay within {WITHIN} % of bf16.* "
         f"On {within} of {len(default)} models: {', '.join(figures)}"
@@ -318,9 +320,7 @@ def quality_table(rows: list[Row]) -> str:
         if row is None:
             return ""
         rate, divergence = effective_rate(row), row["kl"]["mean"]
-        return f"{rate:.2f} bpw: {change_with_error(row)} %, {divergence:.4f}" + (
-            OUTDATED if is_outdated(row) else ""
-        )
+        return f"{rate:.2f} bpw: {change_with_error(row)} %, {divergence:.4f}{mark_of(row)}"
 
     lines = [
         line_of(["method", *(windows_of(model, own) for model, own in models.items())]),

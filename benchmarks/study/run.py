@@ -1,11 +1,11 @@
 """The study: every method on every model, one row of figures each; hours, and resumable.
 
-``make study TEXT=wiki.test.raw``, or ``python -m benchmarks.study.run TEXT``. Rows are appended to
+``make study TEXT=wiki.test.raw``, or ``python -m benchmarks.study.run TEXT``. Rows are written to
 results/MODEL.jsonl as they are made, and a row that is already there is not made again, unless it
-was calibrated with another text than the default one of now. TEXT is the
-raw WikiText-2 test split, which no calibration reads; it is read in the convention gptq-2048.
-Weights of all methods are decoded to bfloat16 and run by transformers; QAM-W goes through the
-checkpoint that ``qamw quantize`` writes.
+was calibrated with another text than the default one of now. TEXT is the raw WikiText-2 test split,
+which no calibration reads; it is read in the convention gptq-2048. Weights of all methods are
+decoded to bfloat16 and run by transformers; QAM-W goes through the checkpoint that ``qamw
+quantize`` writes.
 """
 
 import argparse

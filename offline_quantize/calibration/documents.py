@@ -12,7 +12,6 @@ JSON_LINES = (".jsonl", ".ndjson", ".json")
 TEXT, CHAT = "text", "messages"
 ROLE, CONTENT = "role", "content"
 _BETWEEN = "\n\n"
-_BOM = "\ufeff"
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def read_text(path: Path) -> str:
         QuantizeError: no such file, or not UTF-8; names the file.
     """
     try:
-        return path.read_text(encoding="utf-8").removeprefix(_BOM)
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise QuantizeError(f"{path}: {reason}") from None
@@ -94,13 +93,8 @@ def _document(line: str, place: str) -> Document:
     return Chat(messages, tools, place)
 
 
-def plain_texts(documents: list[Document]) -> list[str]:
-    """The texts of documents, that between them included; chats without a template."""
-    return _separated([d.plain() if isinstance(d, Chat) else d for d in documents])
-
-
-def templated_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]:
-    """The texts of documents, that between them included; chats as the model's template has them.
+def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]:
+    """The texts of documents, what separates them included; chats as the model's template has them.
 
     Chats that the template refuses are read as :meth:`Chat.plain`, and all of them where there is
     no template; a warning says so.
@@ -113,25 +107,24 @@ def templated_texts(documents: list[Document], tokenizer: Any, path: Path) -> li
     """
     chats = [document for document in documents if isinstance(document, Chat)]
     rendered = iter(_templated(chats, tokenizer, path) if chats else [])
-    return _separated([next(rendered) if isinstance(d, Chat) else d for d in documents])
+    texts = [next(rendered) if isinstance(d, Chat) else d for d in documents]
+    return [text + _BETWEEN for text in texts[:-1]] + texts[-1:]
 
 
 def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
     try:
         template = tokenizer.get_chat_template()
-    except (AttributeError, ValueError):  # none, or several and none of them the default
-        logger.warning("%d chats are read as plain text: %s has no chat template", len(chats), path)
+    except (AttributeError, NotImplementedError, ValueError):  # of Mistral's own: not implemented
+        _warn(len(chats), len(chats), f"{path} has no chat template, or no default one")
         return [chat.plain() for chat in chats]
     special_tokens = tokenizer.special_tokens_map
     given = [{"messages": chat.messages, "tools": chat.tools} for chat in chats]
     rendered = render_chats(template, special_tokens, given, path)
     refused = [(c, r) for c, r in zip(chats, rendered, strict=True) if r.text is None]
-    for chat, (_, why) in refused[:1]:
-        logger.warning(
-            "%d of %d chats are read as plain text: the chat template of %s refuses them, "
-            "first %s (%s)",
-            *(len(refused), len(chats), path, chat.place, printable(shortened(why))),
-        )
+    if refused:
+        chat, (_, why) = refused[0]
+        reason = f"the chat template of {path} refuses them, first {chat.place} ({why})"
+        _warn(len(refused), len(chats), reason)
     bos = special_tokens.get("bos_token")
     return [
         chat.plain() if text is None else _without_beginning(text, chat, bos)
@@ -139,16 +132,17 @@ def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
     ]
 
 
+def _warn(number: int, total: int, reason: str) -> None:
+    logger.warning("chats read as plain text: %d of %d; %s", number, total, printable(reason))
+
+
 def _without_beginning(text: str, chat: Chat, bos: str | None) -> str:
     """A chat without BOS: each window of the text has its own.
 
-    Where it is there more than once it begins every message, as SmolLM2's, and stays.
+    Where the template writes it more than once it begins messages, as SmolLM2's, and stays; of a
+    single message nobody can tell.
     """
     if not bos or len(chat.messages) == 1:
         return text
     written = text.count(bos) - sum(message[CONTENT].count(bos) for message in chat.messages)
     return text.removeprefix(bos) if written == 1 else text
-
-
-def _separated(texts: list[str]) -> list[str]:
-    return [text + _BETWEEN for text in texts[:-1]] + texts[-1:]

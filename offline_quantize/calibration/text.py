@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from offline_quantize.calibration.documents import plain_texts, read_documents, templated_texts
+from offline_quantize.calibration.documents import as_texts, read_documents
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.model.runner import BATCH
 from offline_quantize.model.tokenizer import load_tokenizer, try_tokenizer
@@ -52,11 +52,9 @@ def calibration_windows(
     """
     documents = read_documents(text_file)
     try:
-        plain = plain_texts(documents)
-        tokenizer = load_tokenizer(directory, plain)
-        texts = templated_texts(documents, tokenizer, directory)
-        if texts != plain:
-            try_tokenizer(directory, texts)
+        tokenizer = load_tokenizer(directory, [])
+        texts = as_texts(documents, tokenizer, directory)
+        try_tokenizer(directory, texts)
     except QuantizeError as error:
         raise QuantizeError(*error.parts, ". Or use ", Option("calibration", None)) from None
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)

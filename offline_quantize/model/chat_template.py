@@ -1,7 +1,8 @@
 """Chats as the chat template of a model writes them.
 
-A template is a program that came with the model, so another process runs it, within limits. It has
-no clock and no dice there: the same chats become the same text on every day.
+A template is a program that came with the model, so another process runs it, within limits. The
+date that it sees and its random choices are always the same: what it writes does not change from
+one day to the next.
 """
 
 import json
@@ -11,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offline_quantize.errors import QuantizeError
+from offline_quantize.errors import QuantizeError, shortened
 from offline_quantize.model.limited import BASE_SECONDS, EndedError, receive, run_limited
 
 # Llama 3.2, gpt-oss and others write the date of today into every chat.
@@ -63,28 +64,30 @@ def render_chats(
 def _main() -> None:
     """What the other process does."""
     template, special_tokens, chats = receive()
-    print(json.dumps([_render(template, special_tokens, chat) for chat in chats]))
+    rendered = [_render(template, special_tokens, chat) for chat in chats]
+    print(f"\n{json.dumps(rendered)}")  # on a line of its own, whatever imports print
 
 
 def _render(template: str, special_tokens: dict[str, Any], chat: dict[str, Any]) -> Rendered:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     random.seed(0)
-    named: dict[str, Any] = {"strftime_now": _TODAY.strftime}  # instead of transformers' own
+    given: dict[str, Any] = special_tokens | {"strftime_now": _TODAY.strftime}  # hides its own
     try:
         written: Any = render_jinja_template(  # its annotation is wrong
-            [chat["messages"]], chat["tools"], chat_template=template, **named, **special_tokens
+            [chat["messages"]], chat["tools"], chat_template=template, **given
         )
         text = written[0][0]
         text.encode()
     except MemoryError:
         raise
     except Exception as error:  # a template may raise anything
-        return Rendered(None, f"{type(error).__name__}: {error}")
+        return Rendered(None, shortened(f"{type(error).__name__}: {error}"))
     if not text.strip():
         return Rendered(None, "it writes nothing")
-    if len(text) > _MOST_TIMES * len(json.dumps(chat)) + _MOST_MORE:
-        return Rendered(None, f"it writes {len(text)} characters")
+    most = _MOST_TIMES * len(json.dumps(chat)) + _MOST_MORE
+    if len(text) > most:
+        return Rendered(None, f"it writes {len(text)} characters, expected at most {most}")
     return Rendered(text)
 
 

@@ -36,7 +36,7 @@ def run_limited(
     """
     num_bytes = _BASE_BYTES + _BYTES_PER_BYTE * text_bytes
     seconds = base_seconds + _SECONDS_PER_BYTE * text_bytes
-    path = os.pathsep.join(filter(None, sys.path))
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-m", module, str(num_bytes)],
@@ -58,7 +58,7 @@ def run_limited(
 def receive() -> Any:
     """In that process: put the limits into force; return what was given."""
     num_bytes = int(sys.argv[1])
-    with suppress(ValueError, OSError):  # less is allowed already
-        resource.setrlimit(resource.RLIMIT_DATA, (num_bytes, num_bytes))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, num_bytes)):
+        with suppress(ValueError, OSError):  # less is allowed already
+            resource.setrlimit(kind, (most, most))
     return json.load(sys.stdin.buffer)

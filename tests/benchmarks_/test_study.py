@@ -47,6 +47,7 @@ def row(method: str, kl: float, change: float) -> dict[str, Any]:
     return {
         "method": method,
         "model": "one",
+        "calibration": None,
         "kl": {"mean": kl},
         "perplexity": {"change_percent": change, "change_percent_se": 0.1},
     }

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from offline_quantize.calibration.documents import plain_texts, read_documents, templated_texts
+from offline_quantize.calibration.documents import as_texts, read_documents
 from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
 from offline_quantize.model.chat_template import render_chats
 from qamw_kernels.errors import QamwError
@@ -38,7 +38,7 @@ def texts_of(file: Path, model: Path, **changes: Any) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(model)
     for name, value in changes.items():
         setattr(tokenizer, name, value)
-    return templated_texts(read_documents(file), tokenizer, model)
+    return as_texts(read_documents(file), tokenizer, model)
 
 
 def test_chats_are_read_as_the_template_of_the_model_writes_them(
@@ -79,9 +79,14 @@ def test_chats_without_a_template(
 ) -> None:
     file = write_lines(tmp_path / "a.jsonl", {"messages": CHAT})
     plain = ["user: Hi\n\nassistant: Hello\u2028there"]
-    assert plain_texts(read_documents(file)) == plain
     assert texts_of(file, tiny_llama, chat_template=None) == plain
-    assert "1 chats are read as plain text: " in caplog.text
+    assert "chats read as plain text: 1 of 1; " in caplog.text
+
+    def none_here() -> None:
+        raise NotImplementedError  # as the tokenizers of mistral_common
+
+    assert texts_of(file, tiny_llama, get_chat_template=none_here) == plain
+    assert "has no chat template, or no default one" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_chats_without_a_template(
     [
         ("{{ raise_exception('\x1b no system') }}", r"TemplateError: \x1b no system"),
         ("", "it writes nothing"),
-        ("{{ 'a' * 10**6 }}", "it writes 1000000 characters"),
+        ("{{ 'a' * 10**6 }}", "it writes 1000000 characters, expected at most 6"),
         ("{{ '\ud800' }}", "UnicodeEncodeError"),
     ],
 )
@@ -103,7 +108,8 @@ def test_only_what_a_template_refuses_is_read_without_it(
     )
     templated, plain = texts_of(file, tiny_llama, chat_template=template)
     assert templated.startswith("[{'role': 'user'") and plain.startswith("system: Be kind.")
-    assert f"1 of 2 chats are read as plain text: the chat template of {tiny_llama}" in caplog.text
+    assert f"plain text: 1 of 2; the chat template of {tiny_llama} refuses them" in caplog.text
+    assert len(caplog.text) < 2000
     assert f"first {file}:2" in caplog.text and why in caplog.text and "\x1b" not in caplog.text
 
 
