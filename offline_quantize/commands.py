@@ -146,9 +146,9 @@ def evaluate(args: argparse.Namespace) -> None:
     settings = {"engine": args.engine, "dtype": args.dtype}
     if args.json:
         content = to_json(evaluation, args.command_line, args.text, request.text, settings)
-        _write(args.json, content)
+        write_report(args.json, content)
     if args.plot:
-        _write(args.plot, plot(evaluation))
+        write_report(args.plot, plot(evaluation))
     show(table(evaluation, settings))
 
 
@@ -266,8 +266,16 @@ def _check_writable(path: Path) -> None:
         raise QuantizeError(f"{path}: {path.parent} is not a directory")
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_report(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; or into what is no file.
+
+    Raises:
+        QuantizeError: it cannot be written.
+    """
     try:
-        write_atomically(path, lambda temporary: temporary.write_bytes(content))
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            path.write_bytes(content)  # replacing it would do away with a device or a pipe
+        else:
+            write_atomically(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:
         raise QuantizeError(f"{path}: {error.strerror}") from None

@@ -76,7 +76,7 @@ def test_mixtures_of_experts(architecture: str, tmp_path: Path) -> None:
     model, out = tiny_model(tmp_path / "model", architecture), tmp_path / "out"
     if architecture == "mixtral":
         send_all_tokens_to_the_same_experts(model)
-    request = QuantizeRequest(bpw=4.5, calibration_tokens=512, window_tokens=128)
+    request = QuantizeRequest(bpw=4.5, calibration_tokens=1024, window_tokens=128)
     report = quantize(model, out, request)
     assert verify(out) and report.nominal_bits_per_weight == pytest.approx(4.5, abs=0.15)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from offline_quantize.cli import main
+from offline_quantize.commands import write_report
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
 from tests.helpers.models import copy_model, tiny_model
@@ -129,3 +130,15 @@ def test_figures_are_saved_before_they_are_shown(tmp_path: Path, tiny_llama: Pat
     with open("/dev/full", "w") as full:
         assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL).returncode == 2
     assert json.loads(report.read_text())["checkpoints"]
+
+
+def test_reports_go_through_links_and_pipes(tmp_path: Path) -> None:
+    """Replacing /dev/null, as root, would do away with it."""
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    write_report(tmp_path / "link", b"content")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_bytes() == b"content"
+    reading, writing = os.pipe()
+    write_report(Path(f"/dev/fd/{writing}"), b"content")
+    assert os.read(reading, 100) == b"content"
+    os.close(reading)
+    os.close(writing)
