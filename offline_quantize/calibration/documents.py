@@ -114,7 +114,7 @@ def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]
 def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
     try:
         template = tokenizer.get_chat_template()
-    except (AttributeError, NotImplementedError, ValueError):  # of Mistral's own: not implemented
+    except (AttributeError, NotImplementedError, ValueError):  # the second from mistral_common's
         _warn(len(chats), len(chats), f"{path} has no chat template, or no default one")
         return [chat.plain() for chat in chats]
     special_tokens = tokenizer.special_tokens_map
