@@ -81,13 +81,13 @@ def _document(line: str, place: str) -> Document:
             f'{place}: {shortened(line, 80)}, expected either "{TEXT}", a string, '
             f'or "{CHAT}", a list of messages'
         )
-    messages = [_message(m, f"{place}: message {number}") for number, m in enumerate(messages, 1)]
+    messages = [_message(message, number, place) for number, message in enumerate(messages, 1)]
     if tools is not None and not isinstance(tools, list):
         raise QuantizeError(f"{place}: tools are {shortened(tools, 80)}, expected a list")
     return Chat(messages, tools, place)
 
 
-def _message(message: Any, place: str) -> dict[str, Any]:
+def _message(message: Any, number: int, place: str) -> dict[str, Any]:
     """A message of a chat; content in parts becomes one string, as in vLLM."""
     values = message if isinstance(message, dict) else {}
     role, content = values.get(ROLE), values.get(CONTENT)
@@ -96,8 +96,9 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     calls_tools = content is None and bool(values.get("tool_calls"))
     if not isinstance(role, str) or not (isinstance(content, str) or calls_tools):
         raise QuantizeError(
-            f'{place} is {shortened(message, 80)}, expected an object with "{ROLE}", a string, and '
-            f'"{CONTENT}", a string, parts of text, or null beside "tool_calls"'
+            f"{place}: message {number} is {shortened(message, 80)}, expected an object with "
+            f'"{ROLE}", a string, and "{CONTENT}", a string, parts of text, or null beside '
+            '"tool_calls"'
         )
     return values | {CONTENT: content}
 
