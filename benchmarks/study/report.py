@@ -147,8 +147,8 @@ def windows_of(model: str, rows: list[Row]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """A Markdown table of one model's rows, by effective rate; one of them is int8's."""
-    (int8,) = (row["kl"]["mean"] for row in rows if row["method"] == "int8")
+    """A Markdown table of one model's rows, by effective rate."""
+    int8 = next((row["kl"]["mean"] for row in rows if row["method"] == "int8"), None)
     lines = [line_of(list(COLUMNS)), "|---" * len(COLUMNS) + "|"]
     for row in sorted(rows, key=lambda row: (effective_rate(row), row["method"])):
         divergence = row["kl"]
@@ -158,7 +158,7 @@ def table(rows: list[Row]) -> str:
             f"{row['perplexity']['quantized']:.3f}",
             change_with_error(row),
             f"{divergence['mean']:.4f}",
-            f"{divergence['mean'] / int8:.2f}",
+            f"{divergence['mean'] / int8:.2f}" if int8 else "",
             f"{divergence['percentile_99_9']:.3f}",
             f"{100 * divergence['top1_agreement']:.1f}",
         ]

@@ -28,6 +28,7 @@ def test_rows_are_made_once(tmp_path: Path) -> None:
     assert all(row["kl"]["num_tokens"] == 2 * 2047 for row in rows)
     assert report.table(rows).count("\n") == len(rows) + 1
     assert report.table(rows).count(" | 1.00 | ") == 1  # int8 against itself
+    assert report.table(rows[2:]).count(" |  | ") == len(rows) - 2  # not made yet
     report.plot(rows, tmp_path / "rates.png")
     assert (tmp_path / "rates.png").stat().st_size > 10000
     calibrated = [row["method"] for row in rows if row["calibration"]]
