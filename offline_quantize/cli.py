@@ -226,7 +226,7 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         type=_at_least(1),
         metavar="N",
         help="how many tokens of the text are read, in windows of 512; more take more time "
-        "(default: 3 for each input of the widest layer, at least 16384, 4 times as many with "
+        "(default: 3 for each input of the widest layer, at least 16384, twice as many with "
         "--effort best, at most what the text has)",
     )
     add(
@@ -234,7 +234,7 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         choices=["fast", "normal", "best"],
         default="normal",
         help="how long to look for good codings, of the same size and speed: fast is --rates "
-        "uniform in half the time, best is --encoder beam with 4 times the calibration tokens, in "
+        "uniform in half the time, best is --encoder beam with twice the calibration tokens, in "
         "several times the time (default normal)",
     )
     add(

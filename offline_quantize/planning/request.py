@@ -33,7 +33,7 @@ class Effort(NamedTuple):
 EFFORTS = {
     "fast": Effort("feedback", "uniform", 1),
     "normal": Effort("feedback", "mixed", 1),
-    "best": Effort("beam", "mixed", 4),
+    "best": Effort("beam", "mixed", 2),
 }
 
 

@@ -21,7 +21,7 @@ def test_defaults_depend_on_calibration() -> None:
 
 def test_effort_is_the_default_of_the_rest() -> None:
     best = QuantizeRequest(effort="best")
-    assert (best.encoder, best.rates, best.default_tokens(576)) == ("beam", "mixed", 65536)
+    assert (best.encoder, best.rates, best.default_tokens(576)) == ("beam", "mixed", 32768)
     assert QuantizeRequest(effort="best", encoder="feedback").encoder == "feedback"
     fast = QuantizeRequest(effort="fast")
     assert (fast.encoder, fast.rates, fast.default_tokens(576)) == ("feedback", "uniform", 16384)
