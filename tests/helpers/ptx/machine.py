@@ -183,7 +183,9 @@ class Machine:
     def _execute(self, group: Group, instruction: Instruction) -> None:
         _, opcode, operands, _ = instruction
         name = opcode[0]
-        if name in ("bar", "barrier"):
+        if opcode[:2] == ["bar", "warp"]:
+            assert operands == ["0xffffffff"], "not a barrier of a whole warp"  # always in step
+        elif name in ("bar", "barrier"):
             self._check_barrier(opcode, operands)
             group.state = "barrier"
         elif name == "mma":

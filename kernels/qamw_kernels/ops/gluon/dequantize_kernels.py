@@ -1,4 +1,5 @@
 # mypy: ignore-errors
+# ruff: noqa: RUF005  (Gluon knows no starred tuples)
 """Decoding a weight into a matrix on sm_90, for the vendor's GEMM to multiply.
 
 Words are decoded as in :mod:`qamw_kernels.ops.gluon.wide_kernels`, and the Hadamard matrix has the
@@ -63,6 +64,17 @@ def outputs_layout(WARPS, WIDTH):
 
 
 @gluon.jit
+def halved(pieces):
+    """The left and the right halves of values [n, k]; all stay in their registers."""
+    ROWS: gl.constexpr = pieces[0].shape[0]
+    HALF: gl.constexpr = pieces[0].shape[1] // 2
+    halves = ()
+    for i in gl.static_range(len(pieces)):
+        halves = halves + gl.split(pieces[i].reshape([ROWS, 2, HALF]).permute([0, 2, 1]))
+    return halves
+
+
+@gluon.jit
 def write_outputs(
     acc,
     row_block,
@@ -72,20 +84,41 @@ def write_outputs(
     LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    """A row block's outputs from ``first`` on. ``output``: kernel arguments of these names."""
+    """A row block's outputs from ``first`` on. ``output``: kernel arguments of these names.
+
+    32 at a time: there are no registers for the scales of more.
+    """
     p_row_norms, p_input_scales, p_out, N, K = output
     ROWS: gl.constexpr = acc.shape[0]
     WIDTH: gl.constexpr = acc.shape[1]
     values = acc.reshape([ROWS, WIDTH // 32, 4, 4, 2]).permute([0, 1, 3, 2, 4])
     # Registers in the order of the outputs: they stay in their lanes.
     values = gl.convert_layout(values.reshape([ROWS, WIDTH]), LAYOUT, assert_trivial=True)
-    n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT)))
-    k = first + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))
+    pieces = (values,)
+    for _ in gl.static_range(WIDTH.bit_length() - 6):
+        pieces = halved(pieces)
+    PIECE: gl.constexpr = pieces[0].type.layout
+    n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, PIECE)))
     norms = gl.load(p_row_norms + n, mask=n < N, other=0.0) * B**-0.5
-    scales = gl.load(p_input_scales + k, mask=k < K, other=0.0).to(gl.float32)
-    values = values * norms.expand_dims(1) * scales.expand_dims(0)
-    p = (p_out + n.to(gl.int64) * K).expand_dims(1) + k.expand_dims(0)
-    gl.store(p, values.to(DTYPE), mask=(n < N).expand_dims(1) & (k < K).expand_dims(0))
+    p_rows = (p_out + n.to(gl.int64) * K).expand_dims(1)
+    for i in gl.static_range(len(pieces)):
+        k = anew(gl.to_tensor(first + i * 32)) + gl.arange(0, 32, gl.SliceLayout(0, PIECE))
+        k = gl.max_contiguous(gl.multiple_of(k, 32), 32)
+        scales = gl.load(p_input_scales + k, mask=k < K, other=0.0).to(gl.float32)
+        scaled = pieces[i] * norms.expand_dims(1) * scales.expand_dims(0)
+        m = (n < N).expand_dims(1) & (k < K).expand_dims(0)
+        gl.store(p_rows + k.expand_dims(0), scaled.to(DTYPE), mask=m)
+
+
+@gluon.jit
+def finish_stores(x):
+    """Until a warp has stored what it stores before; x is any int32.
+
+    Otherwise the compiler stores later, when the next sums need the registers of these.
+    """
+    gl.inline_asm_elementwise(
+        "{ bar.warp.sync 0xffffffff; mov.b32 $0, $1; }", "=r,r", [x], gl.int32, False, 1
+    )
 
 
 @gluon.jit
@@ -127,6 +160,7 @@ def decode_unit(
             acc = warpgroup_mma_wait(0, deps=[acc])
             first = place[2] * 512 + stage // STAGES * WIDTH
             write_outputs(acc, place[1], first, output, B, OUTPUTS, matrix.dtype)
+            finish_stores(stage)
         else:
             wait_for_all_but_one_stage(stage)
     return words
