@@ -88,7 +88,7 @@ def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
     if backend == "decode":
         return (
             f"Decoded to {dtype} while loading, for vLLM's own matrix multiplication, "
-            "because this is a CPU: the memory is that of 16 bits"
+            "because this is a CPU: that saves no memory"
         )
     if current_platform.is_cpu():
         return "They stay packed; Triton kernels run in the interpreter (slow)"

@@ -55,7 +55,7 @@ METHODS = (
     *("qamw-best-trellis-6", "qamw-trellis-6", "qamw-best-6", "qamw-6"),
     *("qamw-best-trellis-5.5", "qamw-trellis-5.5", "qamw-both-trellis-5.5"),
     *("qamw-best-5.5", "qamw-5.5", "qamw-both-5.5"),
-    *("qamw-5", "qamw-4.5", "qamw-best-4", "qamw-4", "qamw-3.5"),
+    *("qamw-5", "qamw-4.5", "qamw-best-4", "qamw-trellis-4", "qamw-4", "qamw-3.5"),
 )
 COLORS = {
     "qamw": "tab:red",
