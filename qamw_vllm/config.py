@@ -244,11 +244,12 @@ class QamwConfig(QuantizationConfig):
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         from qamw_vllm.linear import QamwLinearMethod
-        from qamw_vllm.online.coverage import can_be_packed, is_router
+        from qamw_vllm.online.coverage import can_be_packed, check_not_offloaded, is_router
         from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
         parts = self.parts_of(prefix)
         if self.online_plan:  # the others are left when all layers are made
+            check_not_offloaded()
             if not can_be_packed(layer) or is_router(layer):
                 return UnquantizedLinearMethod()
             return QamwOnlineLinearMethod(
@@ -261,10 +262,11 @@ class QamwConfig(QuantizationConfig):
 
     def _method_of_experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         from qamw_vllm.experts import QamwMoEMethod
-        from qamw_vllm.online.coverage import can_be_packed
+        from qamw_vllm.online.coverage import can_be_packed, check_not_offloaded
         from qamw_vllm.online.experts import QamwOnlineMoEMethod
 
         if self.online_plan:
+            check_not_offloaded()
             if not can_be_packed(layer):
                 return None
             return QamwOnlineMoEMethod(layer, prefix, self.online_plan, self.summary, self.backend)

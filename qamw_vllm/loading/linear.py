@@ -144,15 +144,15 @@ class LayerLoader:
         assert self._load_weight is not None
         dim = param.output_dim  # type: ignore[attr-defined]  # it is vLLM's
         num_rows = loaded.shape[dim]
-        chosen = torch.full((param.shape[dim], 1), -1)
-        self._load_weight(chosen, torch.arange(num_rows)[:, None])
+        chosen = torch.full((param.shape[dim], 1), -1, device="cpu")
+        self._load_weight(chosen, torch.arange(num_rows, device="cpu")[:, None])
         if chosen.min() < 0 or chosen.max() >= num_rows:
             raise TensorError(
                 f"{self.names[0]}: vLLM's model class does not load whole rows of its weight on "
                 f"rank {self.layer.tp_rank}, so packed rows cannot follow: quantize again with "
                 f"--ignore '*.{self.names[0].rpartition('.')[2]}'"
             )
-        param.data.copy_(loaded.index_select(dim, chosen.flatten()))
+        param.data.copy_(loaded.index_select(dim, chosen.flatten().to(loaded.device)))
 
     def _settle(self, form: LayerForm, tensor: str, loaded: torch.Tensor, name: str) -> None:
         """Have the layer take the form of what arrives, which is the same for all of its parts."""

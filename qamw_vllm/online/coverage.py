@@ -17,6 +17,7 @@ from torch import nn
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, ReplicatedLinear
+from vllm.model_executor.offloader import NoopOffloader, get_offloader
 
 from qamw_kernels.errors import FormatError, first_few
 from qamw_kernels.format.packing import UNIT_INPUTS
@@ -37,6 +38,20 @@ class _Layer:
     module: Any
     num_weights: int
     covered: bool
+
+
+def check_not_offloaded() -> None:
+    """Check that vLLM moves no weights to the CPU: it does so before there are any here.
+
+    Raises:
+        FormatError: it does.
+    """
+    offloader = get_offloader()
+    if not isinstance(offloader, NoopOffloader):
+        raise FormatError(
+            f"{type(offloader).__name__}: weights that are quantized while loading cannot be "
+            "offloaded to the CPU; run qamw quantize first, those of its checkpoints can"
+        )
 
 
 def choose_layers(model: nn.Module, is_draft: bool = False) -> None:

@@ -2,7 +2,12 @@
 
 import torch
 
-from qamw_kernels.codec.encode import InputShard, encode_weight, make_input_scales
+from qamw_kernels.codec.encode import (
+    InputShard,
+    encode_weight,
+    forget_tables,
+    make_input_scales,
+)
 from qamw_kernels.format.weight import QuantizedWeight
 from qamw_vllm.online.plan import OnlinePlan
 from qamw_vllm.parallel import slice_of_rank
@@ -33,7 +38,7 @@ def encode_shard(
     if weight.shape[1] != num_inputs:
         input_scales = slice_of_rank(input_scales, 0, weight.shape[1], tp_rank).clone()
         shard = InputShard(num_inputs, plan.sum_over_ranks)
-    return encode_weight(
+    quantized = encode_weight(
         weight,
         plan.index_bits,
         rotation_block_size,
@@ -42,3 +47,5 @@ def encode_shard(
         shard=shard,
         code=plan.code,
     )
+    forget_tables()  # vLLM's sleep mode can take the memory that they are in
+    return quantized

@@ -76,6 +76,8 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
     def start(self, layer: Any) -> None:
         """Have the layer quantized; all of a model are started before the first is loaded."""
         self._started = self._loader.checks_source = True
+        if hasattr(layer, "_use_min_latency_gemm"):  # by DeepSeek's class, of the plain weight
+            layer._use_min_latency_gemm = False
         self.plan.add_layer(self._num_inputs, isinstance(layer, RowParallelLinear))
         self.summary.expect_layer()
         initialize_online_processing(layer)

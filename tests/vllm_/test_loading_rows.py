@@ -89,6 +89,15 @@ def test_packed_rows_follow_those_of_the_weight(packed: bool, tp_rank: int, rank
     torch.testing.assert_close(layer.quant_method.apply(layer, x), expected, rtol=0, atol=1e-4)
 
 
+def test_the_default_device_does_not_matter(rank: Rank) -> None:
+    """Loaders of vLLM deliver to other devices than the default one."""
+    rank(0, TP)
+    layer, tensors = make_layer(0), make_tensors(packed=True)
+    with torch.device("meta"):
+        deliver(layer, tensors)
+    assert torch.equal(layer.row_norms, rows_of_rank(tensors["row_norms"], 0))
+
+
 @pytest.mark.parametrize("tp_rank", range(TP))
 def test_rows_quantized_while_loading_are_those_of_the_weight(tp_rank: int, rank: Rank) -> None:
     rank(tp_rank, TP)

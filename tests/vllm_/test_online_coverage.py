@@ -21,13 +21,14 @@ from vllm.model_executor.layers.linear import (
     RowParallelLinear,
     UnquantizedLinearMethod,
 )
+from vllm.model_executor.offloader import BaseOffloader
 
 from qamw_kernels.errors import FormatError
 from qamw_vllm.config import QamwConfig
 from qamw_vllm.online.coverage import choose_layers
 from qamw_vllm.online.experts import QamwOnlineMoEMethod
 from qamw_vllm.online.linear import QamwOnlineLinearMethod
-from tests.vllm_.layers import K, needs_cpu
+from tests.vllm_.layers import K, make_config, needs_cpu
 
 
 def test_rates_of_no_codebook_are_refused() -> None:
@@ -88,6 +89,28 @@ def test_repeated_layers_are_found_whatever_their_names_are() -> None:
         layer.weight.weight_loader(layer.weight, torch.ones_like(layer.weight))
         assert (layer.weight == 1).all()
     assert model.something[0].a.weight.is_meta
+
+
+def test_offloading_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM would copy weights that are not there yet, and end with what it makes of that."""
+
+    class Offloader(BaseOffloader):
+        def wrap_modules(self, modules_generator: Any) -> list[nn.Module]:
+            raise AssertionError
+
+    monkeypatch.setattr("vllm.model_executor.offloader.base._instance", Offloader())
+    with pytest.raises(FormatError, match=r"Offloader: weights .* run qamw quantize first"):
+        block(QamwConfig())
+    block(make_config())
+
+
+def test_deepseek_does_not_ask_for_the_plain_weight() -> None:
+    """Its class has a product of its own for some sizes, which it chooses when a layer is made."""
+    config, model = QamwConfig(), nn.Module()
+    model.blocks = nn.ModuleList([block(config)])
+    model.blocks[0].a._use_min_latency_gemm = True
+    choose_layers(model)
+    assert model.blocks[0].a._use_min_latency_gemm is False
 
 
 def test_other_modalities_are_left_out() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from qamw_kernels.codec import trellis
 from qamw_kernels.codec.decode import decode_indices
-from qamw_kernels.codec.nearest import nearest
+from qamw_kernels.codec.nearest import grid, nearest
 from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import PLAIN, TRELLIS
@@ -87,7 +87,8 @@ def make_input_scales(
         TensorError: a quotient is not a normal float16 number.
     """
     generator = torch.Generator().manual_seed(num_inputs)
-    signs = torch.randint(0, 2, (num_inputs,), generator=generator).float() * 2 - 1
+    drawn = torch.randint(0, 2, (num_inputs,), generator=generator, device="cpu")
+    signs = drawn.float() * 2 - 1
     if channel_scales is None:
         input_scales = signs.half()
     else:
@@ -172,6 +173,12 @@ def row_factors(
         best = add_up(torch.stack(errors)).argmin(0)
         factors[heavy] = factors.new_tensor(ROW_FACTORS)[best]
     return factors
+
+
+def forget_tables() -> None:
+    """Let go of the tables that are cached on devices; the next weight has new ones."""
+    grid.cache_clear()
+    trellis.classes_of_registers.cache_clear()
 
 
 def encode_weight(

@@ -40,16 +40,22 @@ class Grid(NamedTuple):
     entries: torch.Tensor
 
 
+@functools.cache
+def _grid_on_cpu(index_bits: int, code: str) -> Grid:
+    return make_grid(load_entries(index_bits, code), code, torch.device("cpu"))
+
+
 @functools.lru_cache(maxsize=32)
 def grid(index_bits: int, code: str, device: torch.device) -> Grid:
     """The grid of a codebook, on ``device``; cached, treat it as read-only."""
-    return make_grid(load_entries(index_bits, code), code, device)
+    fields = _grid_on_cpu(index_bits, code)
+    return Grid(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in fields))
 
 
 def make_grid(entries: torch.Tensor, code: str, device: torch.device) -> Grid:
     """The grid of any entries [E, 2] float32, which lie where those of ``code`` do."""
     low, high = _QUADRANT if code == PLAIN else _PLANE
-    cells, table = 1, torch.arange(len(entries))[None]
+    cells, table = 1, torch.arange(len(entries), device=entries.device)[None]
     while cells < 128 or cells < 8 * len(entries) ** 0.5:
         # split every cell in four, then strike off again
         cells *= 2
@@ -76,7 +82,7 @@ def _strike_off(
     L shrinks to the longest list left.
     """
     side = (high - low) / cells
-    at = torch.arange(cells * cells)
+    at = torch.arange(cells * cells, device=entries.device)
     first = low + torch.stack((at // cells, at % cells), 1).float() * side  # [cells**2, 2]
     # [cells**2, 4, 2]
     corners = first[:, None] + first.new_tensor([[0, 0], [0, side], [side, 0], [side, side]])

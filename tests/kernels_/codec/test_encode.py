@@ -12,9 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qamw_kernels.codec.decode import decode_weight
-from qamw_kernels.codec.encode import InputShard, encode_weight, make_input_scales
+from qamw_kernels.codec.encode import (
+    InputShard,
+    encode_weight,
+    forget_tables,
+    make_input_scales,
+)
+from qamw_kernels.codec.nearest import grid, make_grid
 from qamw_kernels.codec.rotation import hadamard
+from qamw_kernels.codec.trellis import classes_of_registers
 from qamw_kernels.errors import TensorError
+from qamw_kernels.format.codebook import PLAIN, load_entries
 from qamw_kernels.format.weight import QuantizedWeight
 
 
@@ -95,6 +103,24 @@ def test_weights_that_are_not_finite_are_refused_by_name(bad: float) -> None:
 def test_widths_without_whole_units_are_refused(num_inputs: int) -> None:
     with pytest.raises(ValueError, match="multiple of 64"):
         encode_weight(torch.ones(2, num_inputs), 11, 64, torch.ones(num_inputs).half())
+
+
+def test_the_default_device_does_not_matter() -> None:
+    """vLLM reloads weights where another one is the default."""
+    with torch.device("meta"):
+        scales = make_input_scales(64)
+        only = make_grid(load_entries(6, PLAIN), PLAIN, torch.device("cpu")).only
+    assert torch.equal(scales, make_input_scales(64))
+    assert torch.equal(only, grid(6, PLAIN, torch.device("cpu")).only)
+
+
+def test_tables_are_forgotten() -> None:
+    device = torch.device("meta")
+    first = grid(6, PLAIN, device), classes_of_registers(device)
+    assert grid(6, PLAIN, device) is first[0] and classes_of_registers(device) is first[1]
+    forget_tables()
+    assert grid(6, PLAIN, device) is not first[0]
+    assert classes_of_registers(device) is not first[1]
 
 
 def test_input_scales_outside_float16_are_refused() -> None:

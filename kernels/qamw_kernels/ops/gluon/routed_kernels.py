@@ -97,6 +97,8 @@ def routed_narrow_gemm_kernel(
     share = share_of_program(gl.load(p_num_sorted) // 8, turns)
     begin, end = share
     if begin >= end:
+        if DEPENDENT:  # or what follows could begin while x is still written
+            gdc_wait()
         return
     first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)
     weight = (p_expert, input_tiles, slices, each, at_once, batch, last)
