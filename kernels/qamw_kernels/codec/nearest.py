@@ -48,8 +48,12 @@ def _grid_on_cpu(index_bits: int, code: str) -> Grid:
 @functools.lru_cache(maxsize=32)
 def grid(index_bits: int, code: str, device: torch.device) -> Grid:
     """The grid of a codebook, on ``device``; cached, treat it as read-only."""
-    fields = _grid_on_cpu(index_bits, code)
-    return Grid(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in fields))
+    made = _grid_on_cpu(index_bits, code)
+    return made._replace(
+        only=made.only.to(device),
+        candidates=made.candidates.to(device),
+        entries=made.entries.to(device),
+    )
 
 
 def make_grid(entries: torch.Tensor, code: str, device: torch.device) -> Grid:
