@@ -6,6 +6,7 @@ They are found by what they are, as ``qamw quantize`` finds them, and not by the
   images or sounds too, in its language model;
 - but no routers, and no gates beside experts: linears that vLLM replicates on every rank, in a
   block that holds experts;
+- none that multiply group by group, whose model class does so itself (DeepSeek-V4);
 - and none with a number of inputs that is no multiple of 64, which the format cannot pack.
 """
 
@@ -127,7 +128,8 @@ def _layers_of(model: nn.Module) -> Iterator[_Layer]:
         elif isinstance(module, LinearBase):
             if id(module) not in gates:
                 num_weights = module.input_size * module.output_size
-                covered = isinstance(method, QamwOnlineLinearMethod)
+                whole = not getattr(module, "is_bmm", False)
+                covered = whole and isinstance(method, QamwOnlineLinearMethod)
                 yield _Layer(name, module, num_weights, covered)
         elif isinstance(module, nn.Linear) and id(module) not in gates:
             yield _Layer(name, module, module.weight.numel(), False)

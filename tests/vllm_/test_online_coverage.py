@@ -113,6 +113,15 @@ def test_deepseek_does_not_ask_for_the_plain_weight() -> None:
     assert model.blocks[0].a._use_min_latency_gemm is False
 
 
+def test_what_is_multiplied_by_groups_is_plain() -> None:
+    """As in checkpoints; DeepSeek-V4's class reads the plain weight."""
+    config, model = QamwConfig(), nn.Module()
+    model.blocks = nn.ModuleList([block(config)])
+    model.blocks[0].b.is_bmm = True
+    choose_layers(model)
+    assert quantized(model) == {"blocks.0.a"}
+
+
 def test_other_modalities_are_left_out() -> None:
     config, model = QamwConfig(), nn.Module()
     model.tower = nn.ModuleList([block(config) for _ in range(3)])
