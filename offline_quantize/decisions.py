@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from offline_quantize.calibration.text import MIN_TOKENS, calibration_windows
+from offline_quantize.devices import kind_of
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.output.journal import HASHED, Journal
 from offline_quantize.output.other_files import check_copies
@@ -80,7 +81,7 @@ def _decisive(
     packages = ("qamw-vllm", "torch", "transformers", "matplotlib")
     values = plan.request.identity() | {
         "the command": "quantize",
-        "device": device.type,
+        "device": kind_of(device),
         "the number of processes": processes,
         **{f"the version of {package}": version(package) for package in packages},
     }

@@ -19,6 +19,14 @@ def usable_device(device: str, local: int = 0) -> torch.device:
     if name == "meta":  # torch can use it, but it holds no values
         raise QuantizeError(Option("device", device), ": expected auto, cpu or cuda")
     try:
-        return torch.empty(0, device=name).device
+        usable = torch.empty(0, device=name).device
+        if usable.type == "cuda":
+            torch.cuda.set_device(usable)  # what others launch, such as mamba_ssm, goes there too
+        return usable
     except Exception as error:  # torch raises several kinds
         raise QuantizeError(Option("device", device), f": {error}") from None
+
+
+def kind_of(device: torch.device) -> str:
+    """What decides how a device rounds: its type, of a GPU its name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -28,6 +28,7 @@ from offline_quantize.devices import usable_device
 from offline_quantize.encoding.group import encode_group
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import STATE, existing_parent
+from offline_quantize.model.runner import DTYPE
 from offline_quantize.model.structure import DecoderLayer, Linear
 from offline_quantize.output.directory import Output
 from offline_quantize.output.journal import Journal
@@ -109,6 +110,9 @@ def quantize(
         TensorError: a tensor is not finite; known when it is read.
     """
     model, out = Path(model), Path(out)
+    if ranks.count > 1 and device.startswith("cuda:"):
+        message = ": several processes have a GPU each, expected auto, cpu or cuda"
+        raise QuantizeError(Option("device", device), message)
     torch_device = usable_device(device, ranks.local)
     if ranks.decide(lambda: torch_device.type) != torch_device.type:
         raise QuantizeError(Option("device", device), ": the processes have devices of two kinds")
@@ -299,7 +303,7 @@ def _read_layer(run: Run, shard: Shard, layer: DecoderLayer) -> dict[str, torch.
 def _pass_tokens(run: Run, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor]) -> None:
     """Carry the calibration tokens through a layer as its output ``tensors`` represent it."""
     if run.calibrator:
-        run.calibrator.finish(layer, _decoded(run.plan, layer, tensors))
+        run.calibrator.finish(layer, _decoded(run.plan, layer, tensors, run.device))
 
 
 def _outside_layers(run: Run, shard: Shard, quantized_head: Callable[[], Quantized]) -> Quantized:
@@ -331,11 +335,12 @@ def _join(layers: Iterable[Quantized]) -> Quantized:
 
 
 def _decoded(
-    plan: Plan, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor]
+    plan: Plan, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The weights that the output tensors of a decoder layer stand for."""
+    """The weights that the output tensors of a decoder layer stand for, as layers run with them."""
     weights = dict(tensors)
     for linear in layer.linears():
-        stored = {suffix: weights.pop(f"{linear.name}.{suffix}") for suffix in LAYER_TENSORS}
-        weights[linear.weight_name] = decode_weight(plan.format.weight_of(linear.name, stored))
+        stored = {x: weights.pop(f"{linear.name}.{x}").to(device) for x in LAYER_TENSORS}
+        decoded = decode_weight(plan.format.weight_of(linear.name, stored))
+        weights[linear.weight_name] = decoded.to(DTYPE)
     return weights

@@ -19,6 +19,7 @@ from offline_quantize.errors import (
     Option,
     QuantizeError,
     is_out_of_memory,
+    shortened,
 )
 
 T = TypeVar("T")
@@ -118,7 +119,7 @@ def _meet(talk: Callable[[], object]) -> None:
         raise QuantizeError(
             "another process of this run has ended, or does not answer; ",
             Option("resume", True),
-            " keeps finished shards",
+            f" keeps finished shards ({shortened(error)})",
         ) from error
 
 

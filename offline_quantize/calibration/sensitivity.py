@@ -14,12 +14,14 @@ group's sensitivity.
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from offline_quantize.encoding.feedback import DAMPING, factor, shrink
@@ -307,7 +309,8 @@ def _backward(
     for i, batch in enumerate(inputs):
         keep = kept[i]
         hidden = batch.to(runner.device).requires_grad_()
-        output = runner.run(layer.index, i, hidden)
+        with repeatable_attention(runner.device):
+            output = runner.run(layer.index, i, hidden)
         at_output = gradients[i].to(runner.device)
         with quick_products(runner.device):
             gradients[i] = torch.autograd.grad(output, hidden, at_output)[0].cpu()
@@ -316,6 +319,14 @@ def _backward(
     if not all(gradient.isfinite().all() for gradient in gradients):
         raise QuantizeError(f"{layer.name}: its gradient is not finite on the calibration text")
     return readings
+
+
+def repeatable_attention(device: torch.device) -> AbstractContextManager[object]:
+    """While active, attention is computed such that its gradient is the same every time.
+
+    On GPUs that of the fast ones is summed up in whatever order parts of it are ready.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 def _sensitivities(

@@ -82,7 +82,8 @@ class Traced(NamedTuple):
 def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
     """Run a decoder layer whose weights are on the meta device.
 
-    Code that looks at values cannot run there: then every weight is a single zero, expanded.
+    Code that looks at values cannot run there: then every weight is a single zero, expanded, on the
+    CPU.
     """
     buffers = dict(layer.named_buffers())
     try:
@@ -103,7 +104,7 @@ def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
         return torch.zeros((), dtype=old.dtype).expand(old.shape)
 
     set_parameters(layer, zero, buffers=True)
-    traced = _traced(layer, *call[:3])
+    traced = _traced(layer, *tree_map_only(torch.Tensor, lambda t: t.cpu(), call[:3]))
     set_parameters(layer, lambda name, t: t.to("meta") if name in empty else t, buffers=True)
     return traced
 

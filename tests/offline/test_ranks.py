@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from offline_quantize.checkpoints.verify import verify
+from offline_quantize.errors import QuantizeError
 from offline_quantize.files import PROGRESS
 from offline_quantize.pipeline import quantize
 from offline_quantize.ranks import ALONE, Ranks, joined
@@ -107,6 +108,12 @@ def test_three_processes_agree_with_one(architecture: str, tmp_path: Path) -> No
     quantize(model, tmp_path / "by-one", REQUEST)
     quantize_together(3, model, tmp_path / "by-three")
     agree(tmp_path / "by-one", tmp_path / "by-three")
+
+
+def test_one_gpu_for_several_processes_is_refused(model: Path, tmp_path: Path) -> None:
+    message = "device='cuda:0': several processes have a GPU each, expected auto, cpu or cuda"
+    with pytest.raises(QuantizeError, match=message):
+        quantize(model, tmp_path / "out", REQUEST, device="cuda:0", ranks=Ranks(0, 2))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

@@ -100,12 +100,13 @@ def make_input_scales(
 def row_norms_of(scaled: torch.Tensor, shard: InputShard | None = None) -> torch.Tensor:
     """Root mean square [N] float32 of every whole row of [N, K].
 
-    Summed in float64, so that squares do not overflow.
+    Summed in float64, so that squares do not overflow. GPUs divide by tensors exactly, by Python's
+    numbers not.
     """
     norms: torch.Tensor = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
     if shard:
-        return (shard.add_up(norms.square()) / shard.num_inputs).sqrt().float()
-    return (norms / math.sqrt(scaled.shape[1])).float()
+        return (shard.add_up(norms.square()) / norms.new_tensor(shard.num_inputs)).sqrt().float()
+    return (norms / norms.new_tensor(math.sqrt(scaled.shape[1]))).float()
 
 
 def to_coordinates(
@@ -166,12 +167,12 @@ def row_factors(
     factors = torch.ones_like(coordinates[:, 0])
     if len(heavy):
         rows = coordinates[heavy]
+        tried = factors.new_tensor(ROW_FACTORS)
         errors = [
-            (factor * coder(rows / factor) - rows).double().square().sum(1)
-            for factor in ROW_FACTORS
+            (factor * coder(rows / factor) - rows).double().square().sum(1) for factor in tried
         ]
         best = add_up(torch.stack(errors)).argmin(0)
-        factors[heavy] = factors.new_tensor(ROW_FACTORS)[best]
+        factors[heavy] = tried[best]
     return factors
 
 
