@@ -34,6 +34,7 @@ from qamw_vllm.backend import (
 )
 from qamw_vllm.loading.experts import ExpertsLoader
 from qamw_vllm.loading.experts_form import MATRICES, ExpertsForm, ExpertsShape
+from qamw_vllm.parallel import check_exchange
 from qamw_vllm.state import (
     LayerState,
     LoadSummary,
@@ -85,6 +86,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         self.backend = backend or choose_backend()
         if self.backend == "triton":
             check_adapters(prefix)
+            check_exchange(layer.moe_config.moe_parallel_config, prefix)
         else:
             self._plain = UnquantizedFusedMoEMethod(layer.moe_config)
             self.experts_cls = self._plain.experts_cls  # tells vLLM what the kernel will want

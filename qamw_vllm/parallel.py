@@ -1,9 +1,12 @@
-"""Tensor parallelism as vLLM runs it: sizes of the model, sums over ranks, slices of a rank."""
+"""Parallelism as vLLM runs it: sizes of the model, sums over ranks, slices of a rank, exchanges."""
+
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import parallel_state
 
+from qamw_kernels.errors import FormatError
 from qamw_kernels.format.sharding import attention_heads, possible_tensor_parallel_sizes
 
 
@@ -30,3 +33,22 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 def slice_of_rank(tensor: torch.Tensor, dim: int, length: int, rank: int) -> torch.Tensor:
     """A view of the ``length`` entries of dimension ``dim`` that are this rank's."""
     return tensor.narrow(dim, rank * length, length)
+
+
+EXCHANGES = ("allgather_reducescatter", "naive")
+"""Of vLLM's ``--all2all-backend``: the others call kernels of their own for experts."""
+
+
+def check_exchange(parallel: Any, prefix: str) -> None:
+    """Check that ranks can exchange the tokens of packed experts.
+
+    Args:
+        parallel: vLLM's ``FusedMoEParallelConfig``.
+    Raises:
+        FormatError: they cannot.
+    """
+    if parallel.use_all2all_kernels and parallel.all2all_backend not in EXCHANGES:
+        raise FormatError(
+            f"{prefix}: all2all_backend={parallel.all2all_backend!r} does not know packed experts, "
+            f"expected {EXCHANGES[0]!r}"
+        )

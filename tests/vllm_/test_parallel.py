@@ -9,7 +9,9 @@ pytest.importorskip("vllm")
 
 from vllm.distributed import parallel_state
 
+from qamw_kernels.errors import FormatError
 from qamw_vllm.parallel import (
+    check_exchange,
     num_ranks,
     slice_of_rank,
     sum_over_ranks,
@@ -30,6 +32,16 @@ def test_ranks_of_vllm_sum_and_slice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert num_ranks() == 3
     assert sum_over_ranks(torch.arange(3.0)).tolist() == [0, 3, 6]
     assert slice_of_rank(torch.arange(8).view(2, 4), 1, 2, 1).tolist() == [[2, 3], [6, 7]]
+
+
+def test_exchanges_with_kernels_of_their_own_are_refused() -> None:
+    parallel = SimpleNamespace(use_all2all_kernels=True, all2all_backend="deepep_low_latency")
+    message = r"mlp\.experts: all2all_backend='deepep_low_latency' .* 'allgather_reducescatter'"
+    with pytest.raises(FormatError, match=message):
+        check_exchange(parallel, "mlp.experts")
+    parallel.all2all_backend = "allgather_reducescatter"
+    check_exchange(parallel, "mlp.experts")
+    check_exchange(SimpleNamespace(use_all2all_kernels=False), "mlp.experts")
 
 
 def test_sizes_without_a_model() -> None:
