@@ -1,5 +1,4 @@
 # mypy: ignore-errors
-
 """Decoding a weight into a matrix on sm_90, for the vendor's GEMM to multiply.
 
 Words are decoded as in :mod:`qamw_kernels.ops.gluon.wide_kernels`, and the Hadamard matrix has the
