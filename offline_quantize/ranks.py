@@ -136,7 +136,10 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+    # Not in every build of torch. The functions of nn have the group of now as a default: imported
+    # later, they would keep our group's threads beyond its end, and those may abort the exit.
+    import torch.distributed.nn
+    from torch.distributed.rendezvous import rendezvous
 
     try:
         store, index, count = next(rendezvous("env://", timeout=TIMEOUT))

@@ -1,6 +1,9 @@
 """Quantize MODEL into OUT in the processes that torchrun starts: MODEL OUT [--resume]."""
 
 import sys
+import weakref
+
+from torch import distributed
 
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.request import QuantizeRequest
@@ -16,4 +19,6 @@ REQUEST = QuantizeRequest(
 
 if __name__ == "__main__":
     with joined() as ranks:
+        group = weakref.ref(distributed.group.WORLD)
         quantize(sys.argv[1], sys.argv[2], REQUEST, resume="--resume" in sys.argv[3:], ranks=ranks)
+    assert group() is None, "kept by something: its threads may abort the exit"
