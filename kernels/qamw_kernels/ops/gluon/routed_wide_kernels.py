@@ -122,7 +122,8 @@ def routed_wide_gemm_kernel(
     gdc_launch_dependents()
     input_tiles, row_blocks = (K + 511) // 512, (N + ROWS - 1) // ROWS
     first, left = runs_of_program(gl.load(p_num_sorted) // TOKENS * row_blocks)
-    if left == 0:  # and others wait for the kernel before, so that the one behind does too
+    if left == 0:
+        gdc_wait()  # or the next kernel could begin while x is still written
         return
     run = (first // row_blocks, first % row_blocks)
     weight = weight_of(p_tiles, p_experts, run[0], N)
