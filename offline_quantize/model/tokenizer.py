@@ -26,8 +26,9 @@ def load_tokenizer(
     Raises:
         QuantizeError: there is none, or it cannot be used for these texts.
     """
+    read = (".json", ".model", ".txt", ".jinja")
     for path in directory.iterdir():
-        if path.suffix in (".json", ".model", ".txt") and path.stat().st_size > MAX_JSON_BYTES:
+        if path.suffix in read and path.stat().st_size > MAX_JSON_BYTES:
             raise QuantizeError(
                 f"{path}: {path.stat().st_size} bytes, expected at most {MAX_JSON_BYTES}"
             )

@@ -93,8 +93,10 @@ def test_an_empty_vocabulary_is_not_blamed_on_the_text(tmp_path: Path, tiny_llam
         calibration_windows(model, text, 1000)
 
 
-def test_a_tokenizer_of_gigabytes_is_not_read(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("file", ["tokenizer.json", "chat_template.jinja"])
+def test_files_of_gigabytes_are_not_read(file: str, tmp_path: Path, tiny_llama: Path) -> None:
     model = copy_model(tiny_llama, tmp_path / "model")
-    os.truncate(model / "tokenizer.json", 10**10)
-    with pytest.raises(QuantizeError, match=r"tokenizer.json: 10000000000 bytes, expected at most"):
+    (model / file).touch()
+    os.truncate(model / file, 10**10)
+    with pytest.raises(QuantizeError, match=f"{file}: 10000000000 bytes, expected at most"):
         calibration_windows(model, DEFAULT_TEXT, 1000)
