@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except EndedElsewhereError as error:  # of several processes, one has the word
+    except EndedElsewhereError as error:  # another process prints the message
         if args.debug:
             traceback.print_exception(error)
         return 2
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if args.debug or not is_out_of_memory(error):
             raise
-        details = shortened(error) or "none is left for this process"  # Python's own has none
+        details = shortened(error) or "none is left for this process"  # MemoryError has no text
         print(printable(f"qamw: not enough memory: {details}"), file=sys.stderr)
         return 2
     return 0
@@ -102,7 +102,7 @@ def make_parser() -> argparse.ArgumentParser:
     ) -> argparse.ArgumentParser:
         command = subparsers.add_parser(name, help=text)
         command.set_defaults(run=run)
-        _add_debug(command, default=argparse.SUPPRESS)  # keeps what stands before the command
+        _add_debug(command, default=argparse.SUPPRESS)  # keeps a --debug before the command
         return command
 
     quantize = add("quantize", commands.quantize, "quantize MODEL into the new directory OUT")
@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_at_least(1),
         default=1,
         metavar="N",
-        help="that torchrun is to start (default 1)",
+        help="number of processes that torchrun will start (default 1)",
     )
     _add_dequantize_options(
         add(
@@ -178,9 +178,9 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         "--bpw",
         type=float,
         default=BITS_PER_WEIGHT,
-        help=f"bits per weight, 3 to 6 (default {BITS_PER_WEIGHT:g}): what the indices take on "
-        "average for 3, 3.5 ... 6, what the quantized layers take with all that is stored for any "
-        "other value",
+        help=f"bits per weight, 3 to 6 (default {BITS_PER_WEIGHT:g}): 3, 3.5 ... 6 count only the "
+        "indices, on average; any other value counts everything that is stored for the quantized "
+        "layers",
     )
     _add_calibration_options(command)
     add(
@@ -205,13 +205,13 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     add(
         "--quantize-lm-head",
         action="store_true",
-        help="also the head that makes logits, at 6 bits per weight; it gets a weight of its own "
-        "where it shared that of the embeddings",
+        help="also quantize the head that makes logits, at 6 bits per weight; a head that shares "
+        "its weight with the embeddings gets a weight of its own",
     )
 
 
 def _add_calibration_options(command: argparse.ArgumentParser) -> None:
-    """What a calibration text is read for."""
+    """The calibration text, and how weights are encoded with it."""
     add = command.add_argument
     add(
         "--calibration",
@@ -240,8 +240,8 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
     add(
         "--encoder",
         choices=["feedback", "beam", "nearest"],
-        help="feedback: pairs make up for errors of those before them (default with calibration); "
-        "beam: and of several ways to code a row the best is kept; nearest: neither",
+        help="feedback: each pair compensates for the errors of the pairs before it (default with "
+        "calibration); beam: also keeps the best of several codings of a row; nearest: neither",
     )
     add(
         "--code",
@@ -253,9 +253,9 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
     add(
         "--rates",
         choices=["mixed", "uniform"],
-        help="mixed: more bits for layers, more weight for tokens whose errors cost more, found by "
-        "a pass forwards and backwards (default with calibration); uniform: the same for all, in "
-        "half the time",
+        help="mixed: layers whose errors cost more get more bits, and tokens whose errors cost "
+        "more count more, as measured by a pass forwards and backwards (default with calibration); "
+        "uniform: the same for all, in half the time",
     )
 
 
@@ -285,7 +285,7 @@ def _add_verify_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sign",
         action="store_true",
-        help="write the manifest anew, where files were changed on purpose and all else is right",
+        help="write a new manifest after files were changed on purpose, if all else is correct",
     )
 
 

@@ -1,6 +1,7 @@
 """What every subcommand of ``qamw`` does with its parsed arguments.
 
-What is slow to import is imported where it is used: ``qamw --help`` needs none of it.
+Modules that are slow to import are imported in the functions that use them: ``qamw --help`` needs
+none of them.
 """
 
 import argparse
@@ -24,7 +25,7 @@ NUM_NAMES_SHOWN = 4
 
 
 def show(*lines: object) -> None:
-    """Print, one below the other; names of files and tensors may hold anything."""
+    """Print lines, escaping the control characters that file and tensor names may hold."""
     for line in lines:
         print(printable(str(line)))
 
@@ -267,14 +268,14 @@ def _check_writable(path: Path) -> None:
 
 
 def write_report(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; or into what is no file.
+    """Write a file whole or not at all; a link, device or pipe is written to directly.
 
     Raises:
         QuantizeError: it cannot be written.
     """
     try:
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            path.write_bytes(content)  # replacing it would do away with a device or a pipe
+            path.write_bytes(content)  # a file must not replace a device or a pipe
         else:
             write_atomically(path, lambda temporary: temporary.write_bytes(content))
     except OSError as error:

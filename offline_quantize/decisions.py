@@ -1,4 +1,4 @@
-"""What is decided before the work begins: by one process, also where several share the work."""
+"""What is decided before the work begins, by one process even where several share the work."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from offline_quantize.progress import Progress
 
 @dataclass(frozen=True)
 class Decisions:
-    """With what a run begins.
+    """What a run starts from.
 
     Attributes:
         plan: as it is before anything is measured; its sources are hashed.
@@ -36,7 +36,7 @@ class Decisions:
 
     @property
     def num_tokens(self) -> int:
-        """Of calibration."""
+        """Number of calibration tokens; 0 without calibration."""
         return 0 if self.tokens is None else self.tokens.numel()
 
 
@@ -49,14 +49,14 @@ def decide(
     processes: int,
     progress: Progress,
 ) -> Decisions:
-    """Decide everything that is decided before the work.
+    """Make the plan, read the calibration text, check the disk and hash the model's files.
 
     Args:
-        unfinished: of the run that is to be continued.
+        unfinished: the journal of the run to be continued; None for a new run.
         processes: how many share the work.
         progress: the stage is "hashing".
     Raises:
-        QuantizeError: something speaks against the run.
+        QuantizeError: the run cannot be carried out as asked.
     """
     plan = make_plan(model, request)
     check_copies(plan, out)

@@ -21,12 +21,12 @@ def usable_device(device: str, local: int = 0) -> torch.device:
     try:
         usable = torch.empty(0, device=name).device
         if usable.type == "cuda":
-            torch.cuda.set_device(usable)  # what others launch, such as mamba_ssm, goes there too
+            torch.cuda.set_device(usable)  # also for other packages' kernels, as mamba_ssm's
         return usable
     except Exception as error:  # torch raises several kinds
         raise QuantizeError(Option("device", device), f": {error}") from None
 
 
 def kind_of(device: torch.device) -> str:
-    """What decides how a device rounds: its type, of a GPU its name."""
+    """The type of a device, or the name of a GPU: what decides how results are rounded."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

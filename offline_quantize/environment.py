@@ -1,4 +1,4 @@
-"""What a report of a fault should say of the machine: versions, devices, the plugin."""
+"""What a bug report should say about the machine: versions, devices, the plugin."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def _version(distribution: str) -> str:
 
 
 def _plugin() -> str:
-    """What vLLM finds under the group that it loads plugins of."""
+    """The entry point with which vLLM loads the plugin."""
     found = [point.value for point in entry_points(group="vllm.general_plugins", name="qamw")]
     return ", ".join(found) or "not installed: vLLM does not know qamw"
 

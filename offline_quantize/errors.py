@@ -1,4 +1,4 @@
-"""Errors of the quantizer name parameters of Python; the command line spells them as flags."""
+"""The quantizer's errors name Python parameters; the command line spells these as flags."""
 
 import errno
 from collections.abc import Callable, Iterator
@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from qamw_kernels.errors import QamwError
 
 OUT_OF_MEMORY = ("not enough memory", "allocate memory", "out of memory", "ALLOC_FAILED")
-"""What torch, safetensors and CUDA say where there is no kind of error for it."""
+"""Parts of the messages that torch, safetensors and CUDA give in errors of a general type."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was missing, that of the machine or of a GPU."""
+    """Whether the error means that memory ran out, of the machine or of a GPU."""
     if isinstance(error, QamwError):
         return False
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
@@ -20,12 +20,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def printable(text: str) -> str:
-    """Text that shows what is in it: no control character of a file's name reaches a terminal."""
+    """The text with control characters escaped: a file's name must send none to a terminal."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def shortened(text: object, max_length: int = 300) -> str:
-    """The beginning of what others have to say, on one line."""
+    """The beginning of a text, such as the message of another library, on one line."""
     line = " ".join(str(text).split())
     return line if len(line) <= max_length else f"{line[:max_length]} ..."
 
@@ -73,13 +73,14 @@ class EndedElsewhereError(Exception):
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Make one line of whatever the code of a model raises; unless memory ran out, which is none of
-    its faults.
+    """Turn any error of a model's own code into a message of one line.
+
+    Errors of this project, and those that mean that memory ran out, are raised as they are.
 
     Args:
         what: begins the message.
     Raises:
-        QuantizeError: instead of any other error.
+        QuantizeError: in place of every other error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Files of a checkpoint and of a run: their names, and what a directory must be for them."""
+"""Names of the files of a checkpoint and of a run; checks of their directory and its disk."""
 
 import json
 import shutil
@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from offline_quantize.errors import Option, QuantizeError
-from qamw_kernels.format.index import CONFIG as CONFIG  # a name like those below
+from qamw_kernels.format.index import CONFIG as CONFIG  # re-exported
 
 SINGLE = "model.safetensors"
 REPORT = "qamw_report.json"
 PLOT = "qamw_report.png"
 CARD = "README.md"
-BASE_CARD = "README.base-model.md"  # the model card is ours; the model's own stays beside it
+BASE_CARD = "README.base-model.md"  # the model's own card: CARD is ours
 PROGRESS = ".qamw-progress.json"
-STATE = ".qamw-state"  # what a run that is resumed would otherwise have to measure again
+STATE = ".qamw-state"  # measurements, so that a resumed run need not repeat them
 LOCK = ".qamw-lock"  # held by the run that writes a directory
 # Weights in other formats, and indices of any: what a quantized checkpoint must not carry along.
 WEIGHT_SUFFIXES = (
@@ -48,9 +48,9 @@ def check_finished(directory: Path, known: str = "") -> None:
     """Refuse what an interrupted run left.
 
     Args:
-        known: what a message says of the directory first.
+        known: what the message says of the directory before that.
     Raises:
-        QuantizeError: it is that.
+        QuantizeError: the directory holds an unfinished run.
     """
     if (directory / PROGRESS).is_file():
         raise QuantizeError(

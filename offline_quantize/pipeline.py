@@ -136,7 +136,7 @@ def _run(
     progress: Progress,
     ranks: Ranks,
 ) -> Report:
-    """The work, once nothing speaks against it."""
+    """The work itself, after all checks."""
     plan, tokens = decisions.plan, decisions.tokens
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and plan.request.mixed:
@@ -165,7 +165,7 @@ def _run(
 
 
 def _kept_sensitivities(out: Path, unfinished: Journal | None) -> list[list[Sensitivity]]:
-    """What the interrupted run measured; empty if there was none, or that is lost."""
+    """What the interrupted run measured; empty if there was no such run, or its file is lost."""
     state = unfinished.read_state(out) if unfinished else {}
     if state is None:
         logger.warning("%s is damaged: sensitivities are measured again", out / STATE)
@@ -220,7 +220,7 @@ def _quantized_layers(run: Run, progress: Progress) -> Iterator[Quantized]:
                 _pass_tokens(run, layer, _read_layer(run, shard, layer))
             done += layer.num_weights
             progress("quantizing", done, run.plan.num_quantized_weights)
-            yield quantized if run.output else Quantized({}, [])  # which is all that writes it
+            yield quantized if run.output else Quantized({}, [])  # the first process writes
             del quantized  # before the next layer is loaded
 
 
@@ -337,7 +337,7 @@ def _join(layers: Iterable[Quantized]) -> Quantized:
 def _decoded(
     plan: Plan, layer: DecoderLayer, tensors: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The weights that the output tensors of a decoder layer stand for, as layers run with them."""
+    """The weights that a decoder layer's output tensors stand for; decoded ones are in DTYPE."""
     weights = dict(tensors)
     for linear in layer.linears():
         stored = {x: weights.pop(f"{linear.name}.{x}").to(device) for x in LAYER_TENSORS}

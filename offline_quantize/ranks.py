@@ -1,7 +1,7 @@
 """Several processes, started by torchrun, that carry out one request together.
 
-All of them take the same steps in the same order, and meet in the methods of :class:`Ranks`. The
-first process decides, writes and speaks; the others know of a decision only what it tells them.
+All of them take the same steps in the same order, and exchange data in the methods of
+:class:`Ranks`. The first process decides, writes files and prints; the others get its decisions.
 """
 
 import os
@@ -32,7 +32,7 @@ TIMEOUT = timedelta(hours=1)
 class Ranks:
     """The processes of one run, as one of them sees them.
 
-    A process that stands alone talks to nobody, and gets back what it gives.
+    With a single process, nothing is exchanged: each method returns this process's own value.
 
     Attributes:
         index: of this process.
@@ -46,11 +46,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that decides, writes and speaks."""
+        """Whether this process is the one that decides, writes files and prints."""
         return self.index == 0
 
     def share(self, num_items: int, unit: int = 1) -> slice:
-        """This process's part of some items in a row; together, the parts are all of them.
+        """This process's part of a range of items; together, the parts are all of it.
 
         Args:
             unit: items that stay together; the last ones may be fewer.
@@ -72,8 +72,10 @@ class Ranks:
         return made[0]  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:
-        """What all processes have here, in their order; its tensors are on the CPU.
+        """The values of all processes, in the order of their index.
 
+        Args:
+            value: tensors in it must be on the CPU.
         Raises:
             QuantizeError: another process has ended, or does not answer.
         """
@@ -110,10 +112,10 @@ ALONE = Ranks()
 
 
 def _meet(talk: Callable[[], object]) -> None:
-    """Talk to the other processes."""
+    """Exchange data with the other processes."""
     try:
         talk()
-    except RuntimeError as error:  # also what is raised once time is out
+    except RuntimeError as error:  # also raised after TIMEOUT
         if is_out_of_memory(error):
             raise
         raise QuantizeError(
@@ -125,9 +127,9 @@ def _meet(talk: Callable[[], object]) -> None:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Join the processes that torchrun started; this one stands alone where it did not.
+    """Join the processes that torchrun started; without torchrun, this process is the only one.
 
-    Of several processes that fail, which all may do for one reason, one has the word.
+    If several processes fail, perhaps all for one reason, only the first to fail reports it.
 
     Raises:
         QuantizeError: the environment names several processes, but not how to reach them.
@@ -136,8 +138,9 @@ def joined() -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    # Not in every build of torch. The functions of nn have the group of now as a default: imported
-    # later, they would keep our group's threads beyond its end, and those may abort the exit.
+    # Imported here, as not every build of torch has it, and before our process group exists: its
+    # functions keep the current group as a default argument. If they kept ours, its threads would
+    # outlive the group, and those may abort the exit.
     import torch.distributed.nn
     from torch.distributed.rendezvous import rendezvous
 
@@ -165,6 +168,6 @@ def _failed_before(store: Any, index: int) -> bool:
     """Whether another process was the first to fail, by a ``Store`` of torch.distributed."""
     try:
         first = store.compare_set("qamw/failed", "", str(index))
-    except RuntimeError:  # whoever keeps the store has ended
+    except RuntimeError:  # the process that holds the store has ended
         return False
     return int(first) != index

@@ -1,4 +1,4 @@
-"""What mkdocs.yml asks for: docstrings as the parser of the reference page wants them."""
+"""An extension for mkdocs.yml: docstrings as the parser of the reference page needs them."""
 
 from typing import Any
 

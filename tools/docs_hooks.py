@@ -1,6 +1,6 @@
-"""What mkdocs.yml asks for: links of the pages to files outside docs/ become their paths.
+"""A hook for mkdocs.yml: in pages, links to files outside docs/ become the paths of the files.
 
-On a repository's web page such links lead to the file; the site has pages alone.
+On a repository's web page such links lead to the file; the site has only the pages.
 """
 
 import re
@@ -12,7 +12,7 @@ _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?(?=[\w.]+`)")
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """The page with every link out of docs/ as text: its own, and where in the repository it is."""
+    """The page with every link out of docs/ as plain text: the link's text and the file's path."""
     return _OUTSIDE.sub(_as_text, markdown)
 
 
@@ -22,8 +22,8 @@ def _as_text(link: re.Match[str]) -> str:
 
 
 def as_markdown(docstring: str) -> str:
-    """A docstring, without indentation, as its parser wants it.
+    """A docstring, without indentation, as its parser needs it.
 
-    That sees a section only below an empty line, and knows no roles of Sphinx.
+    The parser sees a section only below an empty line, and does not know Sphinx roles.
     """
     return _ROLE.sub("`", _SECTION.sub("\n\n", docstring))

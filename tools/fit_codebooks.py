@@ -9,9 +9,9 @@ drawn from a Gaussian of variance 2, the optimal density of codewords at high ra
 weighted back to the unit Gaussian, so that inner and outer cells are integrated equally well.
 The best of several starts is kept.
 
-The trellis is fitted to what its encoder makes of random units of the Gaussian: every entry becomes
-the mean of what is coded as it, again and again. Each round has units of its own, and means fade
-slowly, so that entries fit no chance of them.
+The trellis is fitted with its encoder, which codes random units of the Gaussian: in every round,
+each entry becomes the mean of the points that are coded as it. Each round has new units, and the
+sums of earlier rounds fade slowly, so that entries do not fit the randomness of single rounds.
 
 Everything is seeded, and rounded to bfloat16 at the end, which is exact in float16 and float32 too.
 """
@@ -35,7 +35,7 @@ FULL_SEARCH_EVERY = 25
 """Iterations from one exhaustive search to the next."""
 
 FADE = 0.85
-"""What the sums of a round are worth in the next one."""
+"""The weight of the sums of a round in the next one."""
 
 SPREAD = 1.8
 """Variance of the entries that a fit of the trellis begins with."""
@@ -139,10 +139,10 @@ def fit(
 def lattice(index_bits: int) -> torch.Tensor:
     """Entries of the trellis before a fit [2**index_bits / 2, 2] float32, as many in each quadrant.
 
-    They are the points next to the origin of a lattice of which flips of signs make the three
-    others (4 j + 1 in both coordinates, and so -1, 3 ...). Their radii are companded as a Gaussian
-    of variance SPREAD has them: a part r^2 / R^2 of the disk of the points is that part of its
-    mass.
+    They are the points closest to the origin of a lattice with the coordinates 4 j + 1, up to a
+    factor; sign flips make the lattices of the other three classes from it (-1, 3 ...). Their radii
+    are companded to a Gaussian of variance SPREAD: where a circle through a point holds the part
+    r^2 / R^2 of the area of all points, the new circle holds the same part of the Gaussian's mass.
     """
     steps = 2 * torch.arange(-(1 << index_bits // 2), 1 << index_bits // 2) + 0.5
     points = torch.cartesian_prod(steps, steps)

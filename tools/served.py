@@ -1,6 +1,7 @@
 """``python -m tools.served``: list what the installed vLLM serves of quantized models.
 
-The list is shipped with the quantizer, which uses it where vLLM is not installed. A test compares.
+The list is shipped with the quantizer, which uses it where vLLM is not installed. A test compares
+it with the installed vLLM.
 """
 
 import json
@@ -12,7 +13,7 @@ from offline_quantize.planning.vllm_sources import installed_vllm
 
 
 def main() -> None:
-    """Write the list anew."""
+    """Write the list."""
     sources = installed_vllm()
     if sources is None:
         raise SystemExit("vLLM is not installed: its sources are what the list is made of")

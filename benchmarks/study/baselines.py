@@ -70,7 +70,7 @@ def rotation_block_sizes(structure: Structure) -> dict[int, int]:
 
 
 def rotation(structure: Structure, rotated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What rotates the inputs of a matrix [N, K], and is its own inverse; or does nothing."""
+    """A function that rotates the inputs of a matrix [N, K], its own inverse; or does nothing."""
     sizes = rotation_block_sizes(structure)
     return (lambda x: rotate(x, sizes[x.shape[1]])) if rotated else lambda x: x
 
@@ -134,7 +134,7 @@ def quantize_gptq(
     symmetric: bool = False,
     rotated: bool = False,
 ) -> float:
-    """Layer by layer; each layer reads what the quantized layers before it put out.
+    """GPTQ, layer by layer; each layer reads the output of the quantized layers before it.
 
     Args:
         rotated: whether the inputs are rotated first, in the blocks of QAM-W.

@@ -79,7 +79,7 @@ def rings(amplitude_bits: int) -> tuple[torch.Tensor, float]:
 
 
 def polar_nmse(index_bits: int, amplitude_bits: int) -> float:
-    """Error per coordinate of rings with the other bits of a pair as uniform phase.
+    """Error per coordinate of polar coding: rings, and uniform phases of a pair's other bits.
 
     A cell is a sector of a ring. Its centroid lies at the ring's mean radius times sin(h) / h,
     where h is half the sector's angle. With that shrinkage the radius between two rings is still

@@ -122,7 +122,9 @@ def smoothing_factors(
 
 
 class SmoothedLinear(nn.Module):
-    """W8A8 with integer arithmetic in float32: codes per output channel, and per token at run time.
+    """W8A8 with integer arithmetic in float32.
+
+    Weights have a scale per output channel; inputs have one per token, computed at run time.
 
     Args:
         factors: [K], what the inputs are divided by.

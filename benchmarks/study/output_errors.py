@@ -1,8 +1,8 @@
 """Output error that codes and encoders leave, on some matrices of SmolLM2 (minutes).
 
 ``python -m benchmarks.study.output_errors``. Of some layers, every sixteenth row of every matrix is
-coded with uniform rates. The KL divergence of a model about follows the output error of its layers,
-and this takes minutes where a row of the study takes an hour.
+coded with uniform rates. The KL divergence of a model roughly follows the output error of its
+layers, and this takes minutes where a row of the study takes an hour.
 """
 
 import math

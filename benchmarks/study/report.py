@@ -41,7 +41,7 @@ README_FAMILIES = {
     "SmoothQuant W8A8": ("SmoothQuant", "below"),
     "int8 per channel": ("int8", "below"),
 }
-"""In the picture of the project's README: what it calls them, and where it says so."""
+"""Families in the plot of the project's README -> their name there, and its place (PLACES)."""
 PLACES = {
     "left": ("right", (-10, -12)),
     "right": ("left", (10, -5)),
@@ -82,7 +82,7 @@ COLORS = {
     "Hadamard, GPTQ g128": "slateblue",
     "llama.cpp": "tab:purple",
 }
-"""Of a family, in every panel."""
+"""The color of a family, the same in every panel."""
 COLUMNS = (
     *("method", "effective bpw", "perplexity", "change, %", "mean KL", "of int8's", "99.9 % KL"),
     "same top-1, %",
@@ -104,12 +104,12 @@ def load_rows(directory: Path = RESULTS) -> list[Row]:
 
 
 def is_outdated(row: Row) -> bool:
-    """Whether it was calibrated with another text than the default one of now."""
+    """Whether it was calibrated with another text than the current default one."""
     return row["calibration"] not in (None, TEXT_HASH)
 
 
 def mark_of(row: Row) -> str:
-    """What follows its name or its figures: nothing, unless it is outdated."""
+    """The mark after its name or its figures: empty, unless it is outdated."""
     return OUTDATED if is_outdated(row) else ""
 
 
@@ -349,7 +349,7 @@ def sqnr_table(rows: list[Row]) -> str:
 
 
 def with_table(page: str, table_of_rows: str) -> str:
-    """The text of a page with the table between its markers made anew."""
+    """The text of a page with the table between its markers replaced."""
     before, rest = page.split(BEGIN)
     after = rest.split(END)[1]
     return f"{before}{BEGIN}{table_of_rows}\n{END}{after}"

@@ -2,7 +2,7 @@
 
 ``make study TEXT=wiki.test.raw``, or ``python -m benchmarks.study.run TEXT``. Rows are written to
 results/MODEL.jsonl as they are made, and a row that is already there is not made again, unless it
-was calibrated with another text than the default one of now. TEXT is the raw WikiText-2 test split,
+was calibrated with another text than the current default. TEXT is the raw WikiText-2 test split,
 which no calibration reads; it is read in the convention gptq-2048. Weights of all methods are
 decoded to bfloat16 and run by transformers; QAM-W goes through the checkpoint that ``qamw
 quantize`` writes.
@@ -45,7 +45,7 @@ NUM_WINDOWS = {
     "qwen2.5-coder-1.5b": 4,
 }
 RATES = (3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
-SOME_RATES = (4.0, 5.5, 6.0)  # of what takes long
+SOME_RATES = (4.0, 5.5, 6.0)  # for variants that take long
 
 
 @dataclass(frozen=True)

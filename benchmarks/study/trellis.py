@@ -1,8 +1,8 @@
 """Codes on the unit normal: plain QAM, the trellis, and what a larger trellis would gain.
 
 The product's trellis has eight states, and before every word all bits are 0
-(:mod:`qamw_kernels.codec.trellis`). Here are those that it does not have: with 64 states, and in
-which words go on from the bits of the word before. They have the product's codewords.
+(:mod:`qamw_kernels.codec.trellis`). Here are codes that it does not have: with 64 states, and with
+words that go on from the path bits of the word before. They use the product's codewords.
 
 ``python -m benchmarks.study.trellis`` measures all codes (minutes), and writes
 results/trellis.json.
@@ -26,21 +26,21 @@ from qamw_kernels.format.codebook import PLAIN, TRELLIS
 
 WORD_PAIRS = 32  # a word holds 32 bits of one plane
 TABLE_BITS = (7, 8, 11, 12)
-SEED = 20260101  # of what is measured
+SEED = 20260101  # of the coordinates that are measured
 PAIRS = 1 << 16  # measured of codes of pairs
 ROW_WORDS = 32  # of a sequence in which words go on
 ROWS_AT_ONCE = 2048  # coded at once
 SCALAR_PAIRS = {8: 1 << 16, 12: 1 << 17, 16: 1 << 14}  # bits of the window -> pairs measured
 SCALAR_LENGTH = 256  # weights of a sequence
 FLIPS = torch.tensor([[1.0, 1], [-1, 1], [1, -1], [-1, -1]])
-"""[4, 2]: of every class the signs that map class 0 onto it, and it onto class 0."""
+"""[4, 2]: for every class, the signs that map class 0 to it, and it to class 0."""
 
 
 class Trellis(NamedTuple):
     """A feed-forward shift register.
 
     Attributes:
-        states: what the path bits before a pair can be: a power of two.
+        states: how many values the path bits before a pair can have: a power of two.
         generators: masks of the register, 0 to 2 * states - 1; the lowest bit is the pair's own.
     """
 

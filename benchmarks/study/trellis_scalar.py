@@ -1,7 +1,8 @@
-"""The rival of trellis-coded QAM: a bit-shift trellis over weights, like QTIP's and EXL3's.
+"""The alternative to trellis-coded QAM: a bit-shift trellis over weights, as in QTIP and EXL3.
 
 Every weight shifts its bits into a window of the last bits of its row, and a fixed table says which
-value a window stands for (arXiv 2406.11235). For half bits, one and one more take turns.
+value a window stands for (arXiv 2406.11235). For rates in half bits, weights alternate between the
+whole bits below and above.
 A row begins with the window 0 and may end with any.
 """
 
@@ -11,7 +12,7 @@ import torch
 
 ROWS_AT_ONCE = 8  # the costs of all windows stay in cache
 SPREADS = {8: 1.3, 12: 1.3, 16: 1.1}
-"""Bits of the window -> deviation of the values: enough for the largest coordinates."""
+"""Bits of the window -> standard deviation of the values, enough for the largest coordinates."""
 
 
 class Window(NamedTuple):
@@ -55,7 +56,7 @@ def _encode(coordinates: torch.Tensor, window: Window) -> torch.Tensor:
     num_rows, num_weights = coordinates.shape
     cost = torch.full((num_rows, 1 << window.bits), torch.inf)
     cost[:, 0] = 0
-    lost = []  # of the bits that a window keeps: the best of those that it loses, [N, 2^(L - k)]
+    lost = []  # by the bits that a window keeps, the best bits to lose, [N, 2^(L - k)]
     for i in range(num_weights):
         shift = window.shift(i)
         least, at = cost.view(num_rows, 1 << shift, -1).min(1)

@@ -54,10 +54,10 @@ def read_documents(path: Path) -> list[Document]:
     """The documents of a file: one, unless its name ends in .jsonl, .ndjson or .json.
 
     Of such a file, every line is an object with "text", a string, or with "messages" and perhaps
-    "tools": see :class:`Chat`. Other keys are not read, nor empty lines.
+    "tools": see :class:`Chat`. Other keys and empty lines are ignored.
 
     Raises:
-        QuantizeError: no such file, not UTF-8, no document in it, or a line is another object;
+        QuantizeError: no such file, not UTF-8, no document in it, or a line has other content;
             names file and line.
         FileError: a line is not a JSON object; names file and line.
     """
@@ -110,10 +110,10 @@ def _is_text(part: Any) -> bool:
 
 
 def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]:
-    """The texts of documents, what separates them included; chats as the model's template has them.
+    """The texts of documents, with separators; chats as the model's chat template renders them.
 
-    There may be one template for chats with tools and one for others. Chats that it refuses are
-    read as :meth:`Chat.plain`, and all of them where there is none; a warning says so.
+    A model may have one template for chats with tools and one for others. Chats that the template
+    refuses, or all chats where there is none, become :meth:`Chat.plain`; a warning says so.
 
     Args:
         tokenizer: of the model, from transformers.
@@ -131,7 +131,7 @@ def as_texts(documents: list[Document], tokenizer: Any, path: Path) -> list[str]
 
 
 def _templated(chats: list[Chat], tokenizer: Any, path: Path) -> list[str]:
-    """Chats of which all have tools, or none has."""
+    """The texts of chats that all have tools, or that all have none."""
     if not chats:
         return []
     try:
@@ -159,10 +159,10 @@ def _warn(number: int, total: int, reason: str) -> None:
 
 
 def _without_beginning(text: str, chat: Chat, bos: str | None) -> str:
-    """A chat without BOS: each window of the text has its own.
+    """A chat without the BOS at its beginning: each window of the text has a BOS of its own.
 
-    Where the template writes it more than once it begins messages, as SmolLM2's, and stays; of a
-    single message nobody can tell.
+    A template that writes BOS several times begins messages with it, as SmolLM2's does; then all
+    stay. With a single message the two cases look the same, and BOS stays too.
     """
     if not bos or len(chat.messages) == 1:
         return text

@@ -1,4 +1,4 @@
-"""Activation statistics of one decoder layer after the other.
+"""Activation statistics, one decoder layer after the other.
 
 With one layer in memory at a time, a model larger than memory can be calibrated.
 """
@@ -46,7 +46,7 @@ class _Sums:
         self.num_tokens = dict.fromkeys(self.sums, 0)
 
     def add_up(self, ranks: Ranks) -> None:
-        """Make these the sums of all processes."""
+        """Replace these sums by those over all processes."""
         for total in self.sums.values():
             ranks.sum_(total)
         counts = ranks.gather(self.num_tokens)
@@ -74,9 +74,9 @@ class _Sums:
 class Calibrator:
     """Second moments of every input group's activation, layer by layer.
 
-    Each layer reads what the quantized layers before it put out. For every layer in turn call
-    :meth:`hessians`, then :meth:`finish`; after the last, :meth:`head_hessian`. Several processes
-    have a part of the tokens each, and get the moments of all.
+    Each layer reads the output of the quantized layers before it. For every layer in turn call
+    :meth:`hessians`, then :meth:`finish`; after the last, :meth:`head_hessian`. Each of several
+    processes runs a part of the tokens, and gets the moments of all tokens.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class Calibrator:
         Args:
             tokens: [windows, T] int64, the same in all processes.
             dtype: in which layers run.
-            shrink_routed: whether the Hessians of what experts read are shrunk by how few tokens
-                reached them.
+            shrink_routed: whether Hessians of experts' inputs are shrunk: the fewer tokens reached
+                the expert, the more.
             ranks: the processes that share the windows.
         """
         self._ranks = ranks

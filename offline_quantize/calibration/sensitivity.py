@@ -38,12 +38,12 @@ from offline_quantize.ranks import ALONE, Ranks
 HESSIAN_BATCHES = 2  # of the calibration tokens: traces need fewer tokens than encoding
 
 Cost = Callable[[torch.Tensor, int], float]
-"""(Hessian [K, K] float32, tokens that it is the mean over) -> cost of an error of one."""
+"""(Hessian [K, K] float32, tokens that it is the mean over) -> cost per unit of distortion."""
 
 
 @dataclass
 class Sensitivity:
-    """Of one input group.
+    """What errors of one input group cost.
 
     Attributes:
         distortion_cost: KL divergence, except for a factor that all groups share, per unit of
@@ -81,10 +81,10 @@ def from_state(state: Mapping[str, torch.Tensor]) -> list[list[Sensitivity]]:
 
 
 def feedback_cost(hessian: torch.Tensor, num_tokens: int) -> float:
-    """Trace of D: what error feedback leaves of an error of one.
+    """Trace of D: the error that feedback leaves, per unit of distortion.
 
     Args:
-        hessian: [K, K] float32; is changed.
+        hessian: [K, K] float32; changed in place.
         num_tokens: that it is the mean over.
     """
     if not hessian.any():
@@ -108,7 +108,8 @@ def measure_sensitivities(
 ) -> list[list[Sensitivity]]:
     """Sensitivity of every input group of every layer.
 
-    One layer is in memory at a time; the hidden states of all layers wait in a file.
+    One layer is in memory at a time; the hidden states of all layers are kept in a file until the
+    pass backwards.
 
     Args:
         layers: all decoder layers of the model, with the groups to measure.
@@ -124,7 +125,7 @@ def measure_sensitivities(
     """
     own = ranks.share(len(tokens), BATCH)
     runner = LayerRunner(checkpoint, tokens[own], device, dtype)
-    # The same batches make the Hessians, whichever process has them.
+    # Hessians are made of the same batches, whichever process has these.
     stride = max(1, -(-len(tokens) // BATCH) // hessian_batches)
     kept = [(own.start // BATCH + i) % stride == 0 for i in range(len(runner.hidden))]
     num_kept = sum(batch.numel() for batch in torch.split(tokens, BATCH)[::stride])
@@ -185,7 +186,7 @@ class TensorStack:
             ) from None
 
     def pop(self) -> list[torch.Tensor]:
-        """Take the list on top away."""
+        """Remove the list on top, and return it."""
         start = self._starts.pop()
         self._file.seek(start)
         tensors: list[torch.Tensor] = torch.load(self._file, weights_only=True)
@@ -194,10 +195,10 @@ class TensorStack:
 
 
 def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> list[torch.Tensor]:
-    """The gradient of the log-likelihood of what is drawn, at the output of the last layer.
+    """The gradient of the log-likelihood of drawn labels, at the output of the last layer.
 
-    Labels are drawn from the model itself, the same ones whichever process draws them. Where a
-    model makes no logits, what is drawn is normally distributed around its last hidden states.
+    Labels are drawn from the model itself, the same ones whichever process draws them. For a model
+    without logits, a label is a vector from a normal distribution around its last hidden states.
 
     Args:
         own: the windows of ``tokens`` that this process has.
@@ -222,12 +223,12 @@ def _output_gradients(runner: LayerRunner, tokens: torch.Tensor, own: slice) -> 
 
 
 def _drawn_loss(model: Any, window: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Minus the log-likelihood of what is drawn for a window [1, T], up to a constant."""
+    """Minus the log-likelihood of labels drawn for a window [1, T], up to a constant."""
     drawn = _draw(model, window.shape[1], generator)
     if model.get_output_embeddings() is None:
         states = text_decoder(model)(input_ids=window, use_cache=False).last_hidden_state[0]
         loss: torch.Tensor = (states.float() * drawn).sum()
-        return loss  # half the squared distance has the same gradient
+        return loss  # up to the sign, the gradient of half the squared distance
     logits = model(input_ids=window, use_cache=False).logits[0].float()
     edges = logits.detach().softmax(1).cumsum(1)  # much faster than torch.multinomial
     labels = torch.searchsorted(edges, drawn * edges[:, -1:])[:, 0].clamp_max(edges.shape[1] - 1)
@@ -235,7 +236,7 @@ def _drawn_loss(model: Any, window: torch.Tensor, generator: torch.Generator) ->
 
 
 def _draw(model: Any, num_tokens: int, generator: torch.Generator) -> torch.Tensor:
-    """What decides the labels of a window [T, 1], or states [T, hidden size]; float32."""
+    """Random float32 for a window: uniform [T, 1] for labels, or normal [T, hidden size]."""
     if model.get_output_embeddings() is None:
         width = model.config.get_text_config().hidden_size
         return torch.randn(num_tokens, width, generator=generator, device=generator.device)
@@ -244,7 +245,7 @@ def _draw(model: Any, num_tokens: int, generator: torch.Generator) -> torch.Tens
 
 @dataclass
 class _Reading:
-    """One run of a linear, or of several that read the same.
+    """One run of a linear, or of several linears that read the same input.
 
     Attributes:
         importance: of the tokens, [n].
@@ -256,7 +257,7 @@ class _Reading:
 
 
 def _modules(group: InputGroup) -> dict[str, bool]:
-    """Names of the modules that read for a group -> whether it is the first that reads an input."""
+    """Names of a group's modules -> whether the module is the first that reads its input."""
     counted = {linear.modules[0] for linear in group if linear.counted}
     return {name: name in counted for linear in group for name in linear.modules}
 
@@ -272,7 +273,7 @@ def _backward(
 
     Args:
         inputs: of the layer, for every batch.
-        gradients: at the layer's output, for every batch; become those at its input.
+        gradients: at the layer's output, for every batch; replaced by those at its input.
         kept: for every batch, whether the tokens that linears read are kept.
     """
     readings: list[list[_Reading]] = [[] for _ in layer.groups]
@@ -289,14 +290,14 @@ def _backward(
                 rows = args[0].detach().reshape(-1, module.in_features)
                 importance = torch.zeros(len(rows), device=runner.device)
                 own.append(_Reading(importance, rows if keep else None))
-            # Of what was read last: linears that read the same follow each other.
+            # The last reading's: linears that read the same input run one after another.
             importance = own[-1].importance
 
             def weigh(gradient: torch.Tensor) -> None:
                 squares = gradient.reshape(-1, module.out_features).float().square()
                 importance.add_(squares @ energies)
 
-            if output.requires_grad:  # not where a model chooses, rather than computes
+            if output.requires_grad:  # not if the output only selects something
                 output.register_hook(weigh)  # type: ignore[no-untyped-call]  # torch has no type
 
         return module.register_forward_hook(record)
@@ -324,7 +325,7 @@ def _backward(
 def repeatable_attention(device: torch.device) -> AbstractContextManager[object]:
     """While active, attention is computed such that its gradient is the same every time.
 
-    On GPUs that of the fast ones is summed up in whatever order parts of it are ready.
+    On GPUs, fast attention kernels sum up parts of the gradient in whatever order they are ready.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
@@ -337,10 +338,10 @@ def _sensitivities(
     device: torch.device,
     ranks: Ranks,
 ) -> list[Sensitivity]:
-    """Of all groups of a layer; every process finds the costs of some.
+    """Sensitivities of all groups of a layer; each process computes the costs of some.
 
     Args:
-        readings: of every group, what this process has.
+        readings: for every group, those of this process.
         num_tokens: of the batches whose tokens were kept, in all processes.
     """
     importance: list[torch.Tensor | None] = []
@@ -358,7 +359,7 @@ def _sensitivities(
 
 
 def _importance(readings: Sequence[_Reading], ranks: Ranks) -> torch.Tensor:
-    """Of all tokens, in order, with mean 1; none where no token reaches the group."""
+    """Importance of all tokens, in order, with mean 1; empty where no token reaches the group."""
     own = [reading.importance for reading in readings]
     every = ranks.cat(torch.cat(own) if own else torch.zeros(0))
     return (every / (every.mean() or 1.0)).cpu()

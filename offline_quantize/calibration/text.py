@@ -1,4 +1,4 @@
-"""The calibration text, and the windows of tokens that are read of it."""
+"""The calibration text, and the windows of its tokens that are read."""
 
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ from offline_quantize.model.tokenizer import load_tokenizer, try_tokenizer
 
 DEFAULT_TEXT = Path(__file__).with_name("calibration.jsonl")
 MIN_TOKENS = 16384
-TOKENS_PER_INPUT = 3  # of the widest layer: with fewer, its Hessian shows more chance than pattern
+TOKENS_PER_INPUT = 3  # of the widest layer: with fewer tokens, its Hessian is mostly noise
 WINDOW_TOKENS = 512
 
 
@@ -33,15 +33,15 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Windows of a text's tokens, spread evenly over it, each led by BOS if the tokenizer has one.
 
-    Windows that follow each other come from places far apart: those that are read in one batch are
-    of all kinds that the text has.
+    Consecutive windows come from distant places in the text, so that every batch has all the kinds
+    of text.
 
     Args:
         directory: of the model, whose tokenizer is used.
         text_file: a text, or JSON Lines; see :func:`read_documents`.
         num_tokens: of all windows, rounded up to whole windows.
-        at_least: a text with fewer than ``num_tokens`` is enough if it has so many; None where it
-            must have ``num_tokens``.
+        at_least: a text with fewer tokens than ``num_tokens`` is accepted if it has this many; None
+            where it must have ``num_tokens``.
         window_tokens: of one window, BOS included.
     Returns:
         [windows, window_tokens] int64.
@@ -83,7 +83,7 @@ def spread_windows(
 
     Args:
         bos: what leads every window: one token or none.
-        num_windows: fewer, where the tokens fill fewer without overlap.
+        num_windows: reduced where the tokens fill fewer windows without overlap.
         window_tokens: of one window, ``bos`` included; at most n.
     Returns:
         [windows, window_tokens] int64.

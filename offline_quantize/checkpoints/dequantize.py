@@ -29,7 +29,7 @@ def dequantize(
 ) -> int:
     """Write the plain checkpoint that ``quantized`` stands for into the new directory ``out``.
 
-    It is verified first. One shard is in memory at a time.
+    ``quantized`` is verified first. One shard is in memory at a time.
 
     Args:
         dtype: of the weights that were quantized, and what config.json names; all other tensors
@@ -39,7 +39,7 @@ def dequantize(
         Bytes of all tensors written.
     Raises:
         QuantizeError: ``verify`` refuses it, ``out`` is not new or empty, or the disk is too small.
-        TensorError: ``dtype`` does not hold a weight.
+        TensorError: ``dtype`` cannot represent a weight.
     """
     verify(quantized)
     source = open_quantized(quantized)
@@ -102,7 +102,7 @@ def _decoded_infos(
 
 
 def _copy_other_files(source: QuantizedCheckpoint, output: Output) -> None:
-    """Copy what holds no weights; the model's own card gets its name back, ours goes."""
+    """Copy what holds no weights; the model's own card gets its name back, ours is left out."""
     for file in source.checkpoint.other_files():
         if file not in (MANIFEST, REPORT, PLOT, CARD):
             target = CARD if file == BASE_CARD else file

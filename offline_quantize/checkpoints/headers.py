@@ -58,7 +58,7 @@ def header_faults(checkpoint: Checkpoint, fmt: QamwFormat, modules: Modules) -> 
 def _layer_faults(
     checkpoint: Checkpoint, fmt: QamwFormat, module: str, layer: QuantizedShape
 ) -> Iterator[str]:
-    """Of the tensors that stand for one weight."""
+    """Faults of the tensors that stand for one weight."""
     expected = layer_tensors(layer.num_rows, layer.num_inputs, layer.index_bits)
     for suffix, (shape, dtype) in expected.items():
         info = checkpoint.tensors.get(f"{module}.{suffix}")
@@ -76,7 +76,7 @@ def _layer_faults(
 
 
 def _tensor_faults(info: TensorInfo, ignored: frozenset[str], modules: Modules) -> Iterator[str]:
-    """Of a tensor beside those that stand for the weight of its module, or are a part of them."""
+    """Faults of a tensor that contradicts its module's other tensors or the ignore list."""
     module, _, suffix = info.name.rpartition(".")
     if suffix in LAYER_TENSORS and module not in modules:
         yield f"{info.file}: {info.name} belongs to no quantized layer: {module}.qweight is missing"

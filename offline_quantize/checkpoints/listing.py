@@ -16,7 +16,7 @@ def find_files(directory: Path) -> tuple[set[str], list[str]]:
 
     Returns:
         Paths inside it of the files that a manifest must list; and a line for everything that
-        cannot be listed, or that readers could take for a part of the model and others would not.
+        cannot be listed, or that only some readers would take for a part of the model.
     """
     found, faults, folders = set(), [], [directory]
     while folders:  # not by recursion: folders can be as deep as somebody likes

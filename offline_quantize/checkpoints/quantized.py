@@ -109,7 +109,7 @@ class QuantizedCheckpoint:
             next(self.checkpoint.load_finite([stored]))
 
     def _weight(self, module: str, planes: bool = True) -> QuantizedWeight:
-        """A quantized weight, for its values perhaps without the planes: any bits are indices."""
+        """A quantized weight; checking values needs no planes, as any bits are valid indices."""
         shape = self.modules[module]
         names = [f"{module}.{suffix}" for suffix in LAYER_TENSORS if planes or suffix != "qweight"]
         tensors = {name.rpartition(".")[2]: tensor for name, tensor in self.checkpoint.load(names)}
@@ -155,8 +155,8 @@ def decoded_tensors(
         wanted: names of tensors of the model; names that it does not have are left out.
             None for all tensors.
     Yields:
-        Name and tensor, as in a plain checkpoint; but of stacks of experts their parts, where the
-        checkpoint has those.
+        Name and tensor, as in a plain checkpoint; but experts that the checkpoint stores apart are
+        not stacked.
     Raises:
         QuantizeError: quantized with a method that is not decoded, or
             :meth:`QuantizedCheckpoint.of` refuses it.

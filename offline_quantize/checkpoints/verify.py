@@ -25,8 +25,8 @@ def verify(directory: Path, sign: bool = False) -> str:
     """Check every file against the manifest, every tensor against format and architecture.
 
     Args:
-        sign: write the manifest anew, where all else is as it should be: of a checkpoint whose
-            files were changed on purpose.
+        sign: write a new manifest if all else is correct: for a checkpoint whose files were changed
+            on purpose.
     Returns:
         Lines that describe what was checked, and what is new in the manifest.
     Raises:
@@ -70,7 +70,7 @@ def _refuse(faults: list[str]) -> None:
 
 
 def _read_manifest(directory: Path, sign: bool) -> Manifest:
-    """That of the directory; an empty one where it is yet to be written."""
+    """The directory's manifest; an empty one if there is none and ``sign`` will write it."""
     if (directory / MANIFEST).exists():
         return Manifest.read(directory)
     if sign:
@@ -85,7 +85,7 @@ def _write_manifest(directory: Path, files: set[str], old: Manifest) -> None:
 
 
 def _shard_faults(quantized: QuantizedCheckpoint, files: set[str]) -> list[str]:
-    """Shards that are not listed, and what some readers would load of them and others not.
+    """Shards that are not listed, and shards or tensors that only some readers would load.
 
     Args:
         files: that the manifest lists.

@@ -1,11 +1,12 @@
 """Error feedback that follows several codings of a row at once, a beam, and keeps the best.
 
 The codeword nearest to a target is not always the best one: another may leave errors that later
-pairs make up for more easily. So the pairs of a part of the inputs are coded in WIDTH ways, of
-which each pair adds its CANDIDATES nearest codewords, and those with the least error are followed.
-Then every pair is coded again, in order, with all others as they are (:func:`sweep`).
+pairs make up for more easily. So WIDTH codings of a part of the inputs, the *survivors*, are
+followed at once. The next pair extends each of them in CANDIDATES ways, by the codeword nearest to
+its target and by those next to that one; of all these, the WIDTH with the least error survive.
+Then every pair is coded again, in order, with all other pairs fixed (:func:`sweep`).
 
-What is minimized is that of :mod:`.feedback`, with the same names.
+The error that is minimized, and the notation, are those of :mod:`.feedback`.
 """
 
 import functools
@@ -21,7 +22,7 @@ from qamw_kernels.format.codebook import load_codebook
 WIDTH = 8
 CANDIDATES = 3
 SWEEPS = 2
-BEAM_INPUTS = 16  # coded before the targets of the part's other inputs follow
+BEAM_INPUTS = 16  # coded before the targets of the part's later inputs are updated
 BEAM_ROWS = 1024  # coded at once: the survivors stay in cache
 
 
@@ -81,7 +82,7 @@ def encode_with_beam(
     Args:
         coordinates: [N, K] float32.
         feedback: [K, K] float32, of :func:`.feedback.feedback_matrix`.
-        metric: [P, 2, 2] float32: R[p, p] R[p, p]^T, by which a pair's error counts.
+        metric: [P, 2, 2] float32: R[p, p] R[p, p]^T, the quadratic form of a pair's error.
     Returns:
         indices [N, P] int16.
     """
@@ -111,7 +112,7 @@ def _code_part(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best coding of some inputs [n, N]: indices [n / 2, N] and errors [n, N].
 
-    S survivors are followed, of all rows alike, each with targets of its own.
+    Every row has S survivors, each with targets of its own.
     """
     targets = targets[:, None]  # [n, S, N]
     cost = torch.zeros_like(targets[0])  # [S, N]
@@ -147,8 +148,8 @@ def _code_block(
     """Follow the survivors through a few inputs [n, N].
 
     Returns:
-        Of the new survivors the cost [S', N], which of the old ones each descends from [S', N],
-        and of these inputs the indices [n / 2, S', N] and the errors [n, S', N].
+        For the new survivors: the cost [S', N], the old survivor that each descends from [S', N],
+        and the indices [n / 2, S', N] and errors [n, S', N] of these inputs.
     """
     num_old, num_rows = cost.shape
     parents = torch.arange(num_old, device=cost.device)[:, None].expand(num_old, num_rows)
@@ -173,7 +174,7 @@ def _branch(
     Args:
         target: [2, S, N]. cost: [S, N]. metric: [2, 2].
     Returns:
-        cost, survivor that it goes on from, and index of the pair: [S', N] each, S' up to WIDTH.
+        The cost, the survivor that is extended, and the pair's index: [S', N] each, S' up to WIDTH.
     """
     num_old, num_rows = cost.shape
     closest = nearest(target.reshape(2, -1).T, book.index_bits).view(num_old, num_rows)
@@ -187,12 +188,12 @@ def _branch(
 
 
 def _of(values: torch.Tensor, survivors: torch.Tensor) -> torch.Tensor:
-    """Of values [n, S, N] those of some survivors [S', N]: [n, S', N]."""
+    """The values [n, S', N] of some survivors [S', N], out of values [n, S, N] of all."""
     return values.gather(1, survivors.expand(len(values), *survivors.shape))
 
 
 def _add_feedback(targets: torch.Tensor, feedback: torch.Tensor, errors: torch.Tensor) -> None:
-    """Have targets [n, S, N] make up for errors [m, S, N], by feedback [m, n]; in place."""
+    """Change targets [n, S, N] in place to make up for errors [m, S, N], by feedback [m, n]."""
     if len(targets):
         targets.view(len(targets), -1).addmm_(feedback.T, errors.reshape(len(errors), -1))
 
@@ -200,12 +201,12 @@ def _add_feedback(targets: torch.Tensor, feedback: torch.Tensor, errors: torch.T
 def sweep(
     coordinates: torch.Tensor, hessian: torch.Tensor, indices: torch.Tensor, book: Book
 ) -> None:
-    """Code every pair again, with all others as they are; only where that makes the error less.
+    """Code every pair again with all other pairs fixed; keep the new index if the error is less.
 
     Args:
         coordinates: [N, K] float32.
         hessian: [K, K] float32, R R^T.
-        indices: [N, P] int16; they are changed.
+        indices: [N, P] int16; changed in place.
     """
     codewords = book.codewords[indices.int()].view(coordinates.shape).T.contiguous()  # [K, N]
     errors = coordinates.T - codewords

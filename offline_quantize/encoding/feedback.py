@@ -7,7 +7,7 @@ Let H = R R^T with R upper triangular in 2 x 2 blocks, and A = R diag(R)^-1. The
     t_p = u_p + sum over i < p of (u_i - q_i) A[i, p]          q_p = codeword nearest to t_p
     error = sum over p of |(t_p - q_p) R[p, p]|^2
 
-so that coding every t_p well is all that is left to do.
+so only the errors of coding each t_p itself remain.
 """
 
 from collections.abc import Callable
@@ -19,14 +19,14 @@ from qamw_kernels.codec.rotation import rotate
 from qamw_kernels.errors import TensorError
 from qamw_kernels.format.codebook import load_codebook
 
-# Of the mean diagonal. Inputs that the calibration text does not have must not get large errors for
-# the sake of those that it has.
+# Relative to the mean of the diagonal. Inputs that the calibration text does not have must not get
+# large errors in favor of those that it has.
 DAMPING = 0.1
 LAZY_INPUTS = 128  # coordinates between two large matrix products
 
 
 def shrink(hessian: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Make correlations [K, K] smaller, in place: the fewer tokens show them, the more so.
+    """Shrink the correlations in a Hessian [K, K] in place: the fewer tokens, the more.
 
     Returns:
         ``hessian``; its diagonal stays.
@@ -39,8 +39,8 @@ def shrink(hessian: torch.Tensor, num_tokens: int) -> torch.Tensor:
 def factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
     """R [K, K] upper triangular with R R^T = ``hessian`` + ``damping`` * mean diagonal * I.
 
-    Damping stands for what a finite text does not show, and makes a rank-deficient Hessian
-    definite; where rounding still hides that, it is raised.
+    Damping accounts for inputs that a finite text does not show, and makes a rank-deficient Hessian
+    positive definite. Where rounding errors still prevent a factorization, it is raised.
 
     Args:
         hessian: [K, K] float64, not all zeros.
@@ -92,7 +92,7 @@ def rotated_root(
     Args:
         hessian: [K, K] float32, of the input as it is, neither scaled nor rotated.
         input_scales: [K] float16.
-        order: [K] int64, in which coordinates are coded; None for that of the inputs.
+        order: [K] int64, in which coordinates are coded; None for the order of the inputs.
     Raises:
         TensorError: the Hessian is not finite.
     """
@@ -151,7 +151,7 @@ def encode_with_feedback_reference(
 ) -> torch.Tensor:
     """Reference of :func:`encode_with_feedback`, derived in another way, and slow.
 
-    After every pair, all later inputs are set to their best values anew. With the first pairs
+    After every pair, the best values of all later inputs are computed again. With the first pairs
     fixed, the error is a quadratic form in the rest; its minimum is the classical regression.
 
     Args:

@@ -8,8 +8,8 @@
 4. With the encoder "beam", row norms are fitted to what was coded (:func:`fit_row_norms`).
 5. The quantized weight is decoded again and compared with the original (:func:`measure`).
 
-Given scales and Hessian, a row is encoded by itself. Several processes lay the rows of all weights
-of a group end to end, and each encodes a stretch: whole weights of experts, parts of large ones.
+With scales and Hessian given, rows are encoded independently. So several processes divide the rows
+of all weights of a group, in order: each encodes whole weights of experts, or part of a large one.
 """
 
 import dataclasses
@@ -33,15 +33,15 @@ CODERS = {
     "feedback": {PLAIN: feedback_coder, TRELLIS: trellis_coder},
     "beam": {PLAIN: beam_coder, TRELLIS: sweeping_coder},
 }
-"""Encoder -> code -> what makes a coder of a root and index bits."""
+"""Encoder -> code -> function that makes a coder from a root and index bits."""
 
 ENCODERS = (*CODERS, "nearest")
 """All but the last need a calibration text."""
 
-SEARCH_ROWS = 128  # of every weight: nearest codewords' scales are chosen on these
+SEARCH_ROWS = 128  # of every weight, on which scales for "nearest" are chosen
 MEASURED_ROWS = 1024  # decoded at once
 FEEDBACK_WEIGHTS = 1 << 24  # encoded at once, with feedback
-FITTED = (0.9, 1.1)  # a fit that changes a norm by more follows noise
+FITTED = (0.9, 1.1)  # limits of the factor: a larger change would fit noise
 
 
 @dataclass(frozen=True)
@@ -232,8 +232,8 @@ def encode_group(
     Args:
         weights: module name -> [N, K]; all on one device, with the same K.
         hessians: module name -> [K, K] float32, mean of x^T x over what the module reads; the same
-            tensor where modules read the same. None where nothing is known of it: codewords are the
-            nearest there.
+            tensor where modules read the same. None where its input is not known: it gets the
+            nearest codewords.
         encoder: one of ENCODERS.
         balance: whether error feedback has channel scales, :func:`balanced_scales`.
         ranks: the processes that share the rows; each has all weights, and gets all results.
@@ -295,7 +295,7 @@ def encode_group(
 
 
 def _own_rows(weights: Mapping[str, torch.Tensor], ranks: Ranks) -> dict[str, slice]:
-    """The rows of each weight that this process encodes: a stretch of all rows, end to end."""
+    """The rows of each weight that this process encodes: its share of all rows in order."""
     stretch = ranks.share(sum(map(len, weights.values())))
     rows, first = {}, 0
     for name, weight in weights.items():

@@ -1,4 +1,4 @@
-"""The input scales of an input group: rotation signs over activation-aware channel scales."""
+"""Input scales of an input group: rotation signs divided by activation-aware channel scales."""
 
 from collections.abc import Callable, Iterable
 
@@ -7,7 +7,7 @@ import torch
 from qamw_kernels.codec.encode import make_input_scales
 
 EXPONENTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
-FLOOR = 1e-3  # of the mean: channels that hardly count keep a finite scale
+FLOOR = 1e-3  # of the mean: keeps the scales of nearly unused channels finite
 
 
 def channel_scales(magnitudes: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -29,7 +29,7 @@ def searched_scales(
 
     Args:
         magnitudes: root mean square of every channel of the activation, [K] float32.
-        output_error: of the layers' outputs, when weights are encoded with input scales [K].
+        output_error: input scales [K] -> error of the layers' outputs when encoded with them.
     """
     candidates = (
         make_input_scales(len(magnitudes), channel_scales(magnitudes, exponent))
@@ -41,9 +41,9 @@ def searched_scales(
 def balanced_scales(weights: Iterable[torch.Tensor]) -> torch.Tensor:
     """Input scales [K] float16 for error feedback: they even out the columns of the weights.
 
-    The Hessian tells feedback about the activation. With feedback, the error is the same in every
-    coordinate of a row, whatever the activation is, and grows with the row's norm; among scales of
-    one product, the norm is least where all columns are alike.
+    They ignore the activation, which feedback knows from the Hessian. With feedback, the error is
+    the same in every coordinate of a row, whatever the activation is, and grows with the row's
+    norm. Among scales with the same product, that norm is least where all columns are alike.
 
     Args:
         weights: [N, K] each, with the same K.

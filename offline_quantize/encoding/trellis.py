@@ -2,13 +2,13 @@
 
 Viterbi's algorithm keeps the best path to every state, the *survivors*. What is best for later
 pairs depends on the errors before them, so here every survivor carries its errors along, and a
-pair's target is that of its own path (per-survivor processing). What is minimized is that of
-:mod:`.feedback`, with the same names, and inputs in the order in which paths visit them
-(``path_inputs``). Then units can be coded again, in order, with all others as they are
+pair's target is that of its own path (per-survivor processing). The error that is minimized,
+and the notation, are those of :mod:`.feedback`, with inputs in the order in which paths visit them
+(``path_inputs``). Then units can be coded again, in order, with all other units fixed
 (:func:`sweep`).
 
-Codewords are looked up in square cells, by the center of the cell. Cells are so small that the
-codeword is not the nearest one only where two are almost equally near.
+Codewords come from a table of square cells, which has the codeword nearest to each cell's center.
+Cells are so small that another codeword is nearer only where two are almost equally near.
 """
 
 import functools
@@ -24,23 +24,23 @@ from qamw_kernels.format.codebook import TRELLIS, entry_bits
 from qamw_kernels.format.packing import UNIT_INPUTS, UNIT_PAIRS
 
 CELLS = 1024  # per side: a power of two, so that a flip of all bits mirrors a cell
-REACH = 6.0  # cells cover [-REACH, REACH)^2; points outside are looked up at its border
+REACH = 6.0  # cells cover [-REACH, REACH)^2; points outside use a cell at the border
 SWEEPS = 2  # of sweeping_coder
-ROUNDING = 1e-12  # of the mean diagonal: damping that a definite block can need, and not feel
-BLOCK_INPUTS = 8  # coded before older errors are put in the order of the survivors
-ROWS_AT_ONCE = 4096  # few enough for the cache, and enough to keep it busy
+ROUNDING = 1e-12  # of the mean diagonal: damping against rounding errors, too small to matter
+BLOCK_INPUTS = 8  # coded between two reorderings of older errors by survivor
+ROWS_AT_ONCE = 4096  # few enough for the cache, enough for efficient operations
 
 
 class Book(NamedTuple):
-    """A codebook in cells, and what registers do to it.
+    """A codebook as a table of cells, and the sign flips of each register.
 
     A packed codeword holds x in its upper and y in its lower half, as bfloat16.
 
     Attributes:
         cells: [CELLS**2] int32: the packed codeword of class 0 nearest to each cell's center.
-        mirror: [2 S] int32: xor of a cell's number with it mirrors the cell as the register's class
-            negates x and y.
-        signs: [2 S] int32: xor of a packed codeword with it negates them.
+        mirror: [2 S] int32, by register: XOR with a cell's number mirrors the cell in those of x
+            and y that the register's class negates.
+        signs: [2 S] int32, by register: XOR with a packed codeword negates the same ones.
         index_bits: of the codebook.
     """
 
@@ -75,11 +75,11 @@ def unpacked(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Unit(NamedTuple):
-    """What coding some pairs with feedback among them needs to know.
+    """What is needed to code the pairs of one unit, with feedback among them.
 
     Attributes:
         feedback: [64, 64] float32, of :func:`.feedback.feedback_matrix`.
-        metric: [32, 2, 2] floats: R[p, p] R[p, p]^T, by which a pair's error counts.
+        metric: [32, 2, 2] floats: R[p, p] R[p, p]^T, the quadratic form of a pair's error.
     """
 
     feedback: torch.Tensor
@@ -87,13 +87,13 @@ class Unit(NamedTuple):
 
     @classmethod
     def of(cls, root: torch.Tensor, feedback: torch.Tensor) -> "Unit":
-        """A unit by its root [64, 64] float64, on the diagonal of R, and its feedback."""
+        """The unit of a root [64, 64] float64, such as a diagonal block of R, and its feedback."""
         blocks = pair_blocks(root)
         return cls(feedback, (blocks @ blocks.mT).tolist())
 
 
 def sweeping_coder(root: torch.Tensor, index_bits: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The :func:`trellis_coder` that codes every unit SWEEPS times again."""
+    """The :func:`trellis_coder` that codes every unit SWEEPS more times."""
     return trellis_coder(root, index_bits, SWEEPS)
 
 
@@ -140,8 +140,8 @@ def encode_paths(
 
     Args:
         wanted: [K, N] float32, in the order of paths.
-        feedback: [K, K] float32, of :func:`.feedback.feedback_matrix`; likewise.
-        units: of every unit what is on the diagonal.
+        feedback: [K, K] float32, of :func:`.feedback.feedback_matrix`; in the same order.
+        units: for every unit, its part of the diagonal.
     Returns:
         Indices [K / 64, 32, N] int16 and errors u - q [K, N], in the order of paths.
     """
@@ -163,13 +163,13 @@ def sweep(
     units: list[Unit],
     book: Book,
 ) -> None:
-    """Code every unit again, with all others as they are; only where that makes the error less.
+    """Code every unit again with all other units fixed; keep the rows whose error becomes less.
 
     Args:
         wanted: [K, N].
-        indices, errors: of :func:`encode_paths`; they are changed.
+        indices, errors: of :func:`encode_paths`; changed in place.
         hessian: [K, K] float32.
-        units: of its blocks [64, 64] on the diagonal alone.
+        units: made of its diagonal blocks [64, 64] alone.
     """
     for number, unit in enumerate(units):
         part = slice(number * UNIT_INPUTS, (number + 1) * UNIT_INPUTS)
@@ -189,7 +189,7 @@ def _code_unit(
     """The best path through a unit [64, N]: indices [32, N] and errors u - q [64, N].
 
     Args:
-        targets: [64, N], ``wanted`` and what makes up for the units before.
+        targets: [64, N]: ``wanted`` plus what makes up for the errors of earlier units.
     """
     feedback, metric = unit
     num_rows = wanted.shape[1]
@@ -202,7 +202,7 @@ def _code_unit(
     for start in range(0, UNIT_INPUTS, BLOCK_INPUTS):
         stop = start + BLOCK_INPUTS
         made_up = feedback[:start, start:stop].T @ errors[:start].flatten(1)
-        # Errors of the pairs that are coded, and targets of the others.
+        # Errors of the pairs that are coded already, and targets of the others.
         block = targets[start:stop, None] + made_up.view(-1, STATES, num_rows)
         ancestors = unmoved
         for i in range(0, BLOCK_INPUTS, 2):
@@ -224,16 +224,16 @@ def _code_unit(
 def _branch(
     target: torch.Tensor, cost: torch.Tensor, metric: list[list[float]], book: Book
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Follow every survivor with both bits of one more pair, and keep the better of two each time.
+    """Extend every survivor by one pair, with either path bit; keep the better way to each state.
 
     Args:
         target: [2, S, N]. cost: [S, N]. metric: [2, 2].
     Returns:
-        Of the new survivors [S, N] the cost, the packed codeword, and whether it descends from the
-        second of the two old ones that lead to it.
+        For the new survivors, [S, N] each: the cost, the packed codeword, and whether it descends
+        from the second of the two old survivors that lead to it.
     """
     num_rows = cost.shape[1]
-    # Registers r = S h + 2 j + bit are [2, S / 2, 2, N]. They come from r >> 1 and lead to r % S.
+    # Registers r = S h + 2 j + bit are [2, S / 2, 2, N]. State r >> 1 leads to r % S.
     old, registers = (2, STATES // 2, 1, num_rows), (2, STATES // 2, 2, 1)
     scaled = target.clamp(-REACH, REACH - 2 * REACH / CELLS).add_(REACH).mul_(CELLS / (2 * REACH))
     column, row = scaled.to(torch.int32)
@@ -251,7 +251,7 @@ def _branch(
 
 
 def _descend(values: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Of values [..., S, N] of old survivors those that new ones descend from.
+    """Values [..., S, N] of old survivors, reordered for the new ones that descend from them.
 
     Args:
         second: [S, N], whether new survivor s descends from (s + S) >> 1, and not from s >> 1.

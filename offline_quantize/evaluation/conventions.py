@@ -2,10 +2,10 @@
 
 They differ by several percent: name the convention beside every figure.
 
-- ``gptq-2048``: lines joined as the rows of the datasets library, tokenized once, disjoint windows
-  of 2048 tokens, all but the first token scored.
-- ``hf-stride``: the same text, a window of 2048 tokens every 512 tokens; only tokens are scored
-  that no window before had.
+- ``gptq-2048``: lines joined like the rows of the datasets library, tokenized once, disjoint
+  windows of 2048 tokens, all but the first token scored.
+- ``hf-stride``: the same text, a window of 2048 tokens every 512 tokens; each window scores only
+  the tokens that no earlier window has.
 - ``llama.cpp-512``: the raw text, disjoint windows of 512 tokens, the last 255 tokens scored.
 - ``lm-eval``: the task ``wikitext`` of lm-evaluation-harness: detokenized pages, rolling windows of
   the model's whole context, perplexity per word.
@@ -114,8 +114,8 @@ class Text:
 
         Args:
             convention: a key of CONVENTIONS.
-            limit: no more windows are made once there are so many; in lm-eval, once the page is
-                complete.
+            limit: number of windows after which no more are made; in lm-eval, the page is completed
+                first.
         Raises:
             QuantizeError: the text is too short, or a window longer than the model's context.
         """
@@ -171,7 +171,7 @@ def open_text(raw: str, directory: Path, bos: str) -> tuple[Text, int]:
 
 
 def _joined_ids(text: Text) -> tuple[list[int], list[int]]:
-    """Token ids of the lines joined as the datasets library's rows; and what leads each window."""
+    """Token ids of lines joined like the datasets library's rows; and what leads each window."""
     lines = text.raw.removesuffix("\n").split("\n")
     joined = "\n\n".join(line + "\n" if line.strip() else "" for line in lines)
     every = text.bos.every_window

@@ -52,7 +52,7 @@ class Head:
 
 
 class _LastStates:
-    """What a base model puts out: of all fields that heads ask for, only the last states."""
+    """The output of a base model: of all fields that heads ask for, only the last states."""
 
     def __init__(self, states: torch.Tensor) -> None:
         self.last_hidden_state = states

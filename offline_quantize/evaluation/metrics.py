@@ -1,4 +1,4 @@
-"""What is kept of a comparison, scalars per token, and the figures made of them."""
+"""The scalars per token that a comparison keeps, and the figures computed from them."""
 
 import math
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ class Scores:
         reference_nll: negative log-likelihoods of the reference, in nats.
         nll: the same of the other model.
         kl: KL(reference || other) in nats over the whole vocabulary; of one convention only.
-        agreement: 1 where both models find the same token most likely, else 0; as ``kl``.
+        agreement: 1 where both models find the same token most likely, else 0; like ``kl``.
     """
 
     windows: list[Window]
@@ -35,8 +35,8 @@ def clustered_mean(sums: torch.Tensor, units: torch.Tensor) -> tuple[float, floa
     Tokens of a window are correlated, windows count as independent.
 
     Args:
-        sums: [W] float64, over each window.
-        units: [W] float64, of each window.
+        sums: [W] float64, the sum of the values of each window.
+        units: [W] float64, the number of units of each window.
     Returns:
         The mean and the standard error, which is None for a single window.
     """
@@ -57,7 +57,7 @@ class Perplexity:
 
     Attributes:
         num_windows: windows that were scored. num_tokens: scored tokens.
-        num_words: what the perplexity is per, where it is not tokens.
+        num_words: number of words, where the perplexity is per word; else None.
         reference: perplexity of the reference. quantized: of the other model.
         change_percent: of the perplexity. log_change: of its logarithm.
         change_percent_se, log_change_se: standard errors of the paired difference, None for a

@@ -148,7 +148,7 @@ def _counter(
     num_noise_windows: int,
     progress: Progress,
 ) -> _Counter:
-    """For the reference and every checkpoint; the noise floor takes two runs more."""
+    """The counter for the reference and every checkpoint; the noise floor takes two more runs."""
     num_windows = sum(map(len, windows.values()))
     total = num_windows * (1 + len(request.checkpoints)) + 2 * num_noise_windows
     return _Counter(total, progress, request.device)

@@ -17,7 +17,7 @@ from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.evaluation.conventions import Window
 
 WINDOWS_AT_ONCE = 8  # whose states are in memory
-GPU_MEMORY_SHARE = 0.7  # of the engine; the heads are there too
+GPU_MEMORY_SHARE = 0.7  # of the engine; the heads need some too
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # torch has run here: its threads cannot be forked

@@ -105,7 +105,8 @@ def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[La
 def _row_parallel_names(config: Any) -> set[str] | None:
     """Last parts of the names of linears whose inputs may be cut.
 
-    None where it is not known: then any linear's may be that reads what other linears made.
+    None where they are not known: then the inputs of any linear may be cut, but for those that read
+    the layer's first input, which no linear made.
     """
     plan = type(config).base_model_tp_plan  # config.json may have anything there
     if not plan:
@@ -132,17 +133,17 @@ def _input_groups(
     whole = {name for names in traced.inputs[:1] for name in names}  # no linear made their input
     called: set[str] = set()
     groups: list[list[str]] = []
-    for inputs in traced.inputs:  # one that runs several times is with those that it ran with first
+    for inputs in traced.inputs:  # one that runs several times belongs to its first run
         groups.append([name for name in inputs if name in modules and name not in called])
         called.update(inputs)
     groups += [[name] for name in modules if name not in called]
 
-    by_role: dict[str, list[Linear]] = {}  # one for all that experts have in the same place
+    by_role: dict[str, list[Linear]] = {}  # one for the same matrices of all experts
     for names in groups:
         matrices = _matrices(layer_name, dict.fromkeys(names), tensor_map)
         for name, (shape, parts) in matrices.items():
             reads = next(iter(matrices))
-            inner = len(matrices) == 1 and role_of(name) != name  # what an expert computes itself
+            inner = len(matrices) == 1 and role_of(name) != name  # reads what its expert computed
             last = parts[0].rpartition(".")[2]
             may_be_cut = whole.isdisjoint(names) if row_parallel is None else last in row_parallel
             cut = inner or may_be_cut
@@ -215,12 +216,13 @@ def _blocks_with_experts(layer: nn.Module) -> set[str]:
 
 
 def _reason_to_keep(layer: nn.Module, name: str, blocks: Collection[str]) -> str:
-    """Why the matrix with this name of a parameter in a layer stays as it is; empty if it need not.
+    """Why a matrix of a layer stays as it is; empty if it need not.
 
-    A linear alone in its module, in a block with experts, is a router or a gate: other readers of
-    a block's input, as shared experts, have several.
+    In a block with experts, a linear that is alone in its module is a router or a gate: other
+    modules that read the block's input, such as shared experts, have several.
 
     Args:
+        name: of the parameter, inside the layer.
         blocks: of :func:`_blocks_with_experts`.
     """
     module_name, _, attribute = name.rpartition(".")

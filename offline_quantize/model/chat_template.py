@@ -18,7 +18,7 @@ from offline_quantize.model.limited import BASE_SECONDS, EndedError, receive, ru
 # Llama 3.2, gpt-oss and others write the date of today into every chat.
 _TODAY = datetime(2026, 1, 1)
 _MOST_TIMES, _MOST_MORE = 16, 2**16
-"""A rendered chat has at most so many times the characters of its JSON, and so many more."""
+"""A rendered chat may have _MOST_TIMES the characters of its JSON, plus _MOST_MORE."""
 
 
 class Rendered(NamedTuple):
@@ -46,7 +46,7 @@ def render_chats(
         special_tokens: that the template may name, such as "bos_token".
         chats: "messages" and "tools" of each, as transformers takes them.
         path: of the model, for messages.
-        base_seconds: that it may take for empty chats.
+        base_seconds: time limit for empty chats.
     Raises:
         QuantizeError: the template took too much memory or time.
     """
@@ -65,14 +65,14 @@ def _main() -> None:
     """What the other process does."""
     template, special_tokens, chats = receive()
     rendered = [_render(template, special_tokens, chat) for chat in chats]
-    print(f"\n{json.dumps(rendered)}")  # on a line of its own, whatever imports print
+    print(f"\n{json.dumps(rendered)}")  # on a line of its own, even if imports print
 
 
 def _render(template: str, special_tokens: dict[str, Any], chat: dict[str, Any]) -> Rendered:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     random.seed(0)
-    given: dict[str, Any] = special_tokens | {"strftime_now": _TODAY.strftime}  # hides its own
+    given: dict[str, Any] = special_tokens | {"strftime_now": _TODAY.strftime}  # not transformers'
     try:
         written: Any = render_jinja_template(  # its annotation is wrong
             [chat["messages"]], chat["tools"], chat_template=template, **given

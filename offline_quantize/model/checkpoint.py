@@ -39,8 +39,8 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 
-_CARD_BYTES = 2**16  # its metadata comes first
-_MAPPED_BYTES = 2**28  # of a shard, and the tensor that goes beyond
+_CARD_BYTES = 2**16  # read of a model card: its metadata comes first
+_MAPPED_BYTES = 2**28  # of a shard at most, plus the last tensor read
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class TensorInfo:
 class Checkpoint:
     """A directory with config.json and safetensors shards.
 
-    What other methods than QAM-W quantized is decoded as it is read (:mod:`.encoded`).
+    Weights that a method other than QAM-W quantized are decoded as they are read (:mod:`.encoded`).
 
     Attributes:
         directory: the path given.
@@ -71,7 +71,7 @@ class Checkpoint:
         tensors: name -> TensorInfo, as they are once decoded.
         encoding: how they are encoded, in words; empty if they are not, or cannot be decoded.
         source_bytes: of the tensors in the shards.
-        sources: the files that were read; what is read of them later must be the same.
+        sources: the files that were read; what is read from them later must be unchanged.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -177,7 +177,7 @@ class Checkpoint:
             yield name, tensor
 
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """As :meth:`load`.
+        """As :meth:`load`, and check every value.
 
         Raises:
             TensorError: see :func:`check_plain`.
@@ -187,7 +187,7 @@ class Checkpoint:
             yield name, tensor
 
     def base_model(self) -> str:
-        """What the model card says that this model was made of, as the end of a sentence."""
+        """The base model that the model card names, as the end of a sentence."""
         try:
             with open_regular(self.directory / CARD) as file:
                 text = file.read(_CARD_BYTES).decode(errors="replace")
@@ -212,7 +212,7 @@ class Checkpoint:
 class _Reader:
     """Reads tensors, and keeps the shard of the last one mapped.
 
-    What was read of a mapping counts as memory of this process, so none is kept for long.
+    The parts of a mapping that were read count as memory of this process, so none is kept for long.
     """
 
     def __init__(self, directory: Path, sources: Sources) -> None:
@@ -226,7 +226,7 @@ class _Reader:
             self._sources.check(info.file)
             self._file, self._shard = info.file, safe_open(self._directory / info.file, "pt")
             self._bytes_read = 0
-        tensor: torch.Tensor = self._shard.get_tensor(info.name).clone()  # so the mapping can go
+        tensor: torch.Tensor = self._shard.get_tensor(info.name).clone()  # the mapping can go
         self._sources.check_read(info.file)
         self._bytes_read += tensor.nbytes
         if self._bytes_read > _MAPPED_BYTES:
@@ -235,7 +235,7 @@ class _Reader:
 
 
 def _check_names(path: Path) -> None:
-    """Refuse a shard whose header has a name twice: safetensors takes the last without a word.
+    """Refuse a shard whose header has a name twice: safetensors silently takes the last.
 
     Raises:
         FileError: names the shard and the tensor.
@@ -254,7 +254,7 @@ def _model_name(directory: Path) -> str:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    """config.json; what others read of it without a look is of the right type."""
+    """config.json; the types of values that other code reads unchecked are checked here."""
     config = read_json(path)
     text_config = config.get("text_config")
     for section in (config, text_config if isinstance(text_config, dict) else {}):
@@ -274,7 +274,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """How a checkpoint is quantized; wrappers may say so among the settings of their decoder."""
+    """How a checkpoint is quantized; multimodal models may have that in ``text_config``."""
     text_config = config.get("text_config") or {}
     found: dict[str, Any] = (
         config.get("quantization_config") or text_config.get("quantization_config") or {}
@@ -291,7 +291,7 @@ def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(config: dict[str, Any]) -> torch.dtype:
-    """Of the model: of 16 bits, bfloat16 where config.json does not say float16."""
+    """The model's dtype in 16 bits: bfloat16 where config.json does not say float16."""
     for section in (config, config.get("text_config") or {}):
         if "float16" in (section.get("dtype"), section.get("torch_dtype")):
             return torch.float16
@@ -304,7 +304,7 @@ def resolve_model(model: str) -> Path:
     Only safetensors and small files are downloaded.
 
     Raises:
-        QuantizeError: neither a directory nor a hub id that can be had.
+        QuantizeError: neither a directory nor a hub id that can be downloaded.
     """
     path = Path(model)
     if model and path.is_dir():

@@ -1,7 +1,6 @@
 """The files of a model that hold no weights: tokenizer, chat template, license. They are copied.
 
-Whatever could not be copied, or not be listed in a manifest, is refused while there is still
-nothing to lose.
+Files that cannot be copied, or cannot be listed in a manifest, are refused before any work is done.
 """
 
 import os
@@ -12,8 +11,8 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG, WEIGHT_SUFFIXES
 
 MAX_DEPTH = 16  # of folders inside each other
-# Of weights that are not part of the result: an adapter's, and those that ModelOpt quantized. vLLM
-# would believe the latter of the plain checkpoint that ours is dequantized to.
+# Configs of weights that are not in the result: an adapter's, and those that ModelOpt quantized.
+# vLLM would apply the latter to the plain checkpoint that ``qamw dequantize`` writes.
 WEIGHT_CONFIGS = ("adapter_config.json", "hf_quant_config.json")
 
 _TRAINING_STATE = re.compile(r"checkpoint-\d+")  # a folder that a trainer leaves
@@ -49,7 +48,7 @@ def copied_files(directory: Path) -> list[str]:
 
 
 def _is_weights(file: str) -> bool:
-    """Whether a file has weights, belongs to some that have, or is an index, in any format."""
+    """Whether a file has weights, is their config, or is an index, in any format."""
     is_index = any(file.endswith(f"{suffix}.index.json") for suffix in WEIGHT_SUFFIXES)
     return is_index or file.endswith(WEIGHT_SUFFIXES) or file in WEIGHT_CONFIGS
 
@@ -69,7 +68,7 @@ def _check_name(path: Path, relative: str) -> None:
 def _check_link(path: Path, directory: Path) -> None:
     """Refuse links out of the directory, except to the hub cache's blobs.
 
-    Files are copied into something that will be published.
+    The copies may be published, so they must hold nothing but the model's own files.
     """
     if not path.is_symlink():
         return

@@ -17,7 +17,7 @@ from offline_quantize.model.experts import unfuse_experts
 from offline_quantize.model.tensor_map import Shape, TensorMap, plain_shapes
 from offline_quantize.model.transposed import straighten
 
-# Of layers and experts, which have tensors of their own: the names in config.json.
+# Names in config.json of the numbers of layers and experts, which have tensors of their own.
 _COUNTS = frozenset(
     {
         *("num_hidden_layers", "num_layers", "n_layers", "n_layer", "layers", "depth"),
@@ -25,10 +25,10 @@ _COUNTS = frozenset(
         *("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     }
 )
-# What any config.json may have of these, and of parameters: that many are built in seconds.
+# Any config.json may ask for this many of these, and of parameters: they are built in seconds.
 _FEW_COUNTED, _FEW_PARAMETERS = 1000, 10_000
 _PARAMETERS_PER_TENSOR = 8  # one tensor may be split into some parameters
-# What any config.json may have of these: a model of this size is run in little memory.
+# Any config.json may ask for weights and buffers of this size: such a model needs little memory.
 _FEW_WEIGHTS, _SMALL_BUFFERS = 2**24, 2**28  # numbers, bytes
 _MOST_TIMES = 2  # a model may be larger than its checkpoint: tensors can be missing, or be tied
 
@@ -40,7 +40,8 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     """config.json as transformers understands it; no code of the checkpoint runs.
 
     Raises:
-        QuantizeError: transformers refuses it, or it speaks of far more than the checkpoint has.
+        QuantizeError: transformers refuses it, or it has far more layers or experts than the
+            checkpoint has tensors.
     """
     import transformers  # slow
 
@@ -59,12 +60,12 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
 
 
 def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
-    """The transformers model of config.json, without weights, and where those are.
+    """The transformers model of config.json, without weights, and the map to their tensors.
 
     It is of the class that config.json names. Parameters, and buffers that checkpoints have, are on
     the meta device; all other buffers hold what transformers computes for them. Experts are taken
-    apart (:mod:`offline_quantize.model.experts`), and GPT-2's linear layers straightened. No code
-    of the checkpoint runs.
+    apart (:mod:`offline_quantize.model.experts`), and GPT-2's linear layers become ``nn.Linear``.
+    No code of the checkpoint runs.
 
     Raises:
         QuantizeError: transformers does not know the architecture, or refuses its config.json; or
@@ -154,14 +155,14 @@ def _compute_buffers(model: Any, checkpoint: Checkpoint) -> None:
     for name, buffer in buffers:
         path, _, attribute = name.rpartition(".")
         real = torch.empty_like(buffer, device="cpu")
-        # One that transformers forgets shall be noticed.
+        # NaN, so that a buffer that transformers forgets is noticed.
         setattr(
             model.get_submodule(path),
             attribute,
             real.fill_(math.nan if real.is_floating_point() else 0),
         )
     for module in model.modules():
-        module._is_hf_initialized = False  # it was, on the meta device
+        module._is_hf_initialized = False  # it was initialized on the meta device
     model.initialize_weights()
 
 
@@ -170,7 +171,7 @@ def _num_bytes(checkpoint: Checkpoint) -> int:
 
 
 def _num_tensors(checkpoint: Checkpoint) -> int:
-    """Without those that are empty, of which a small file can have any number."""
+    """Number of tensors that are not empty; a small file can have any number of empty ones."""
     return sum(info.num_bytes > 0 for info in checkpoint.tensors.values())
 
 
@@ -181,9 +182,9 @@ def _most_stacked(checkpoint: Checkpoint) -> int:
 
 
 def _check_counts(checkpoint: Checkpoint) -> None:
-    """Refuse more layers or experts than tensors, which would take for ever to build.
+    """Refuse more layers or experts than tensors, which would take forever to build.
 
-    In any part of config.json, before transformers makes lists that are as long.
+    All parts of config.json are checked, before transformers makes lists of such a length.
     """
     num_tensors = _num_tensors(checkpoint)
     most = max(_FEW_COUNTED, num_tensors, _most_stacked(checkpoint))
@@ -230,7 +231,7 @@ def _few_parameters(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def text_decoder(model: Any) -> Any:
-    """The part of a model that reads text: in one that also sees or hears, beside its towers."""
+    """The part of a model that reads text, without the towers of one that also sees or hears."""
     return model.get_decoder()
 
 

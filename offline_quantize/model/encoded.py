@@ -1,7 +1,7 @@
 """How a checkpoint is quantized by another method, and which tensors of it are decoded.
 
-A checkpoint in 8 bits or fewer is a model too: each of its weights is decoded when it is read, and
-everything else takes it for a plain one. Found by names and headers alone; the methods are those of
+Each weight of a checkpoint in 8 bits or fewer is decoded when it is read, so that all other code
+sees a plain checkpoint. Such weights are found by names and headers alone; the method is that of
 ``quantization_config`` in config.json.
 """
 
@@ -18,7 +18,7 @@ from offline_quantize.model.encoded_compressed import compressed_tensors
 from offline_quantize.model.encoded_floats import fp8_tensors, mxfp4_tensors
 from offline_quantize.model.encoded_tensor import FLOAT8, Encoded, Stored
 
-_OF_ACTIVATIONS = re.compile(  # and caches, which a plain model has no scales of
+_OF_ACTIVATIONS = re.compile(  # and of caches: a plain model has no such scales
     r"[._](activation_scale|input_scale(_ub)?|input_global_scale|output_scale|[qkv]_scale|kv_scale"
     r"|(input|output|k|v)_zero_point)$"
 )

@@ -11,10 +11,10 @@ from offline_quantize.files import CONFIG
 from offline_quantize.model.encoded_floats import SCALES, decode_fp8, grid
 from offline_quantize.model.encoded_tensor import FLOAT8, Encoded, Parts, Shape, Stored
 
-_ACTIVATIONS = "input_global_scale"  # among the parts of a weight, but nothing of it
-_WORDS = {torch.int32: 32, torch.uint8: 8}  # bits of what several values share
+_ACTIVATIONS = "input_global_scale"  # among the parts of a weight, but for activations
+_WORDS = {torch.int32: 32, torch.uint8: 8}  # dtype whose elements hold several values -> bits
 _VALUES = (torch.int8, *FLOAT8)
-_NO_FORMS = ("dense", "mixed-precision", "fakequant")  # in config.json, but none of one weight
+_NO_FORMS = ("dense", "mixed-precision", "fakequant")  # in config.json, but no form of a weight
 
 
 def compressed_tensors(
@@ -41,7 +41,7 @@ def compressed_tensors(
         ) from None
     with explained(f"{CONFIG}: quantization_config"):
         config = QuantizationConfig.model_validate(dict(quantization))
-        # Where two groups have a module, it is of the one that names it.
+        # A module in two groups belongs to the one that names it; a group of all "Linear" is last.
         schemes = sorted(config.config_groups.values(), key=lambda x: "Linear" in x.targets)
         seen: set[str] = set()
         for scheme in schemes:
@@ -60,7 +60,7 @@ def compressed_tensors(
 
 
 def _compressor(config: Any, scheme: Any) -> Any:
-    """The package's class for a form; it is guessed where config.json does not say which."""
+    """The package's class for a scheme's form, which is inferred where config.json has none."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
 
@@ -93,7 +93,7 @@ def _encoded(
             f"{module}: {packed.dtype} of shape {packed.shape} and scales of shape {scales.shape} "
             f"are not what {CONFIG} says: {_described(scheme.weights)}"
         )
-    # By the package, blocks that are cut off would be smaller ones.
+    # The package would assume smaller blocks where the last ones are incomplete.
     if scheme.weights.strategy == "block" and scheme.weights.symmetric:
         block = tuple(scheme.weights.block_structure)
         parts = {"weight": parts["weight"], "scale": parts["weight_scale"]}
@@ -109,7 +109,7 @@ def _described(weights: Any) -> str:
 
 
 def _unpacked_shape(packed: Stored, scales: Stored, weights: Any) -> Shape | None:
-    """Of a weight whose values may share an int32 or a byte; None if headers do not fit together.
+    """Shape of a weight whose values may share an int32 or a byte; None if headers do not fit.
 
     Args:
         weights: settings of the scheme.
@@ -122,7 +122,7 @@ def _unpacked_shape(packed: Stored, scales: Stored, weights: Any) -> Shape | Non
     num_inputs = columns * per_word
     expected: Shape
     if weights.strategy in ("group", "tensor_group"):
-        if scales.shape[-1:] and scales.shape[-1] > 1:  # the last word may be filled up
+        if scales.shape[-1:] and scales.shape[-1] > 1:  # the last word may be padded
             num_inputs = min(num_inputs, weights.group_size * scales.shape[-1])
         expected = (rows, -(-num_inputs // weights.group_size))
     elif weights.strategy == "block":

@@ -11,8 +11,8 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.files import CONFIG
 from offline_quantize.model.encoded_tensor import FLOAT8, Encoded, Parts, Shape, Stored
 
-_FP8_SCALES = ("_scale_inv", "_scale", "_weight_scale")  # behind the name of a weight
-_BLOCK_SIZE = [128, 128]  # for transformers, where config.json does not say it
+_FP8_SCALES = ("_scale_inv", "_scale", "_weight_scale")  # after the name of a weight
+_BLOCK_SIZE = [128, 128]  # transformers' default, where config.json has none
 _MXFP4_GROUP = 32  # inputs that share an exponent
 _EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 SCALES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *FLOAT8, *_EXPONENTS)
@@ -21,7 +21,7 @@ SCALES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, *FLOAT8, 
 def fp8_tensors(
     quantization: Mapping[str, Any], dtype: torch.dtype, stored: Mapping[str, Stored]
 ) -> Iterator[Encoded]:
-    """Weights of 8 bits with a scale for all of it, for each row or column, or for each block.
+    """Weights of 8 bits, with one scale, one for each row or column, or one for each block.
 
     Experts may have two values of 4 bits in a byte, with a scale for 32 inputs (DeepSeek-V4).
 
@@ -71,7 +71,7 @@ def _block(name: str, shape: Shape, scales: Stored, block_size: tuple[int, int])
     """Rows and inputs that share a scale.
 
     Raises:
-        QuantizeError: the scales are neither of such blocks, nor of rows or columns, nor one.
+        QuantizeError: there is neither one scale, nor one per block, row or column.
     """
     rows, inputs = shape[-2:]
     if scales.dtype in SCALES:
@@ -89,7 +89,7 @@ def _block(name: str, shape: Shape, scales: Stored, block_size: tuple[int, int])
 
 
 def grid(shape: Shape, block: tuple[int, int]) -> tuple[int, int]:
-    """Blocks of a matrix along its rows and inputs; the last ones may be cut off."""
+    """Number of blocks along the rows and the inputs of a matrix; the last may be smaller."""
     return -(-shape[-2] // block[0]), -(-shape[-1] // block[1])
 
 
@@ -100,7 +100,7 @@ def decode_fp8(parts: Parts, block: tuple[int, int], dtype: torch.dtype) -> torc
         QuantizeError: a scale is zero, but not the weights that it is for.
     """
     weight, scales = parts["weight"].float(), parts["scale"]
-    # Bytes are exponents.
+    # Scales in bytes are exponents.
     scales = (scales.float() - 127).exp2() if scales.dtype == torch.uint8 else scales.float()
     if scales.numel() > 1:
         rows, inputs = weight.shape[-2:]
@@ -151,14 +151,14 @@ def _decode_experts(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
 
 
 def decode_mxfp4(parts: Parts, dtype: torch.dtype) -> torch.Tensor:
-    """Weights [..., N, K] of bytes [..., N, K / 2] with two values, and an exponent for 32."""
+    """Weights [..., N, K] from bytes [..., N, K / 2] of two values, and exponents, one per 32."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors  # slow to import
 
     *outer, rows, num_bytes = parts["weight"].shape
     groups = 2 * num_bytes // _MXFP4_GROUP
     blocks = parts["weight"].view(torch.uint8).reshape(-1, rows, groups, _MXFP4_GROUP // 2)
     exponents = parts["scale"].view(torch.uint8).reshape(-1, rows, groups)
-    matrices = [  # one by one: what it needs meanwhile is many times as large
+    matrices = [  # one by one: its temporaries are many times as large
         convert_moe_packed_tensors(blocks[i : i + 1], exponents[i : i + 1], dtype=dtype)
         for i in range(len(blocks))
     ]

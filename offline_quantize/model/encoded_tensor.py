@@ -1,4 +1,4 @@
-"""A tensor of a model that is made from tensors of a checkpoint, which another method quantized."""
+"""A tensor of a model, decoded from tensors of a checkpoint that another method quantized."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -47,8 +47,8 @@ class Encoded:
         Args:
             parts: by the names that ``decode`` has for them.
         Raises:
-            QuantizeError: a scale is negative, or zero where no weight is, or what comes out has
-                another shape than headers say; ``decode`` may raise whatever else.
+            QuantizeError: a scale is negative, or zero where a weight is not; or the result has
+                another shape than headers say. ``decode`` may raise any other error.
         """
         for part, tensor in parts.items():
             if "scale" in part and (tensor.float() < 0).any():

@@ -63,13 +63,13 @@ class Activation(nn.Module):
     """
 
     def __init__(self, fused: Any) -> None:
-        """Of transformers' module of all experts of the layer."""
+        """Made from transformers' module of all experts of the layer."""
         super().__init__()
         self.gated = hasattr(fused, "gate_up_proj")
         self._fused = fused
 
     def forward(self, gate: torch.Tensor | None, up: torch.Tensor) -> torch.Tensor:
-        """What the last matrix reads, [n, inner size] as ``up`` and ``gate`` are."""
+        """The input of the last matrix, [n, inner size] like ``up`` and ``gate``."""
         fused = self._fused
         out: torch.Tensor
         if gate is None:
@@ -134,7 +134,7 @@ class Experts(nn.ModuleList):
 
 @contextmanager
 def all_experts_run(layer: nn.Module) -> Iterator[None]:
-    """While active, every expert of a layer runs, for nothing: without weights, none is chosen."""
+    """While active, all experts of a layer run, to be traced: without weights, none is chosen."""
     blocks = [module for module in layer.modules() if isinstance(module, Experts)]
     for block in blocks:
         block.all_run = True
@@ -187,7 +187,7 @@ class _Apart:
     stacks: list[Stack]
 
     def add(self, path: str, fused: Any, name: str, conversion: Conversion) -> bool:
-        """Take a parameter of the module at ``path`` apart; False where it cannot be told how."""
+        """Take a parameter of the module at ``path`` apart; False where it is unclear how."""
         num_experts, parts = len(fused.down_proj), pieces(fused, name)
         sources = conversion.sources or (tuple(conversion.tensors),)
         num_sources = [len(names) for names in sources]
@@ -232,5 +232,5 @@ class _Apart:
 
 
 def _are_matrices(conversion: Conversion) -> bool:
-    """Whether every tensor is the matrix of one expert, as it is."""
+    """Whether every tensor is the matrix of one expert, not transposed."""
     return conversion.keeps_inputs and {len(x) for x in conversion.tensors.values()} == {2}

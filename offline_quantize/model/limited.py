@@ -1,7 +1,7 @@
-"""Another process, within limits, for what may take any memory and any time.
+"""Another process, within limits, for work that may take any amount of memory and time.
 
-A tokenizer or a chat template that came with a model may ask for anything. What obeys it would end
-the whole process when memory runs out, or never return.
+A tokenizer or a chat template that came with a model may ask for anything. A process that runs it
+may be killed when memory runs out, or never return.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-# What honest ones take is far below: some hundred bytes and less than 10 microseconds for a byte.
+# Ordinary ones take far less: some hundred bytes and less than 10 microseconds per byte of text.
 _BASE_BYTES, _BYTES_PER_BYTE = 4 * 2**30, 2**12
 BASE_SECONDS, _SECONDS_PER_BYTE = 120, 1e-4
 
@@ -28,9 +28,9 @@ def run_limited(
     """What ``python -m module`` writes to its standard output.
 
     Args:
-        given: that :func:`receive` gives the process; any JSON.
+        given: any JSON; :func:`receive` returns it in that process.
         text_bytes: of the text that it works on, which limits memory and time.
-        base_seconds: that it may take for an empty text.
+        base_seconds: time limit for an empty text.
     Raises:
         EndedError: it took too much memory or time, or ended otherwise.
     """
@@ -56,9 +56,9 @@ def run_limited(
 
 
 def receive() -> Any:
-    """In that process: put the limits into force; return what was given."""
+    """In that process: set the limits, and return what was given."""
     num_bytes = int(sys.argv[1])
     for kind, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_DATA, num_bytes)):
-        with suppress(ValueError, OSError):  # less is allowed already
+        with suppress(ValueError, OSError):  # a lower limit is set already
             resource.setrlimit(kind, (most, most))
     return json.load(sys.stdin.buffer)

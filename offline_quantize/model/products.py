@@ -1,8 +1,8 @@
 """Products of bfloat16 matrices on CPUs that have no instructions for them.
 
-There torch multiplies element by element: forwards that takes 5 times as long as in float32, and
-backwards 90 times (an EPYC with AVX2, one core). The product of the same numbers in float32,
-rounded once, is the same but for the order in which it is summed up.
+On these, torch multiplies element by element: the pass forwards takes 5 times as long as in
+float32, and the pass backwards 90 times (an EPYC with AVX2, one core). The product of the same
+numbers in float32, rounded once, is the same except for the order of summation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ _PRODUCTS = frozenset(
 
 
 class _InFloat32(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types
-    """While active, such products are computed in float32; so are those of gradients."""
+    """While active, bfloat16 products on the CPU, also of gradients, are computed in float32."""
 
     def __torch_dispatch__(
         self,

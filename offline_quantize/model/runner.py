@@ -35,7 +35,7 @@ class LayerRunner:
         model: the whole model; its decoder layers have weights only while they are loaded.
         layers_name: module name of the list of decoder layers.
         layers: the decoder layers.
-        calls: of the layers, with the last batch.
+        calls: those of the layers with the last batch.
         hidden: what the next layer reads, by batch, in ``dtype``: [batch, T, hidden size], or with
             several states of each token (see :func:`window_dimension`).
     """
@@ -74,7 +74,7 @@ class LayerRunner:
             self.calls = calls
 
     def _load_outside_layers(self, checkpoint: Checkpoint) -> None:
-        """Load what reading text takes: not the towers of a model that also sees or hears."""
+        """Load what reading text needs, without the towers of a model that also sees or hears."""
         layers = f"{self.layers_name}."
         wanted = {
             tensor: None
@@ -90,7 +90,7 @@ class LayerRunner:
             if name in values:
                 return values.pop(name).to(self.device, self._dtype)
             if old.is_meta and old.is_floating_point():
-                # Models ask any of their weights where to compute. One that is read is noticed.
+                # Models take a device from any weight. NaN shows if its values are used.
                 return old.new_full((), math.nan, device=self.device).expand(old.shape)
             return old if old.is_meta else old.to(self.device)
 
@@ -100,7 +100,7 @@ class LayerRunner:
     def load(self, layer: DecoderLayer, weights: Mapping[str, torch.Tensor]) -> None:
         """Give a decoder layer its parameters, from tensors as :meth:`DecoderLayer.load` has them.
 
-        Those of quantized matrices may be others of the same shapes.
+        The weights of quantized matrices may be other values of the same shapes.
         """
         apart = self._tensor_map.apart(weights.items(), {stack.name for stack in layer.stacks})
         parameters = dict(self._tensor_map.parameters(apart))
@@ -115,11 +115,11 @@ class LayerRunner:
         set_parameters(self.layers[layer.index], given, buffers=True)
 
     def unload(self, index: int) -> None:
-        """Let go of the tensors of decoder layer ``index``."""
+        """Free the tensors of decoder layer ``index``."""
         set_parameters(self.layers[index], lambda _, p: torch.empty_like(p, device="meta"))
 
     def unload_embeddings_and_head(self) -> None:
-        """Let go of the weights of embeddings and head, which the decoder layers do not need.
+        """Free the weights of embeddings and head, which the decoder layers do not need.
 
         One zero takes the place of each, so that the model can still be called.
         """
@@ -158,7 +158,7 @@ class LayerRunner:
 def window_dimension(hidden: torch.Tensor, window_tokens: int) -> int:
     """The dimension of hidden states that counts windows; the next one counts their tokens.
 
-    Several states of a token have a dimension before these in Gemma 3n, and behind them in
-    DeepSeek-V4.
+    With several states per token, there is one more dimension: before these two in Gemma 3n, after
+    them in DeepSeek-V4.
     """
     return hidden.shape.index(window_tokens, 1) - 1

@@ -17,7 +17,7 @@ from qamw_kernels.files import Stamp, hash_file, open_regular
 from qamw_kernels.format.manifest import FileEntry
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-MAX_THREADS = 8  # that hash: more read faster than most disks
+MAX_THREADS = 8  # that hash: more would not be faster on most disks
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class SourceFile:
     """A file as it was when it was hashed.
 
     Attributes:
-        stamp: before and after that.
+        stamp: the same before and after hashing.
         sha256: of its bytes, in hexadecimal.
     """
 
@@ -67,7 +67,7 @@ class Sources:
             known: what an interrupted run hashed; not read again where the stamp is the same.
             progress: called with bytes; the stage is "hashing".
         Raises:
-            QuantizeError: a file has changed since it was noted, or is not what is ``known`` of it.
+            QuantizeError: a file has changed since it was noted, or differs from ``known``.
         """
         same = {f for f, stamp in self._stamps.items() if f in known and known[f].stamp == stamp}
         changed = sorted(self._stamps.keys() - same)
@@ -84,12 +84,12 @@ class Sources:
             )
 
     def check(self, file: str) -> None:
-        """Before a file is read: it must still have the content that it had.
+        """Check, before a file is read, that its content has not changed.
 
-        One that was only touched is hashed again, and goes on.
+        A file with another stamp is hashed again, and accepted if the hash is the same.
 
         Raises:
-            QuantizeError: it has other content, or may have and was never hashed.
+            QuantizeError: the content has changed, or may have and was never hashed.
         """
         stamp = self._stamp(file)
         if stamp == self._stamps[file]:
@@ -101,7 +101,7 @@ class Sources:
         self._stamps[file] = stamp
 
     def check_read(self, file: str) -> None:
-        """After a file was read: it must not have been touched meanwhile.
+        """Check, after a file was read, that it was not touched meanwhile.
 
         Raises:
             QuantizeError: what was read may be of two versions.
@@ -144,7 +144,7 @@ def _hash_files(directory: Path, stamps: Mapping[str, Stamp], progress: Progress
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
         try:
             return dict(zip(stamps, threads.map(digest, stamps), strict=True))
-        except BaseException:  # an interruption too need not wait for files of many gigabytes
+        except BaseException:  # do not wait for files of many gigabytes
             stopped = True
             threads.shutdown(wait=False, cancel_futures=True)
             raise

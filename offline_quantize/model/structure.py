@@ -17,7 +17,7 @@ class Linear:
     """A matrix of the checkpoint: its tensor's name without ``.weight``, and its shape.
 
     Attributes:
-        modules: names of the ``nn.Linear`` of the model that it is the weight of, or a part.
+        modules: names of the model's ``nn.Linear`` whose weight, or a part of it, this matrix is.
         row_parallel: True where vLLM may cut the inputs between tensor-parallel ranks.
         reads: name of the first linear that reads the same input: they have one Hessian. All
             experts of a layer read the same input, but each gets only some of its tokens.
@@ -49,7 +49,7 @@ class Linear:
     def counted(self) -> bool:
         """Whether its input adds to the Hessian: among linears that read the same, the first does.
 
-        So every token counts once, and of experts once for each that it is sent to.
+        So every token counts once, and for experts once for each expert that it is sent to.
         """
         return role_of(self.name) == role_of(self.reads)
 
@@ -65,9 +65,9 @@ class InputGroup:
 
     @classmethod
     def of(cls, linears: Sequence[Linear]) -> "InputGroup":
-        """Some linears of a group, which is then without the others.
+        """A group of only some of the linears of a group.
 
-        One that was not routed keeps a linear that counts tokens.
+        Unless they are routed, the first of them becomes the one that counts tokens.
         """
         if linears[0].routed:
             return cls(tuple(linears))
@@ -119,7 +119,7 @@ class DecoderLayer:
             yield from group
 
     def with_groups(self, groups: Iterable[InputGroup]) -> "DecoderLayer":
-        """The same layer with some of its groups; stacks that are not whole any more are left."""
+        """The same layer with some of its groups, and the stacks whose linears are all in these."""
         groups = tuple(groups)
         weights = {linear.weight_name for group in groups for linear in group}
         stacks = tuple(stack for stack in self.stacks if weights >= stack.slices.keys())
@@ -167,16 +167,16 @@ class Structure:
         head: the linear that makes logits; None for a model without one.
         head_source: the tensor with the head's weight, which may be that of the embeddings.
         embeddings: the tensor of the embeddings.
-        tied: what the decoder layers or the head have no tensor of their own for -> the tensor of
-            another parameter that they use.
+        tied: parameters of the decoder layers without a tensor of their own, and the embeddings
+            where only the head has one -> the tensor of another parameter that they use.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
         expected: name -> shape of every tensor that a checkpoint must have.
-        stacks: name -> those of them that hold several matrices or biases; a QAM-W checkpoint has
-            them apart.
-        unwanted: tensors of the checkpoint that are nothing of the model's.
-        kept: tensors of the decoder layers with matrices that cannot be quantized, or would not
-            pay -> the reason, and how many weights these have.
+        stacks: name -> those of them that hold several matrices or biases, or a transposed matrix;
+            a QAM-W checkpoint has the matrices apart.
+        unwanted: tensors of the checkpoint that the model does not use.
+        kept: tensors of the decoder layers with matrices that cannot be quantized, or are not worth
+            it -> the reason, and how many weights these have.
     """
 
     layers_name: str
@@ -197,7 +197,7 @@ class Structure:
 
     @property
     def kept_share(self) -> float:
-        """Part of what is kept of the weights of all matrices in the decoder layers."""
+        """Share of the weights of all matrices in the decoder layers that stay as they are."""
         num_kept = sum(kept.num_weights for kept in self.kept.values())
         return num_kept / max(1, num_kept + sum(layer.num_weights for layer in self.layers))
 

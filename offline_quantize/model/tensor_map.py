@@ -21,7 +21,7 @@ from qamw_kernels.format.packing import unpacked_shape
 from qamw_kernels.format.stacks import Stack, block_of
 
 Shape = tuple[int, ...]
-_LAST = chr(sys.maxunicode)  # sorts behind whatever else a name goes on with
+_LAST = chr(sys.maxunicode)  # sorts after anything that may follow in a name
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Conversion:
         parameters: name in the model -> shape.
         sources: names of the tensors by what they are for, such as gates and ups of experts; those
             of a kind are in order.
-        transform: of transformers; None for one that is a parameter as it is.
+        transform: of transformers; None where the tensor is the parameter as it is.
         model: what some transforms look at.
     """
 
@@ -50,7 +50,7 @@ class Conversion:
 
     @property
     def transposes(self) -> bool:
-        """Whether the parameter has the last two dimensions of the tensor the other way round."""
+        """Whether the parameter has the last two dimensions of the tensor swapped."""
         same = list(self.tensors.values()) == list(self.parameters.values())
         return any(
             not (same and getattr(operation, "check_dims", False))
@@ -76,16 +76,16 @@ class TensorMap:
     """The parameters and buffers of a model, and the tensors of a checkpoint that hold them.
 
     Attributes:
-        conversions: all that the checkpoint has all tensors for.
-        expected: name -> shape, of the tensors that the model needs; of those that the checkpoint
-            lacks, names and shapes are those that transformers would save.
-        unmatched: tensors that are nothing of the model's -> the name that was looked for.
+        conversions: those for which the checkpoint has all tensors.
+        expected: name -> shape, of the tensors that the model needs; those that the checkpoint
+            lacks are named and shaped as transformers would save them.
+        unmatched: tensors that the model does not use -> the parameter name that was looked for.
         stacks: name -> tensors that hold matrices of several parameters. A QAM-W checkpoint has
             these matrices in their place.
     """
 
     def __init__(self, model: Any, stored: Mapping[str, Shape]) -> None:
-        """Find out.
+        """Match tensors with parameters.
 
         Args:
             model: of transformers, as it was built.
@@ -119,7 +119,7 @@ class TensorMap:
         self._stack_of = {
             part: name for name, stack in self.stacks.items() for part in stack.slices
         }
-        # Sorted, because every layer asks for its own: names that begin alike are neighbors.
+        # Sorted, to find the tensors of a layer, whose names begin alike, by bisection.
         self._by_parameter = sorted(
             (next(iter(conversion.parameters)), number, name)
             for number, (name, conversion) in enumerate(self._of_tensor.items())
@@ -134,7 +134,7 @@ class TensorMap:
         return self._of_parameter.get(parameter)
 
     def tensors_of(self, prefix: str) -> list[str]:
-        """Names of the tensors of all parameters and buffers whose name begins so, in order."""
+        """Names of the tensors of parameters and buffers whose name has this prefix, in order."""
         start, end = (bisect_left(self._by_parameter, (p,)) for p in (prefix, f"{prefix}{_LAST}"))
         numbered = sorted(found[1:] for found in self._by_parameter[start:end])
         return list(dict.fromkeys(self._stack_of.get(name, name) for _, name in numbered))
@@ -142,11 +142,11 @@ class TensorMap:
     def replace(
         self, old: Sequence[Conversion], new: Sequence[Conversion], stacks: Sequence[Stack]
     ) -> None:
-        """The model has other parameters now, which the same tensors hold.
+        """Adapt to a model in which other parameters now hold the values of the same tensors.
 
         Args:
-            old: what made the parameters that go.
-            new: what makes those that come.
+            old: the conversions to parameters that were removed.
+            new: the conversions to parameters that were added.
             stacks: tensors whose parts are among the tensors of ``new``.
         """
         dropped = {id(conversion) for conversion in old}
@@ -183,10 +183,10 @@ class TensorMap:
     def apart(
         self, tensors: Iterable[tuple[str, torch.Tensor]], done: Collection[str] = ()
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors of the checkpoint, stacks in their parts.
+        """Tensors of the checkpoint, with stacks split into their parts.
 
         Args:
-            done: names of stacks that are in their parts already: one may have its stack's name.
+            done: names of stacks that are split already: a part may have the name of its stack.
         """
         for name, tensor in tensors:
             if name in self.stacks and name not in done:
@@ -200,8 +200,8 @@ class TensorMap:
         """Names and values of parameters and buffers, as soon as all of their tensors are there.
 
         Args:
-            tensors: name in the checkpoint and value, stacks :meth:`apart`; what is nothing of the
-                model's is left out.
+            tensors: name in the checkpoint and value, with stacks split by :meth:`apart`; tensors
+                that the model does not use are skipped.
         """
         waiting: dict[int, dict[str, torch.Tensor]] = {}
         for name, tensor in tensors:
@@ -242,7 +242,7 @@ def _conversions(
 
     Args:
         shapes: of the model's parameters and buffers.
-        unmatched: gets the tensors with which it would do nothing.
+        unmatched: gets the tensors that it would not use.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping  # slow to import
     from transformers.core_model_loading import (

@@ -1,9 +1,9 @@
 """Parameters that are tied to each other, as head and embeddings often are.
 
-config.json says which parameters may share one tensor. The
-checkpoint decides: a parameter that has a tensor of its own uses it, and only one that has none
-shares another's. So it is in transformers, which looks at the config of the model's own class and
-shares in both directions, and in vLLM, which builds a head of its own if the checkpoint has one.
+config.json says which parameters may share one tensor. The checkpoint decides: a parameter that has
+a tensor of its own uses it, and only one that has none shares another's. transformers does the
+same: it looks at the config of the model's own class and shares in both directions. So does vLLM,
+which builds a head of its own if the checkpoint has one.
 """
 
 from collections.abc import Collection, Mapping
@@ -40,7 +40,7 @@ def share_tensors(model: Any, shared: Mapping[str, str]) -> None:
 
 
 def any_differ(checkpoint: Checkpoint, pairs: Collection[tuple[str, str]]) -> bool:
-    """Whether two tensors of a pair have different values; they are read in parts."""
+    """Whether the two tensors of any pair have different values; they are read in parts."""
     return any(_differ(checkpoint, *pair) for pair in pairs)
 
 

@@ -1,7 +1,7 @@
-"""The tokenizer of a model, once another process has seen what it makes of the text.
+"""The tokenizer of a model, loaded after another process has tried it on the text.
 
 tokenizer.json may ask for anything, such as a normalizer that doubles the text forty times. So a
-process of its own tries first, within limits. It needs that library only, and starts in no time.
+separate process tries first, within limits. It imports only ``tokenizers``, and starts quickly.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def load_tokenizer(
 
     Args:
         texts: that it will be used for.
-        base_seconds: that it may take for an empty text.
+        base_seconds: time limit for an empty text.
     Raises:
         QuantizeError: there is none, or it cannot be used for these texts.
     """
@@ -53,7 +53,7 @@ def try_tokenizer(
     """Have another process tokenize texts, if the model has a tokenizer.json.
 
     Raises:
-        QuantizeError: it took too much memory or time, or was ended by the attempt.
+        QuantizeError: it took too much memory or time, or the process crashed.
     """
     path = directory / TOKENIZER
     if not path.is_file():
@@ -70,7 +70,7 @@ def try_tokenizer(
 def _main() -> None:
     """What the other process does.
 
-    Whatever is an error of the usual kind, transformers will say in its own words.
+    Ordinary errors are ignored: transformers will report them itself.
     """
     file, texts = receive()
     try:

@@ -18,10 +18,10 @@ class LayerCall(NamedTuple):
 
     Attributes:
         hidden: the hidden states [batch, T, hidden size].
-        args: further arguments, as masks and rotary embeddings; they may differ by layer.
+        args: further arguments, such as masks and rotary embeddings; they may differ by layer.
         kwargs: the same, by name.
-        num_outputs: how many values the layer puts out in a tuple, of which hidden states are the
-            first; 0 where it puts out just these.
+        num_outputs: length of the tuple that the layer returns, hidden states first; 0 where it
+            returns the hidden states alone.
     """
 
     hidden: torch.Tensor
@@ -30,7 +30,7 @@ class LayerCall(NamedTuple):
     num_outputs: int = 0
 
     def with_outputs(self, hidden: torch.Tensor) -> Any:
-        """Hidden states in the form in which the layer puts them out."""
+        """Hidden states in the form in which the layer returns them."""
         return (hidden, *[None] * (self.num_outputs - 1)) if self.num_outputs else hidden
 
 
@@ -56,7 +56,7 @@ def constant_layers(
     """While active, every decoder layer puts out ``hidden``: only what follows them is run.
 
     Args:
-        calls: of the layers, whatever with.
+        calls: one of each layer, with any input; only ``num_outputs`` is used.
     """
 
     def constant(index: int) -> Callable[..., Any]:
@@ -82,8 +82,8 @@ class Traced(NamedTuple):
 def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
     """Run a decoder layer whose weights are on the meta device.
 
-    Code that looks at values cannot run there: then every weight is a single zero, expanded, on the
-    CPU.
+    Code that looks at values fails there. Then the layer runs on the CPU, where every weight is a
+    single zero, expanded.
     """
     buffers = dict(layer.named_buffers())
     try:
@@ -91,7 +91,7 @@ def trace_layer(layer: nn.Module, call: LayerCall) -> Traced:
     except Exception as error:  # of whatever kind the model's own code raises
         if is_out_of_memory(error):
             raise
-    finally:  # some code moves them to where its input is
+    finally:  # some code moves buffers to the device of its input
         for name, buffer in buffers.items():
             path, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(path), attribute, buffer)
@@ -120,12 +120,12 @@ def _traced(
         by_input.setdefault(id(x), []).append(name)
 
     with on_linear_inputs(layer, record), torch.no_grad(), all_experts_run(layer):
-        output = type(layer).forward(layer, hidden, *args, **kwargs)  # whatever stands in for it
+        output = type(layer).forward(layer, hidden, *args, **kwargs)  # even where that is replaced
     return Traced(output, list(by_input.values()))
 
 
 class Reached(Exception):
-    """Ends a call of a model or of a layer: what follows is not wanted."""
+    """Ends a call of a model or of a layer early: the rest is not needed."""
 
 
 def record_layer_calls(
@@ -179,7 +179,7 @@ def head_input(
 
     Args:
         model: needs no weights in layers and head; those of the embeddings do not matter.
-        calls: of its layers, whatever with.
+        calls: one of each of its layers, with any input.
         hidden: [batch, T, hidden size].
     Raises:
         QuantizeError: the model cannot be called, or does not call its head.

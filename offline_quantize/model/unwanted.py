@@ -1,4 +1,4 @@
-"""Which tensors a model wants of its checkpoint."""
+"""Which tensors of its checkpoint a model does not use."""
 
 import re
 from typing import Any
@@ -8,10 +8,10 @@ from offline_quantize.model.tensor_map import TensorMap
 
 
 def unwanted(model: Any, tensor_map: TensorMap) -> tuple[str, ...]:
-    """Names of tensors that are nothing of the model's, except those transformers leaves out too.
+    """Names of tensors that the model does not use, except those that transformers also skips.
 
-    So it does with old buffers, and with the layers behind the last that predict further tokens, of
-    which config.json has the number.
+    It skips old buffers, and the layers after the last one that predict further tokens, whose
+    number is in config.json.
     """
     further = getattr(model.config.get_text_config(), "num_nextn_predict_layers", None) or 0
     layers_name, layers = decoder_layers(model)

@@ -1,8 +1,8 @@
 """The output directory: every file is written whole or not at all, config.json last.
 
-A progress file remembers finished shards and the request, so that a resumed run
-goes on only with the very same request and ends in the very same bytes. Without config.json nothing
-can mistake a partial directory for a checkpoint.
+A progress file remembers finished shards and the request, so that a resumed run goes on only with
+the very same request and ends in the very same bytes. Without config.json nothing can mistake a
+partial directory for a checkpoint.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Output:
-    """One output directory being written; hold it with :meth:`reserved` meanwhile.
+    """One output directory being written, while it is held with :meth:`reserved`.
 
     Attributes:
         directory: where.
@@ -44,10 +44,10 @@ class Output:
         unfinished: Journal | None = None,
         resumable: bool = True,
     ) -> None:
-        """Begin, or take up what is finished.
+        """Begin a run, or continue one with the files that are finished.
 
         Args:
-            directory: is there.
+            directory: must exist.
             journal: of this run: its request and sources.
             state: what was measured, and is kept until the run is finished.
             unfinished: the journal of the run that this one continues, with the same request.
@@ -66,7 +66,7 @@ class Output:
     @staticmethod
     @contextmanager
     def reserved(directory: Path, source: Path, resume: bool) -> Iterator[Journal | None]:
-        """Hold a directory for one run; it is made where it is not there.
+        """Hold a directory for one run; it is created if it is missing.
 
         Args:
             source: the directory that is read.
@@ -164,7 +164,7 @@ class Output:
         self._commit(MANIFEST, lambda path: path.write_bytes(json_bytes(manifest)))
         self._commit(CONFIG, lambda path: path.write_bytes(content))
         (self.directory / STATE).unlink(missing_ok=True)
-        (self.directory / LOCK).unlink(missing_ok=True)  # while a killed run can still be resumed
+        (self.directory / LOCK).unlink(missing_ok=True)  # a run killed here can be resumed
         (self.directory / PROGRESS).unlink()
         sync(self.directory)
 
@@ -212,7 +212,7 @@ def _forget_start(directory: Path) -> None:
     """Remove the journal of a run that ended before there was anything to go on from."""
     try:
         journal = Journal.read(directory)
-    except QuantizeError:  # there is none, or nobody can tell
+    except QuantizeError:  # there is none, or it is damaged
         return
     if not journal.files and journal.state is None:
         (directory / PROGRESS).unlink()

@@ -1,6 +1,6 @@
 """What an unfinished run remembers of itself, beside its shards.
 
-The file has a checksum: a run that goes on believes all of it or nothing.
+The file has a checksum: a resumed run uses all of it or nothing.
 """
 
 import hashlib
@@ -30,9 +30,9 @@ class Journal:
 
     Attributes:
         request: all that decides the output's bytes, name -> value. Names that are identifiers are
-            those of parameters; what is large is a hash, after HASHED.
+            those of parameters; for a large value there is its hash, after HASHED.
         sources: the model's files, by path inside its directory.
-        state: of the file with what was measured; None where nothing was.
+        state: entry of the file with what was measured; None where nothing was.
         files: everything finished so far, by path inside the output directory.
         notes: JSON that was stored with each finished shard, by file name.
     """
@@ -92,7 +92,7 @@ class Journal:
             return
         known = self.request.keys() & request.keys()
         changed = [name for name in sorted(known) if self.request[name] != request[name]]
-        # Where values differ that a reader knows, hashes differ because of them.
+        # Where plain values differ, hashes differ because of them: only the values are named.
         values = [name for name in changed if not request[name].startswith(HASHED)]
         message: list[str | Option] = [f"{directory}: started from another request"]
         for i, name in enumerate(values or changed):
@@ -106,7 +106,7 @@ class Journal:
         """What was measured.
 
         Returns:
-            Tensors by name, none where nothing was measured; None where they were lost.
+            Tensors by name; empty where nothing was measured; None where they were lost.
         """
         if self.state is None:
             return {}

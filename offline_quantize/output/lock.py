@@ -18,10 +18,10 @@ from qamw_kernels.files import leftovers, read_json
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Be the only run that writes ``directory``, which is made where it is not there.
+    """Be the only run that writes ``directory``, which is created if it is missing.
 
-    The operating system lets go of the lock when the process dies, however it dies. Of a directory
-    that was made here and is still empty at the end, nothing stays.
+    The operating system releases the lock when the process dies, however it dies. Directories that
+    were created here and are still empty at the end are removed.
 
     Raises:
         QuantizeError: another run holds it; names its process, machine and start.
@@ -41,8 +41,9 @@ def locked(directory: Path) -> Iterator[None]:
             leftover.unlink()
         yield
     finally:
-        # Removed while it is held: who has opened it meanwhile finds that it has lost its name, and
-        # makes a new one. If the output has removed it already, the file there is another run's.
+        # Removed while the lock is held: a run that opened the file meanwhile notices that it was
+        # deleted, and makes a new one. If the output has removed it already, a file of that name is
+        # another run's.
         if file.exists() and file.stat().st_ino == own:
             file.unlink()
         lock.release()
@@ -52,7 +53,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def _make(directory: Path) -> list[Path]:
-    """Make a directory and what is missing above it; returns what was made, the innermost first."""
+    """Make a directory and its missing parents; return what was made, the innermost first."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     return missing

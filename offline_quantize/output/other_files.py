@@ -72,7 +72,7 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
     output.write(PLOT, lambda path: plot(path, report))
     output.write_bytes(CARD, model_card(plan, report).encode())
     weight_map = {info.name: shard.file for shard in plan.shards for info in shard.tensors}
-    source.sources.check_all()  # nothing is finished that was made of two models
+    source.sources.check_all()  # a result made of two models is not finished
     shards = {info.file for info in source.tensors.values()}
     sources = {file: source.sources.entry(file) for file in (CONFIG, *shards)}
     output.finish(weight_map, plan.output_bytes, _output_config(plan), sources)

@@ -168,7 +168,7 @@ def plot(path: Path, report: Report) -> None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for role, points in _points_by_role(report).items():
-        alone = len({layer for layer, _ in points}) == len(points)  # and not one of many experts
+        alone = len({layer for layer, _ in points}) == len(points)  # one per layer, so no experts
         axes.semilogy(
             *zip(*points, strict=True), marker=".", linestyle="-" if alone else "", label=role
         )

@@ -186,10 +186,10 @@ class Plan:
 
     @property
     def index_bit_budget(self) -> float:
-        """Index bits of all pairs together that the request pays for.
+        """Index bits of all pairs together that the requested rate allows.
 
-        Rates in halves are nominal: they say what the indices take. Any other rate is effective:
-        norms, scales and codebooks are paid from it too.
+        Rates in halves are nominal: they count only the indices. Any other rate is effective: it
+        counts norms, scales and codebooks too.
         """
         bpw = self.request.bpw
         if not is_nominal(bpw):
@@ -198,7 +198,7 @@ class Plan:
 
     @property
     def bytes_left(self) -> float:
-        """What mixed rates may take beyond this plan's rates."""
+        """Bytes that mixed rates may take beyond this plan's rates."""
         spent = self.nominal_bits_per_weight * self.num_quantized_weights
         return (self.index_bit_budget - spent) / 8
 
@@ -211,7 +211,7 @@ class Plan:
 def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Plan:
     """Decide everything about quantizing a checkpoint; reads config.json and headers only.
 
-    All layers get one rate, the highest that ``bpw`` pays for; :meth:`Plan.with_rates` changes
+    All layers get one rate, the highest that ``bpw`` allows; :meth:`Plan.with_rates` changes
     that once sensitivities are known.
 
     Raises:
@@ -278,7 +278,7 @@ def _can_split(
 
 
 def _check_budget(plan: Plan) -> None:
-    """Refuse an effective rate that does not even pay for the lowest nominal one."""
+    """Refuse an effective rate that is too low even for the lowest nominal rate."""
     least = MIN_BITS_PER_WEIGHT
     if plan.index_bit_budget < least * plan.num_quantized_weights:
         effective = least + plan.effective_bits_per_weight - plan.nominal_bits_per_weight

@@ -19,10 +19,10 @@ RATES = ("mixed", "uniform")
 
 
 class Effort(NamedTuple):
-    """What is taken where a request leaves it open and has a calibration text.
+    """Defaults for what a request with a calibration text leaves open.
 
     Attributes:
-        tokens: times as many calibration tokens as by default.
+        tokens: factor on the default number of calibration tokens.
     """
 
     encoder: str
@@ -58,7 +58,7 @@ class QuantizeRequest:
         allow_partial: go on where more than a tenth of the decoder's weights cannot be quantized.
         quantize_lm_head: also quantize the head, at 6 bits per weight; it no longer shares its
             weight with the embeddings.
-        max_shard_bytes: size of an output file, unless one layer is larger.
+        max_shard_bytes: largest output file, unless one layer or tensor is larger.
         window_tokens: tokens of the calibration text that are read together.
         balance_scales: False encodes with input scales of one, for comparisons.
     """
@@ -105,7 +105,7 @@ class QuantizeRequest:
         """
         preset = Effort("nearest", "uniform", 0)
         if calibration is not None:
-            preset = EFFORTS.get(effort, EFFORTS["normal"])  # another is refused below
+            preset = EFFORTS.get(effort, EFFORTS["normal"])  # an unknown one is refused below
         values = {
             "bpw": bpw,
             "calibration": None if calibration is None else Path(calibration),

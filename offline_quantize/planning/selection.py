@@ -1,4 +1,4 @@
-"""What of a model is quantized, and whether its tensors allow that."""
+"""Which parts of a model are quantized, and whether their tensors allow that."""
 
 import fnmatch
 from collections.abc import Iterable, Sequence
@@ -58,7 +58,7 @@ def pattern_of(name: str) -> str:
 
 
 def check_share(structure: Structure, allow_partial: bool) -> None:
-    """Refuse a model of which too much would stay as it is, or even all.
+    """Refuse a model if too many of its weights, or all, would stay as they are.
 
     Raises:
         QuantizeError: names what would stay, and why.
@@ -169,7 +169,7 @@ def check_tensors(
 
 
 def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
-    """The name that vLLM goes by."""
+    """The architecture name under which vLLM looks up its model class."""
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []
     names = names or [structure.architecture]

@@ -1,8 +1,8 @@
-"""What vLLM serves of a quantized model, as the sources of its model classes tell.
+"""What vLLM can serve of a quantized model, read from the sources of its model classes.
 
 A quantized layer needs ``quant_config`` where vLLM's model class builds it, and a quantized head
-also ``prefix=<its name>``. Where vLLM is installed, its sources are read; elsewhere a list that
-``tools/served.py`` made of them answers.
+also ``prefix=<its name>``. Where vLLM is installed, its sources are read; elsewhere, the list that
+``tools/served.py`` made of them is used.
 """
 
 import ast
@@ -38,7 +38,7 @@ _READS = (
 
 @dataclass(frozen=True)
 class Served:
-    """What vLLM's model class makes of an architecture's matrices; nothing where it has no class.
+    """How vLLM's model class builds an architecture's matrices; all empty if it has no class.
 
     Attributes:
         head_fault: why a quantized head cannot be served: NO_HEAD, NO_CONFIG, NO_NAME or None.
@@ -52,7 +52,7 @@ class Served:
     cut: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Of JSON; what is empty is left out."""
+        """The values for JSON; those that are empty are left out."""
         return {name: value for name, value in dataclasses.asdict(self).items() if value}
 
 
@@ -74,7 +74,8 @@ def served(architecture: str, sources: Path | None = None) -> Served:
 def name_in_vllm(architectures: Iterable[str], sources: Path | None = None) -> str | None:
     """The name of vLLM's class for a model: the first of several names that vLLM knows.
 
-    What only reads, such as a classifier, is made of the class that also writes.
+    vLLM makes a model without a language head, such as a classifier, from the class with one, so
+    the name of that class counts too.
 
     Args:
         architectures: as config.json lists them.
@@ -108,12 +109,13 @@ def read_all(sources: Path, multimodal: Iterable[str]) -> dict[str, Served]:
 
 
 def as_served(structure: Structure, architecture: str) -> Structure:
-    """The structure of a model with what vLLM's class makes of it.
+    """The structure of a model, adapted to vLLM's model class.
 
-    Linears that cannot be served quantized are kept, and those that vLLM cuts may be cut.
+    Linears that cannot be served quantized are kept as they are, and those whose inputs vLLM cuts
+    are marked as row-parallel.
 
     Args:
-        architecture: the name that vLLM goes by.
+        architecture: the name in vLLM's registry.
     """
     known = served(architecture)
     kept = {
@@ -155,7 +157,7 @@ def _read(sources: Sources, architecture: str) -> Served:
         return Served()
     built = [layer for node in sources.reached(architecture) for layer in _built(node)]
     cut = {layer.attribute for layer in built if layer.kind == "RowParallelLinear"}
-    # The names in a tower for images say nothing of a decoder that other classes are built for.
+    # Names in a tower for images say nothing about the decoder, which has classes of its own.
     plain = _plain(sources, architecture, built) if architecture in sources.text_models else {}
     return Served(_head_fault(sources, architecture), plain, tuple(sorted(cut)))
 
@@ -174,7 +176,7 @@ class _Built(NamedTuple):
 
 @functools.cache
 def _built(node: ast.ClassDef) -> list[_Built]:
-    """Linears of vLLM that a class builds, and whatever it gives a quantization config."""
+    """vLLM's linears that a class builds, and all else to which it gives a quantization config."""
     return [
         _Built(node.name, target.attr, call.func.id, configured)
         for part in ast.walk(node)
@@ -196,7 +198,7 @@ def _gets_config(call: ast.Call) -> bool:
 
 
 def _plain(sources: Sources, architecture: str, built: Iterable[_Built]) -> dict[str, str]:
-    """See :class:`Served`; one that is loaded into several places is plain in all of them."""
+    """See :class:`Served`; one that is loaded into several places must be plain in all of them."""
     places: dict[str, _Built] = {}
     configured: set[str] = set()
     for layer in built:

@@ -38,7 +38,7 @@ def make_shards(
     outside: Iterable[TensorInfo],
     max_bytes: int,
 ) -> tuple[Shard, ...]:
-    """Distribute tensors over files of at most ``max_bytes``, unless one layer is larger.
+    """Distribute tensors over files of at most ``max_bytes``, unless one layer or tensor is larger.
 
     Args:
         tensors_by_layer: for every decoder layer, what is written for it; a layer is never split.

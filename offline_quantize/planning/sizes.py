@@ -18,7 +18,7 @@ LIBRARIES_BYTES = 1100 * 2**20  # Python, torch, transformers and matplotlib, im
 SPARE_DISK_BYTES = 64 * 2**20  # for report, plot, index, manifest and what the file system takes
 HIDDEN_STATE_BYTES = 2  # of an element: bfloat16
 STATES_OF_A_LAYER = 3  # its inputs, its outputs, their gradients
-ACTIVATIONS_OF_A_LAYER = 4  # of the widest kind that exist together, in bfloat16
+ACTIVATIONS_OF_A_LAYER = 4  # as wide as the widest input, in bfloat16, at once
 SHARD_COPIES = 2  # safetensors serializes a copy
 FLOAT32_BYTES = 4
 FLOAT64_BYTES = 8
@@ -56,7 +56,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak: encoding and logits do not come together."""
+        """The peak: encoding and logits are not in memory at the same time."""
         always = self.libraries + self.layer + self.shards
         calibration = self.outside_layers + self.states + self.activations
         encoding = self.layer_float32 + self.hessians + self.factoring
@@ -68,7 +68,7 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0, processes: int = 1)
 
     Args:
         calibration_tokens: 0 for a run without calibration.
-        processes: that share the tokens; all else they have each.
+        processes: that share the tokens; each of them needs all the rest.
     """
     layers = _layer_tensors(plan)
     alone = [[plan.checkpoint.tensors[plan.structure.head_source]]] if plan.head else []

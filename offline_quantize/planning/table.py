@@ -32,7 +32,7 @@ class TableRow:
 def plan_table(plan: Plan) -> list[TableRow]:
     """One row per tensor, in the order of the checkpoint; decoder layers are put together.
 
-    Mixed rates are still to be chosen: bytes are at the plan's one rate.
+    Mixed rates are chosen later: bytes are those of the plan's uniform rate.
     """
     rows: dict[tuple[str, str, str], TableRow] = {}
     for row in _single_rows(plan):

@@ -1,7 +1,7 @@
-"""vLLM's model classes as their sources have them, which are read and never imported.
+"""vLLM's model classes, found in vLLM's source files, which are parsed and never imported.
 
-A name of a file is followed to where it is defined, through what the file imports from vLLM's
-models and layers. Where the device decides which class is taken, all of them count.
+A name in a file is followed to its definition, through the file's imports from vLLM's models and
+layers. Where the device decides which class is used, all of them count.
 """
 
 import ast
@@ -16,7 +16,7 @@ _TEXT, _MULTIMODAL = "_TEXT_GENERATION_MODELS", "_MULTIMODAL_MODELS"
 
 
 class Definition(NamedTuple):
-    """A class, or an assignment such as a table of classes, that stands alone in a file."""
+    """A class, or an assignment such as a table of classes, at the top level of a file."""
 
     path: Path
     node: ast.stmt
@@ -168,5 +168,5 @@ def _imports(path: Path, root: Path) -> dict[str, list[tuple[Path, str]]]:
 
 
 def _imports_from(module: ast.Module) -> Iterable[ast.ImportFrom]:
-    """Also those that depend on the device."""
+    """All such imports, also those that depend on the device."""
     return (node for node in ast.walk(module) if isinstance(node, ast.ImportFrom))

@@ -1,1 +1,1 @@
-"""Damaged checkpoints at every door: is each one refused in words that help, or read as it was?"""
+"""Damaged checkpoints at every door: each must be refused helpfully, or read as the original."""

@@ -1,4 +1,4 @@
-"""A function in a process of its own: it may hang, or take the whole process with it."""
+"""Runs a function that may hang or crash in a process of its own."""
 
 import multiprocessing
 import resource

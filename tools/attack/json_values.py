@@ -11,7 +11,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def numbers_and_others(rng: random.Random) -> Any:
-    """Any of them; the caller's own."""
+    """A random one of these values, as a copy of its own."""
     return copy.deepcopy(rng.choice(_VALUES))
 
 

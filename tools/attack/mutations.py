@@ -118,7 +118,7 @@ _HEADERS: dict[str, Callable[..., str]] = {
 
 
 def change_values(directory: Path, rng: Random) -> str:
-    """One value of a tensor, or all of them, to one that should not be, or might well be."""
+    """One value of a tensor, or all of them, becomes an invalid one, or a plausible one."""
     path = _pick(directory, rng, "*.safetensors")
     tensors = load_file(path)
     name = rng.choice(sorted(tensors))

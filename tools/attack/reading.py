@@ -1,6 +1,6 @@
-"""A reader of checkpoints that shares nothing with the project: what a damaged one still says.
+"""A reader of damaged checkpoints that shares no code with the project.
 
-It tells two things of a directory. What it holds, to compare it with the original. And whether
+It tells two things about a directory. What it holds, to compare it with the original. And whether
 someone may have *meant* it: a checkpoint with one other index bit, in a directory whose manifest
 was made after that, is a sound checkpoint of another model, which nobody can tell from damage.
 """
@@ -84,7 +84,7 @@ def try_to_read(directory: Path) -> Content | None:
 
 
 def may_be_meant(original: Content, changed: Content | None) -> bool:
-    """Whether a changed checkpoint, plain or quantized, is sound: of another model, but of one."""
+    """Whether a changed checkpoint, plain or quantized, is a sound one of another model."""
     if changed is None or changed.tensors.keys() != original.tensors.keys():
         return False
     return _config_is_sound(original.config, changed.config) and all(
@@ -150,7 +150,7 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def digest(tensors: Mapping[str, torch.Tensor], texts: Mapping[str, str]) -> dict[str, str]:
-    """One short text for every tensor and every text, by which what doors deliver is compared."""
+    """A short text for every tensor, and the texts themselves, to compare what doors deliver."""
     found = {
         name: f"{tensor.dtype} {list(tensor.shape)} "
         f"{hashlib.sha256(bytes_of(tensor).numpy().tobytes()).hexdigest()}"

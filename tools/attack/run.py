@@ -23,13 +23,13 @@ from tools.attack.verdicts import Delivered, Outcome, Verdict, judge
 KINDS: dict[str, Mutation] = {**QUANTIZED, **SOURCES}
 
 
-# Of writable memory: whoever reads a file without end shall get an error before the machine does.
+# Of writable memory: code that reads an endless file must fail before the machine runs out of it.
 MAX_BYTES = 8 * 2**30
 
 
 @dataclass(frozen=True)
 class Victim:
-    """A sound model, and what every door hands out of it.
+    """A sound model, and what every door hands out for it.
 
     Attributes:
         directory: of the model.
@@ -91,7 +91,7 @@ Victims = Mapping[tuple[str, bool], Victim]
 
 @contextmanager
 def victims_of(models: tuple[str, ...]) -> Iterator[Victims]:
-    """Make the sound models, for a while."""
+    """While active, the sound models exist in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix="qamw-attack-"))
     try:
         victims = {}
@@ -141,7 +141,7 @@ def try_doors(
             door = victim.doors[name]
             yield judge(name, lambda d=door: d(directory), victim.expected[name], meant, names)
 
-    while remaining:  # again after a door that took its process with it
+    while remaining:  # again after a door that ended its process
         try:
             for outcome in run_isolated(steps, limit, MAX_BYTES):
                 outcomes.append(outcome)

@@ -19,8 +19,8 @@ from tools.attack.verdicts import Delivered, RefusedByVllm
 def served(directory: Path) -> Delivered:
     """The weights of the model that vLLM makes of a directory, and its config.
 
-    vLLM reads config.json before it asks the plugin, and makes a model of it. What it refuses then,
-    it refuses in its own words, and they are not this project's.
+    vLLM reads config.json before it asks the plugin, and makes a model of it. What it refuses
+    then, it refuses with messages of its own, which are not this project's.
 
     Raises:
         RefusedByVllm: vLLM could not read the config, or make a model of it.
@@ -103,7 +103,7 @@ def _prepare() -> None:
 
 @contextmanager
 def _one_rank() -> Iterator[None]:
-    """The process groups of an engine with one rank: those that the model wants, for a while."""
+    """While active, the process groups that a model needs exist, with one rank."""
     from vllm.distributed import (
         destroy_distributed_environment,
         destroy_model_parallel,

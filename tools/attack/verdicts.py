@@ -7,16 +7,16 @@ from enum import Enum
 from qamw_kernels.errors import QamwError
 
 Delivered = Mapping[str, str]
-"""What a door hands out: name of a tensor or text -> what tells it from any other."""
+"""What a door hands out: name of a tensor or text -> a text that identifies its content."""
 
 
 class Verdict(Enum):
-    """The first four are as it should be."""
+    """The first four are acceptable."""
 
-    REFUSED = "refused"  # by an error of the project's that names the file or the tensor
+    REFUSED = "refused"  # by an error of this project that names the file or the tensor
     BY_VLLM = "by vLLM"  # which makes a model of config.json before it asks the plugin
-    EQUAL = "equal"  # what the door hands out is what it hands out of the original
-    OTHER = "other"  # signed anew, or a source: nobody can tell it from a sound one
+    EQUAL = "equal"  # the door hands out the same as for the original
+    OTHER = "other"  # signed again, or a source: it may be another sound model
     SILENT = "silent"  # accepted, and not what it was
     UNCLEAR = "unclear"  # a traceback for users, or a message that names nothing
     HANGING = "hanging"
@@ -55,7 +55,7 @@ def judge(
 
     Args:
         open_door: raises, or returns what the door hands out.
-        expected: what it hands out of the original.
+        expected: what it hands out for the original.
         may_be_meant: whether what was damaged may also be a sound checkpoint of another model.
         names: one of these must be in the message of a refusal.
     """

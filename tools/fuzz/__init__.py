@@ -1,1 +1,1 @@
-"""Bytes that nobody wrote, at the parsers of the format: ``make fuzz``."""
+"""Fuzzing of the parsers of the format: ``make fuzz``."""

@@ -1,8 +1,8 @@
-"""``python -m tools.fuzz``: new inputs for the parsers, led by the code that the last ones reached.
+"""``python -m tools.fuzz``: coverage-guided fuzzing of the parsers.
 
 Needs atheris, ``pip install '.[fuzz]'``. Exit status 0 only if every input was accepted or refused
-by an error of the project's. The input of a fault is written to a file, and its path repeats it:
-``python -m tools.fuzz FILE``.
+by an error of the project's. The input of a fault is written to a file, and
+``python -m tools.fuzz FILE`` repeats it.
 """
 
 import argparse

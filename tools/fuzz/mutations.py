@@ -1,4 +1,4 @@
-"""Inputs that keep the form of JSON often enough to come far: the first byte names the target."""
+"""Inputs that are JSON often enough to get far into a parser; the first byte names the target."""
 
 import json
 import random
@@ -25,7 +25,7 @@ def parted(data: bytes) -> tuple[str, bytes]:
 
 
 def change(data: bytes, rng: random.Random) -> bytes:
-    """Another input for the same target: one thing in its object is other; or in its bytes.
+    """Another input for the same target, with changes in its JSON object, or in its bytes.
 
     Args:
         data: not empty.

@@ -73,7 +73,7 @@ def _read_index(data: bytes, folder: Path) -> None:
 
 
 def _read_header(data: bytes, folder: Path) -> None:
-    """The header of a shard, and behind it values that all are sound; then its tensors."""
+    """A shard with this header and valid values after it; then its tensors are decoded."""
     (folder / CONFIG).write_text(json.dumps({"quantization_config": _FORMAT_2}))
     behind = b"\x3c" * _num_bytes(data)  # 1.06 in float16, 0.01 in float32
     (folder / SINGLE).write_bytes(len(data).to_bytes(8, "little") + data + behind)
@@ -83,7 +83,7 @@ def _read_header(data: bytes, folder: Path) -> None:
 
 
 def _num_bytes(header: bytes) -> int:
-    """That a header asks for, if there are few."""
+    """Bytes of values that a header asks for, at most _MOST_DATA; 0 if that cannot be read."""
     try:
         entries = json.loads(header).values()
         return min(_MOST_DATA, max(0, *(entry["data_offsets"][1] for entry in entries)))
