@@ -6,8 +6,8 @@ COPY kernels /opt/qamw/kernels
 COPY offline_quantize /opt/qamw/offline_quantize
 COPY qamw_vllm /opt/qamw/qamw_vllm
 
-# Without dependencies: a resolver would bring back the libraries that torch's metadata pins, where
-# the image has newer ones. What pyproject.toml wants and the image may lack comes by name.
+# Without dependencies: a resolver would replace newer libraries of the image by the versions that
+# torch's metadata pins. Packages that pyproject.toml requires and the image may lack are named.
 RUN uv pip install --system --no-cache --no-deps /opt/qamw \
     && uv pip install --system --no-cache 'matplotlib>=3.8,<4' 'filelock>=4.3,<5' \
     && qamw env \

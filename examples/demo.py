@@ -69,7 +69,7 @@ def serve(model: str) -> dict[str, Any]:
 
 
 def perplexity(llm: Any, windows: list[list[int]]) -> float:
-    """Of every token but the first of every window."""
+    """The perplexity over every token but the first of every window."""
     from vllm import SamplingParams
 
     scoring = SamplingParams(max_tokens=1, prompt_logprobs=0)

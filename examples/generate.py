@@ -11,8 +11,8 @@ def main(checkpoint: str, prompts: Sequence[str], **options: Any) -> None:
     """Print a greedy continuation of every prompt; all are generated together.
 
     Args:
-        options: of the engine, such as dtype="float32", many times as fast on a CPU without
-            AVX-512, or enforce_eager=True, which starts sooner and runs more slowly.
+        options: of the engine, such as dtype="float32", which is many times as fast on a CPU
+            without AVX-512, or enforce_eager=True, which starts sooner and runs more slowly.
     """
     from vllm import LLM, SamplingParams
 

@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")  # vLLM shows messages of loggers below its own name
 
 Backend = Literal["triton", "decode"]
-"""``triton``: layers stay packed, and kernels decode them. ``decode``: layers become plain."""
+"""``triton``: weights stay packed, and kernels decode them. ``decode``: decoded while loading."""
 
 CPU_BACKEND_VARIABLE = "QAMW_CPU_BACKEND"
 
 
 class BackendError(QamwError, ValueError):
-    """A platform, a release of vLLM or a choice of backend with which nothing here runs."""
+    """The platform, the vLLM release or the chosen backend is not supported."""
 
 
 def choose_backend(
@@ -39,8 +39,8 @@ def choose_backend(
 
     Args:
         cpu_backend: None for the environment variable ``QAMW_CPU_BACKEND``, or ``decode``.
-        platform: None for vLLM's.
-        interpreted: whether Triton's interpreter runs the kernels; None for what it does.
+        platform: None for vLLM's current platform.
+        interpreted: whether Triton's interpreter runs the kernels; None to find out.
 
     Raises:
         BackendError: another platform, an unknown value, or ``triton`` on the CPU without the
@@ -71,7 +71,7 @@ def check_adapters(prefix: str) -> None:
     """Refuse packed experts where vLLM would replace their kernel to add LoRA adapters.
 
     Raises:
-        BackendError: adapters may lie on experts.
+        BackendError: LoRA is on without a list of target modules, which would include experts.
     """
     config = get_current_vllm_config_or_none()
     lora = config and config.lora_config
@@ -112,10 +112,10 @@ def warm_up_once(
     device: torch.device,
     experts: bool = False,
 ) -> None:
-    """Compile the kernels of a whole model, once in this process, and once with experts.
+    """Compile the kernels of a whole model, once per process, and once more for its experts.
 
-    This is done before CUDA graphs are captured, and not while serving. On the CPU nothing is
-    compiled.
+    This happens before CUDA graphs are captured, so that serving does not compile them. On the CPU
+    nothing is compiled.
     """
     if not current_platform.is_cuda():
         return

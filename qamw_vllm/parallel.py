@@ -19,7 +19,7 @@ def tensor_parallel_sizes_of_model() -> list[int]:
 
 
 def num_ranks() -> int:
-    """How many ranks hold parts of the same rows."""
+    """Number of tensor-parallel ranks, which hold parts of the same rows."""
     size: int = parallel_state.get_tp_group().world_size
     return size
 
@@ -36,7 +36,7 @@ def slice_of_rank(tensor: torch.Tensor, dim: int, length: int, rank: int) -> tor
 
 
 EXCHANGES = ("allgather_reducescatter", "naive")
-"""Of vLLM's ``--all2all-backend``: the others call kernels of their own for experts."""
+"""Supported values of vLLM's ``--all2all-backend``: the others use their own expert kernels."""
 
 
 def check_exchange(parallel: Any, prefix: str) -> None:

@@ -21,14 +21,14 @@ _READY_MARK = "_already_called_process_weights_after_loading"
 
 
 class LayerState(Enum):
-    """Whose tensors a layer holds."""
+    """Which tensors a layer holds."""
 
     LOADING = "those of the checkpoint"
     READY = "those that apply multiplies with"
 
 
 def state_of(layer: Any) -> LayerState:
-    """The state of a layer; vLLM may ask for its processing twice, and may load it again."""
+    """The state of a layer; vLLM may process it twice after loading, and may load it again."""
     return LayerState.READY if getattr(layer, _READY_MARK, False) else LayerState.LOADING
 
 
@@ -40,15 +40,15 @@ def mark_ready(layer: Any) -> None:
 def register_tiled_weight(layer: Any, weight: TiledWeight, prefix: str = "") -> None:
     """Give the layer a packed weight, whose tensors are called ``<prefix>tiles`` and so on.
 
-    The tiles have a second name, ``<prefix>qweight``, by which vLLM 0.24 to 0.33 knows them. It was
-    the name of the planes that they replace; nothing here reads it. Who does:
+    The tiles have a second name, ``<prefix>qweight``, which is that of the planes that they
+    replace. Nothing in this package reads it, but vLLM 0.24 to 0.33 does:
 
-    - offloading to the CPU (``device_loading_context``, ``offloader/``) moves back what has the
-      name of a parameter that it moved to the GPU for the processing. PyTorch lists a parameter
-      under its first name only, so this one comes first;
-    - LoRA (``lora/layers/utils.py``) asks for the device of ``qweight``, of experts ``w2_qweight``;
-    - latent attention (``get_and_maybe_dequant_weights``) asks for the device of ``qweight``, then
-      it multiplies the layer with the identity matrix.
+    - offloading to the CPU (``device_loading_context``, ``offloader/``) moves parameters to the GPU
+      for the processing, and afterwards moves back those with the same names. PyTorch lists a
+      parameter under its first name only, so ``qweight`` is registered first;
+    - LoRA (``lora/layers/utils.py``) reads the device of ``qweight``, for experts ``w2_qweight``;
+    - latent attention (``get_and_maybe_dequant_weights``) reads the device of ``qweight``, then
+      it applies the layer to the identity matrix.
     """
     tiles = Parameter(weight.tiles, requires_grad=False)
     layer.register_parameter(f"{prefix}qweight", tiles)
@@ -77,8 +77,7 @@ class LoadSummary:
     """Adds up the quantized layers of one process, for one line in the log after the last one.
 
     Attributes:
-        num_layers, num_weights, num_bytes: of the layers loaded so far; bytes as they are in the
-            checkpoint.
+        num_layers, num_weights, num_bytes: of the layers loaded so far; bytes in the checkpoint.
     """
 
     def __init__(self) -> None:
@@ -90,7 +89,7 @@ class LoadSummary:
         self._expected += 1
 
     def drop_layer(self) -> None:
-        """A layer that was made turned out to be a plain one, before any was loaded whole."""
+        """An expected layer turned out to be plain; called before any layer is loaded whole."""
         self._expected -= 1
 
     def add_layer(self, shapes: Iterable[QuantizedShape]) -> bool:

@@ -1,7 +1,7 @@
 """SHA-256 of a directory's files, each computed once on this machine.
 
-Hashing a checkpoint takes about as long as reading it, and engines are started often: with several
-workers, again and again. So what was hashed is remembered in vLLM's cache, by path and stamp.
+Hashing a checkpoint takes about as long as reading it, engines are started often, and each of their
+workers checks the files again. So digests are kept in vLLM's cache, by path and stamp.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ class Digests:
         known: file name -> its stamp and digest, from before.
 
     Attributes:
-        known: the same, with what was hashed since.
-        num_hashed: how many files that were.
+        known: the same, and the files hashed since.
+        num_hashed: number of files hashed since.
     """
 
     def __init__(self, known: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Digests:
         Raises:
             FileError: one of them cannot be read.
         """
-        # hashlib lets other threads run. Large files first, or the last one is waited for alone.
+        # hashlib releases the GIL. Large files first, so that none of them runs alone at the end.
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
         order = sorted(files, key=lambda file: -(directory / file).stat().st_size)
         with ThreadPoolExecutor(min(cores, _MOST_THREADS)) as pool:
@@ -63,16 +63,16 @@ class Digests:
         if known == {**stamp, "sha256": digest}:
             return digest, False
         digest, hashed = hash_file(directory / file)
-        if hashed is not None:  # else it is being written
+        if hashed is not None:  # else the file changed while it was read
             self.known[file] = {**asdict(hashed), "sha256": digest}
         return digest, True
 
 
 @contextmanager
 def remembered_digests(cache: Path, directory: Path) -> Iterator[Digests]:
-    """The digests of a directory, for one process at a time: another one waits, and then knows.
+    """The digests of a directory, for one process at a time; those that wait find them cached.
 
-    A cache that is damaged, or cannot be written, means hashing again.
+    If the cache is damaged or cannot be written, the files are hashed again.
 
     Args:
         cache: a folder of this machine; made where it is not there.

@@ -29,7 +29,7 @@ LayerLoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Iterable[str]]
 
 
 def lacking(names: Sequence[str]) -> TensorError:
-    """Of a checkpoint that has no tensors with these names."""
+    """The error for a checkpoint that has no tensors with these names."""
     return TensorError(f"the checkpoint lacks {first_few(names, _NAMES_SHOWN)}")
 
 
@@ -44,8 +44,8 @@ class ExpertsLoader:
             config.json leads to expect.
 
     Attributes:
-        form: the form that they have; its maker gives it before the first tensor arrives.
-        check_possible: is called before they are loaded as quantized ones, and may refuse.
+        form: the form of the experts; whoever makes the loader sets it before tensors arrive.
+        check_possible: is called before quantized experts are loaded, and may refuse.
     """
 
     form: ExpertsForm
@@ -65,9 +65,9 @@ class ExpertsLoader:
         self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
 
     def wrap(self, load_weights: LayerLoadWeights) -> LayerLoadWeights:
-        """vLLM's loader of the whole layer, for planes of one expert.
+        """vLLM's loader of the whole layer, changed to accept the planes of one expert.
 
-        vLLM takes a tensor of three dimensions for one of all experts: planes get a fourth.
+        vLLM takes a tensor of three dimensions for a stack of all experts, so planes get a fourth.
         """
 
         def load(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterable[str]:
@@ -103,7 +103,7 @@ class ExpertsLoader:
         name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.{tensor}"
         stem, position = PLACES[shard_id]
         self._settle(name, loaded, shard_id)
-        param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may know an earlier one
+        param = getattr(self.layer, f"{stem}_{tensor}")  # vLLM's model may hold a replaced one
         if tensor == "weight":
             self.arrived.add((local, shard_id, tensor))
             return self._load_plain(
@@ -129,7 +129,7 @@ class ExpertsLoader:
         return loaded
 
     def _settle(self, name: str, loaded: torch.Tensor, shard_id: str) -> None:
-        """Have the experts take the form of what arrives, which is the same for all of a layer."""
+        """Give the experts the form of what arrives, and refuse different forms in one layer."""
         quantized = not name.endswith(".weight")
         first = self._quantized is None
         if not first and quantized != self._quantized:
@@ -169,7 +169,7 @@ class ExpertsLoader:
             self.shapes[shard] = rows, inputs, found
 
     def check_loaded(self) -> None:
-        """Refuse experts that are incomplete or hold impossible values; a dummy model's get values.
+        """Refuse experts that are incomplete or hold impossible values; or fill in random weights.
 
         Afterwards the arrivals are forgotten, so that a later reload is checked too.
 

@@ -15,14 +15,14 @@ from qamw_vllm.loading.form import no_tensor, note_for_reload, room
 from qamw_vllm.state import LoadSummary
 
 MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
-"""How vLLM's parameters begin -> its shard ids of the matrices stacked there: gate and up; down."""
+"""First part of a parameter's name -> shard ids of the matrices stacked in it: gate, up; down."""
 
 PLACES = {
     shard: (stem, position)
     for stem, shards in MATRICES.items()
     for position, shard in enumerate(shards)
 }
-"""Shard id -> how its parameters begin, and which of the matrices there it is."""
+"""Shard id -> first part of its parameters' names, and its position among the stacked matrices."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class ExpertsForm:
             self._plain_and_empty()
 
     def become_plain(self) -> None:
-        """Have plain experts in place of packed ones."""
+        """Replace the parameters of packed experts by those of plain ones."""
         self.index_bits = None
         self._summary.drop_layer()
         for stem in MATRICES:
@@ -90,7 +90,7 @@ class ExpertsForm:
         note_for_reload(self._layer)
 
     def change_rate(self, stem: str, index_bits: int) -> None:
-        """Have planes of another rate, for the matrices of w13 or of w2."""
+        """Replace the planes of w13 or of w2 by planes of another rate."""
         assert self.index_bits is not None
         self.index_bits = {**self.index_bits, stem: index_bits}
         delattr(self._layer, f"{stem}_qweight")

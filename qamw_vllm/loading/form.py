@@ -49,8 +49,8 @@ def no_tensor(name: str) -> tuple[tuple[int, ...], torch.dtype]:
 
 
 def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """What a parameter begins as; an empty one lies on the CPU, where vLLM's offloading of weights
-    leaves it alone.
+    """Uninitialized memory for a parameter. An empty parameter is always on the CPU, where vLLM's
+    offloading of weights leaves it alone.
     """
     return torch.empty(shape, dtype=dtype, device="cpu" if 0 in shape else device)
 
@@ -95,7 +95,7 @@ class LayerForm:
             self._register(name)
 
     def change(self, index_bits: int | None) -> None:
-        """Take the form of what arrives; a tensor of both forms keeps what it has loaded."""
+        """Take the form of what arrives. If only the rate changes, norms and scales are kept."""
         before, self.index_bits = self.index_bits, index_bits
         changed = FORM_TENSORS if None in (before, index_bits) else ("qweight",)
         if before is None:
@@ -103,7 +103,7 @@ class LayerForm:
         elif index_bits is None:
             self._summary.drop_layer()
         for name in changed:
-            delattr(self._layer, name)  # before the new one is made: memory is not taken twice
+            delattr(self._layer, name)  # frees its memory before the new one is made
             self._register(name)
         self._layer.update_param_tp_status()
         if state_of(self._layer) is LayerState.LOADING:

@@ -43,16 +43,16 @@ class LayerLoader:
         layer: the layer, a LinearBase of vLLM.
         parts: names of the checkpoint's modules that the layer holds; one name for a layer that
             is fused on disk too.
-        index_bits: bits per pair of all parts; where the layer has a :attr:`form`, of those whose
-            planes have not arrived yet.
+        index_bits: bits per pair of all parts. If the layer has a :attr:`form`, this is only the
+            expectation until planes arrive.
         num_inputs: inputs of the whole layer, not of this rank's shard.
         num_shards: how many matrices vLLM stacks in the layer.
 
     Attributes:
         form: of a layer that takes the form of what arrives; None for one whose form is fixed.
-        loaders: name of a tensor -> what loads its parameter, which :meth:`wrap` has made.
+        loaders: name of a tensor -> the loader of its parameter, made by :meth:`wrap`.
         check_possible: is called before a layer becomes a quantized one, and may refuse.
-        checks_source: whether a plain weight is one that is to be quantized.
+        checks_source: whether plain weights will be quantized, and must pass :func:`check_source`.
     """
 
     form: LayerForm | None = None
@@ -93,7 +93,7 @@ class LayerLoader:
         return (_QKV[shard_id] if isinstance(shard_id, str) else shard_id,)
 
     def wrap(self, tensor: str, load: Loader) -> Loader:
-        """``load``, a loader of vLLM, preceded by checks and followed by a note of the arrival.
+        """``load``, a loader of vLLM, preceded by checks; afterwards the arrival is recorded.
 
         Raises (from the loader):
             TensorError: the tensor's shape or dtype is not that of the format.
@@ -105,7 +105,7 @@ class LayerLoader:
             shards = self.shards_of(loaded_shard_id)
             if self.form is not None and tensor in FORM_TENSORS:
                 self._settle(self.form, tensor, loaded_weight, self.names[shards[0]])
-                param = getattr(self.layer, tensor)  # vLLM's model may know an earlier one
+                param = getattr(self.layer, tensor)  # vLLM's model may hold a replaced one
             if tensor in LAYER_TENSORS:
                 self._check(tensor, loaded_weight, shards)
             elif tensor == "weight" and self.checks_source:
@@ -120,10 +120,11 @@ class LayerLoader:
         return loader
 
     def take_loader(self) -> None:
-        """Load as the model class does that has given the layer's weight a loader of its own.
+        """Use the model class's own loader of the layer's weight, if it has set one.
 
-        Mamba-2 does where ranks share a group of states: each gets rows of its own and rows that
-        all have. It knows of the plain weight alone, so packed rows follow those.
+        Mamba-2's class does so where ranks share a group of states: each rank gets rows of its own
+        and rows that all ranks have. That loader is made for the plain weight. So it chooses rows
+        of the weight, and the same rows are taken of packed tensors.
         """
         theirs = self.layer.weight.weight_loader
         if theirs is self.loaders["weight"]:
@@ -136,10 +137,10 @@ class LayerLoader:
         note_for_reload(self.layer)
 
     def _load_rows(self, param: Parameter, loaded: torch.Tensor) -> None:
-        """Copy the rows that the model class's loader takes of a weight for this rank.
+        """Copy the rows that the model class's loader would take of the plain weight for this rank.
 
         Raises:
-            TensorError: it leaves rows empty, or does more than to choose rows.
+            TensorError: the loader leaves rows empty, or does not only choose rows.
         """
         assert self._load_weight is not None
         dim = param.output_dim  # type: ignore[attr-defined]  # it is vLLM's
@@ -155,7 +156,7 @@ class LayerLoader:
         param.data.copy_(loaded.index_select(dim, chosen.flatten().to(loaded.device)))
 
     def _settle(self, form: LayerForm, tensor: str, loaded: torch.Tensor, name: str) -> None:
-        """Have the layer take the form of what arrives, which is the same for all of its parts."""
+        """Give the layer the form of what arrives, and refuse parts of different forms or rates."""
         quantized = tensor != "weight"
         first, self._first = self._first, self._first or (name, quantized)
         if first is None:
@@ -194,7 +195,8 @@ class LayerLoader:
     ) -> None:
         """Copy one vector [K] into its rows of ``param`` [num_shards, K of this rank].
 
-        vLLM has no parameter for a vector over the inputs that every stacked matrix brings along.
+        vLLM has no parameter class for a vector over the inputs of which each stacked matrix has
+        its own.
 
         Raises:
             TensorError: vLLM's model class has changed them.
@@ -207,7 +209,7 @@ class LayerLoader:
             param.data[shard].copy_(loaded)
 
     def check_complete(self, tensors: tuple[str, ...]) -> None:
-        """Refuse a layer that lacks one of these tensors, or its bias; not of a dummy model.
+        """Refuse a layer that lacks one of these tensors, or its bias, unless weights are random.
 
         Afterwards the arrivals are forgotten, so that a later reload is checked too.
 
@@ -231,7 +233,7 @@ class LayerLoader:
     def check_loaded(self) -> None:
         """Refuse a layer that is incomplete, or whose parts scale one activation differently.
 
-        A layer of a dummy model gets values.
+        If weights are random, the layer is filled with them.
 
         Raises:
             TensorError: names the tensor, what was expected and what was found.
@@ -268,10 +270,10 @@ def check_source(name: str, loaded: torch.Tensor, dtype: torch.dtype) -> None:
     """Refuse a plain weight that cannot be quantized while loading.
 
     Args:
-        dtype: of the layer, to which vLLM rounds it before.
+        dtype: of the layer, to which vLLM rounds the weight before it is quantized.
     Raises:
-        TensorError: its dtype is none that ``qamw quantize`` reads; or it is finite, and would not
-            be in ``dtype``.
+        TensorError: ``qamw quantize`` does not read its dtype; or it is finite, but would not be
+            in ``dtype``.
     """
     check_source_dtype(name, loaded.dtype)
     if torch.finfo(loaded.dtype).max > torch.finfo(dtype).max:

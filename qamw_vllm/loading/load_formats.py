@@ -32,9 +32,10 @@ def loads_dummy_weights() -> bool:
 
 
 def check_load_format(load_format: str) -> None:
-    """Refuse formats that store layers, and those of loaders that :mod:`qamw_vllm.loader` is not.
+    """Refuse formats that store loaded layers, and those without a loader of this plugin.
 
-    It brings rows in order, among others, whether or not checkpoints are verified.
+    The loaders in :mod:`qamw_vllm.loader` are needed even if checkpoints are not verified: they
+    reorder rows, among other things.
 
     Raises:
         FormatError: says what can be done.

@@ -1,13 +1,13 @@
-"""Whether a checkpoint is as its manifest lists it: what ``qamw verify`` refuses is not served.
+"""Whether a checkpoint matches its manifest: what ``qamw verify`` refuses is not served.
 
 vLLM reads whatever the files hold. A flipped bit of an index, two tensors of one shape that were
-exchanged, another ``rotation_block_sizes`` in config.json: all of that loads, and the model is
-another one. So every file that is read when a model is served must have the size and SHA-256 that
-the quantizer recorded.
+exchanged, another ``rotation_block_sizes`` in config.json: all of that loads, but gives a different
+model. So every file that is read when a model is served must have the size and SHA-256 that the
+quantizer recorded.
 
-Documentation is left out: people edit the model card of a published checkpoint, and remove plots,
-without changing the model. So is what a directory of the hub's cache does not hold, except for
-weights: vLLM fetches there what it needs.
+Documentation is not compared: people edit the model card of a published checkpoint, and remove
+plots, without changing the model. In a directory of the hub's cache, files other than weights may
+be missing, because vLLM downloads only what it needs.
 """
 
 import os
@@ -45,8 +45,8 @@ class Checked:
     """What was compared with a manifest, and found equal.
 
     Attributes:
-        num_hashed: files whose bytes were read; the others were known from before.
-        seconds: that it took.
+        num_hashed: files whose bytes were read; the digests of the others were cached.
+        seconds: that the comparison took.
     """
 
     num_files: int
@@ -76,15 +76,15 @@ def verification_is_on() -> bool:
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether a directory holds weights; a model of random ones needs none."""
+    """Whether a directory holds weights; a model with random weights needs none."""
     return any(directory.glob(f"*{_WEIGHTS}"))
 
 
 def check_config(directory: Path) -> None:
-    """Refuse a config.json that can be understood in several ways: vLLM takes one in silence.
+    """Refuse a config.json with duplicate keys, of which vLLM would silently take one.
 
     Raises:
-        FileError: it is no JSON object in which every key is there once.
+        FileError: it is not a JSON object in which every key occurs once.
     """
     if (path := directory / CONFIG).exists():
         read_json(path)
@@ -95,10 +95,10 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
 
     Args:
         directory: of a QAM-W checkpoint.
-        cache: a folder for digests that were computed before; None for one in vLLM's.
+        cache: a folder for digests that were computed before; None for one in vLLM's cache.
     Raises:
-        FileError: there is no manifest; or with every file that is missing, differs, or is read
-            though the manifest does not list it; or see :func:`check_config`.
+        FileError: there is no manifest; or files are missing, differ, or are read although the
+            manifest does not list them, and the first few are named; or see :func:`check_config`.
         FormatError: the manifest or the index cannot be understood.
     """
     start = time.perf_counter()
@@ -143,7 +143,7 @@ def _digest_faults(directory: Path, served: dict[str, FileEntry], digests: Diges
 
 
 def _read_files(directory: Path) -> list[str]:
-    """Files that readers find by themselves, so that no manifest may leave them out."""
+    """Files that readers look for by themselves, so that every manifest must list them."""
     paths = (p for p in directory.rglob("*") if p.suffix in _FOUND_BY_READERS and not p.is_dir())
     found = (path.relative_to(directory) for path in paths)
     shown = (p for p in found if not any(part.startswith(".") for part in p.parts[:-1]))

@@ -1,7 +1,7 @@
-"""Names: tensors by those of the checkpoint, layers by those of vLLM's model.
+"""Names in two places: those of tensors in the checkpoint, those of layers in vLLM's model.
 
-config.json names modules as the checkpoint does, so what it says of them is compared where the
-tensors are read. A layer of vLLM asks no name: what its model class loads into it decides.
+config.json uses the names of the checkpoint, so it is compared with the tensors where they are
+read. A layer of vLLM looks up no name: what its model class loads into it decides.
 """
 
 import re
@@ -21,7 +21,7 @@ _NAME = re.compile(rf"([\w.]+)\.(?:{'|'.join(LAYER_TENSORS)})\b")
 
 
 class NameCheck:
-    """What config.json says of every tensor, by its name in the checkpoint.
+    """Compares tensors, by their names in the checkpoint, with what config.json says of them.
 
     Args:
         format: of the checkpoint.
@@ -31,7 +31,7 @@ class NameCheck:
         self._format, self._ignore = format, frozenset(format.ignore)
 
     def check(self, name: str, tensor: torch.Tensor) -> None:
-        """Refuse a tensor that is quantized otherwise than config.json says.
+        """Refuse a tensor that is not quantized as config.json says.
 
         Raises:
             TensorError: says how.
@@ -56,7 +56,7 @@ def unserved_layers(model: torch.nn.Module, module: str, error: str = "") -> lis
 
     Args:
         module: its name in the checkpoint.
-        error: what vLLM says that it lacks, which may have the layer's name.
+        error: vLLM's message about what is missing, which may contain the layer's name.
     """
     wanted = {module, *_NAME.findall(error)}
     places = {_place(name) for name in wanted}
@@ -85,8 +85,8 @@ def _layers_without_config(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _place(name: str) -> tuple[Any, ...]:
-    """The numbers in a module's name, of layers and the like, and its last part.
+    """The numbers in a module's name (of layers, experts and so on) and its last part.
 
-    Classes that rename what is between them rarely change these.
+    Model classes that rename modules rarely change these.
     """
     return (*_NUMBER.findall(name), name.rpartition(".")[2])

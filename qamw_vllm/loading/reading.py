@@ -1,8 +1,9 @@
-"""The tensor of a checkpoint that is being read, for those that layers must get as they are.
+"""The checkpoint tensor that is being read, so that layers can check what must arrive unchanged.
 
-Model classes of vLLM reorder what they load where heads lie otherwise on disk. That is right for
-the rows of planes and norms. But some reorder everything of a module (BLOOM), also what has no
-rows: such weights would be others, without a word.
+Where checkpoints store the rows of attention heads in another order than vLLM, its model classes
+reorder what they load. That is right for the rows of planes and norms. But some (BLOOM) reorder
+every tensor of a module, even input scales, which have no rows: the weights would be wrong, without
+an error.
 """
 
 import torch
@@ -22,21 +23,21 @@ class Reading:
         self._tensor: torch.Tensor | None = None
 
     def note(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor is handed to vLLM's model."""
+        """Record a tensor that is handed to vLLM's model next."""
         self.name, self._tensor = name, tensor if name.endswith(".input_scales") else None
 
     def finish(self) -> None:
-        """All are; the name of the last one stays for messages."""
+        """All tensors were handed over; the name of the last one stays for error messages."""
         self._tensor = None
 
     def start(self) -> None:
-        """Nothing is yet."""
+        """No tensor has been handed over yet."""
         self.name, self._tensor = "", None
 
     def check_input_scales(self, loaded: torch.Tensor) -> None:
-        """Refuse input scales [K] that are not those that were read.
+        """Refuse input scales [K] that differ from those that were read.
 
-        Nothing is known of tensors that vLLM's model has kept for later.
+        Tensors that vLLM's model has kept for later cannot be checked.
 
         Raises:
             TensorError: names the tensor.

@@ -1,8 +1,8 @@
-"""Rows that vLLM's model class reorders in plain weights, and would not in planes and norms.
+"""Reorders rows of planes and norms as vLLM's model class reorders the rows of plain weights.
 
-Heads lie otherwise in the checkpoints of Llama 4 and BLOOM than their classes in vLLM compute with
-them. Their own code says here how rows of a weight are reordered, so that those of its packed
-tensors are reordered alike.
+The checkpoints of Llama 4 and BLOOM store the rows of attention heads in another order than vLLM's
+classes compute with. The code of these classes is applied to row numbers here: that gives the order
+of a weight's rows, and its packed tensors get the same one.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,10 +17,10 @@ _ROWS = {"qweight": 1, "row_norms": 0}  # the dimension with the rows of the wei
 
 
 def reordered(weights: Weights, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same tensors, as the class of a model reorders the weights that they stand for.
+    """The same tensors, with the rows of packed ones in the order that the model class uses.
 
-    A class that reorders all tensors of some layers, whatever they are, leaves packed ones alone
-    from now on.
+    If the class itself would reorder every tensor of some layers, it is changed here so that it
+    leaves packed tensors alone from now on.
     """
     return _reordered(weights, _reorder_of(model))  # found before the class's own code runs
 
@@ -49,7 +49,8 @@ def _reorder_of(model: torch.nn.Module) -> Reorder | None:
 def _without_packed(module: torch.nn.Module, repack: Callable[[Weights], Weights]) -> Reorder:
     """What BLOOM's class does with one weight.
 
-    It does so with every tensor of a layer ``query_key_value``; from now on, not with packed ones.
+    It would do the same with every tensor of a layer ``query_key_value``; its method is replaced
+    here by one that leaves packed tensors alone.
     """
 
     def repack_others(weights: Weights) -> Weights:
@@ -57,6 +58,6 @@ def _without_packed(module: torch.nn.Module, repack: Callable[[Weights], Weights
             packed = name.rpartition(".")[2] in LAYER_TENSORS
             yield from [(name, tensor)] if packed else repack([(name, tensor)])
 
-    if "_repack_qkv" not in vars(module):  # a reload finds it done
-        module._repack_qkv = repack_others  # type: ignore[assignment]  # hides that of the class
+    if "_repack_qkv" not in vars(module):  # else this is a reload: already replaced
+        module._repack_qkv = repack_others  # type: ignore[assignment]  # hides the class's method
     return lambda name, tensor: next(iter(repack([(name, tensor)])))

@@ -1,13 +1,13 @@
-"""Which layers of a plain model are quantized while it is loaded, once all of them are made.
+"""Which layers of a plain model are quantized while it is loaded; chosen when all are made.
 
-They are found by what they are, as ``qamw quantize`` finds them, and not by their names:
+They are found by their structure, as ``qamw quantize`` finds them, and not by their names: all
+linears of the repeated layers. These are the ``nn.ModuleList`` with the most weights; in a model
+that also takes images or sound, that of its language model. Left out are
 
-- the linears of the repeated layers: the ``nn.ModuleList`` with most weights; of a model for
-  images or sounds too, in its language model;
-- but no routers, and no gates beside experts: linears that vLLM replicates on every rank, in a
-  block that holds experts;
-- none that multiply group by group, whose model class does so itself (DeepSeek-V4);
-- and none with a number of inputs that is no multiple of 64, which the format cannot pack.
+- routers, and gates beside experts: linears that vLLM replicates on every rank, in a block that
+  holds experts;
+- linears that multiply group by group, in code of their model class (DeepSeek-V4);
+- linears with a number of inputs that is not a multiple of 64, which the format cannot pack.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from qamw_vllm.online.linear import QamwOnlineLinearMethod
 logger = init_logger(f"vllm.{__name__}")
 
 MIN_SHARE = 0.5
-"""Of the linear weights of the repeated layers; a model of which less would be quantized stops."""
+"""A model is refused if a smaller share of its repeated layers' linear weights is quantized."""
 
 _NAMES_SHOWN = 6
 
@@ -42,10 +42,10 @@ class _Layer:
 
 
 def check_not_offloaded() -> None:
-    """Check that vLLM moves no weights to the CPU: it does so before there are any here.
+    """Check that vLLM offloads no weights: it would do so while these layers have none yet.
 
     Raises:
-        FormatError: it does.
+        FormatError: vLLM offloads weights to the CPU.
     """
     offloader = get_offloader()
     if not isinstance(offloader, NoopOffloader):
@@ -56,11 +56,11 @@ def check_not_offloaded() -> None:
 
 
 def choose_layers(model: nn.Module, is_draft: bool = False) -> None:
-    """Have the layers of a model that are covered quantized, and make plain ones of the others.
+    """Start to quantize the chosen layers of a model, and make the others plain layers of vLLM.
 
     Args:
         model: as vLLM has made it; on this rank.
-        is_draft: whether it drafts for another one; then it may be small.
+        is_draft: whether it is a draft model, for which any share is accepted.
     Raises:
         FormatError: nothing, or less than half of the linear weights, would be quantized.
     """
@@ -108,7 +108,7 @@ def is_router(layer: nn.Module) -> bool:
 
 
 def can_be_packed(layer: Any) -> bool:
-    """Whether the format has a place for the matrices of a linear, or of experts, of vLLM."""
+    """Whether the format can store the matrices of a linear of vLLM, or of its experts."""
     widths = _widths_of_experts(layer) if isinstance(layer, RoutedExperts) else (layer.input_size,)
     return all(width % UNIT_INPUTS == 0 for width in widths)
 

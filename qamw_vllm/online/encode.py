@@ -21,10 +21,10 @@ def encode_shard(
     rotation_block_size: int,
     tp_rank: int,
 ) -> QuantizedWeight:
-    """Quantize this rank's part of a weight to its part of the quantized whole weight.
+    """Quantize this rank's part of a weight. The result is a part of the whole quantized weight.
 
-    Ranks that hold some of the inputs share the norms of the whole rows: all of them must call this
-    for the same weight at the same time.
+    Ranks that hold only some of the inputs share the norms of the whole rows: all of them must call
+    this for the same weight at the same time.
 
     Args:
         weight: [N of this rank, K of this rank] floating point.
@@ -47,5 +47,5 @@ def encode_shard(
         shard=shard,
         code=plan.code,
     )
-    forget_tables()  # vLLM's sleep mode can take the memory that they are in
+    forget_tables()  # vLLM's sleep mode may free their memory
     return quantized

@@ -100,10 +100,10 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
     def _record_arrivals(
         self, load: Callable[..., bool | None], num_experts: int
     ) -> Callable[..., bool | None]:
-        """vLLM's loader of one tensor of one expert, or of all, with a note of what arrived.
+        """vLLM's loader of one tensor of one or all experts, which also records what arrived.
 
         Raises (from the loader):
-            TensorError: a weight of another dtype than those that ``qamw quantize`` reads.
+            TensorError: see :func:`check_source`.
         """
 
         def loader(
@@ -116,7 +116,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         ) -> bool | None:
             name = f"{self.prefix}.{expert_id}.{self.names[shard_id]}.weight"
             check_source(name, loaded_weight, param.dtype)
-            all_experts = loaded_weight.ndim == 3  # those of this rank
+            all_experts = loaded_weight.ndim == 3  # a stack of all experts of this rank
             experts = range(num_experts) if all_experts else (expert_id,)
             self._arrived.update((expert, shard_id) for expert in experts)
             return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
@@ -148,7 +148,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         if self.moe.has_bias:
             for stem in MATRICES:
                 for number, weight in enumerate(getattr(layer, f"{stem}_weight")):
-                    if weight.isnan().all():  # as they were made
+                    if weight.isnan().all():  # as create_weights has filled it
                         where = f"{self.prefix}: {stem} of this rank's expert {number}"
                         raise TensorError(f"the checkpoint lacks {where}")
             return

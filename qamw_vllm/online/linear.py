@@ -22,7 +22,9 @@ from qamw_vllm.state import LayerState, LoadSummary, state_of
 
 
 class QamwOnlineLinearMethod(QamwLinearMethod):
-    """One linear layer, quantized as soon as its weight has arrived: one is in memory at a time.
+    """One linear layer, quantized as soon as its weight has arrived.
+
+    So only one plain weight is in memory at a time.
 
     The weights are bit for bit those of ``qamw quantize --calibration none``, of a checkpoint in
     the layer's dtype. Which layers are quantized is known when all layers of the model are made:
@@ -74,16 +76,16 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
         layer.weight_loader = self._loader.wrap("bias", layer.weight_loader)
 
     def start(self, layer: Any) -> None:
-        """Have the layer quantized; all of a model are started before the first is loaded."""
+        """Make this a layer to quantize; all of a model are started before the first is loaded."""
         self._started = self._loader.checks_source = True
-        if hasattr(layer, "_use_min_latency_gemm"):  # by DeepSeek's class, of the plain weight
+        if hasattr(layer, "_use_min_latency_gemm"):  # set by DeepSeek's class; reads layer.weight
             layer._use_min_latency_gemm = False
         self.plan.add_layer(self._num_inputs, isinstance(layer, RowParallelLinear))
         self.summary.expect_layer()
         initialize_online_processing(layer)
 
     def leave(self, layer: Any) -> None:
-        """Make a plain layer of vLLM of it."""
+        """Turn it into a plain layer of vLLM."""
         with self._device:
             layer.weight = materialize_meta_tensor(layer.weight)
         layer.quant_method = self._plain
@@ -94,7 +96,7 @@ class QamwOnlineLinearMethod(QamwLinearMethod):
         Raises:
             TensorError: the checkpoint lacks it, a value is not finite, or the inputs cannot be
                 split over this many ranks.
-            FormatError: another loader than this project's has loaded it.
+            FormatError: the layer was loaded by a loader that is not this plugin's.
         """
         if state_of(layer) is LayerState.READY:
             return

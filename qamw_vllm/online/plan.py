@@ -35,7 +35,7 @@ class OnlinePlan:
     ) -> None:
         self.index_bits = index_bits_of_rate(bits_per_weight)
         self.code = code
-        QamwFormat(self.index_bits, {}, code=code)  # or it is refused
+        QamwFormat(self.index_bits, {}, code=code)  # refuses unknown codes
         self.sum_over_ranks = sum_over_ranks
         self._layers: set[tuple[int, bool]] = set()
 

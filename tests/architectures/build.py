@@ -23,14 +23,14 @@ class Architecture:
 
     Attributes:
         name: its key.
-        class_name: of the transformers class that real checkpoints of it are saved from.
+        class_name: of the transformers class from which its real checkpoints are saved.
         published: what ``architectures`` in the config.json of real checkpoints says.
-        published_values: what else it has that ``save_pretrained`` does not write, and vLLM reads;
-            by section, the empty one for the top.
-        renames: patterns of tensor names that ``save_pretrained`` writes otherwise than real
-            checkpoints have them, with what takes their place.
-        transposed: patterns of names of tensors whose last two dimensions real checkpoints have the
-            other way round.
+        published_values: section of that config.json, empty for the top level -> its other values
+            that vLLM reads and ``save_pretrained`` does not write.
+        renames: pattern -> replacement, for tensor names that differ in real checkpoints from those
+            that ``save_pretrained`` writes.
+        transposed: patterns of the names of tensors whose last two dimensions are swapped in real
+            checkpoints.
         values: of the transformers config, with those of text and tower in their own dictionaries.
         pooling: vLLM's task for a model without a language head, or None.
         unbuildable: why transformers cannot build it here, or None.
@@ -89,8 +89,8 @@ def _complete(name: str, entry: dict[str, Any], data: dict[str, Any]) -> Archite
 def build(directory: Path, name: str) -> Path:
     """Write a tiny random checkpoint in bfloat16 with a tokenizer.
 
-    Its tensors have the names that real checkpoints have on disk. No parameter is zero, so that
-    none can be lost unseen.
+    Its tensors have the names that real checkpoints have on disk. No parameter is zero, so that the
+    loss of any is noticed.
 
     Args:
         name: a key of configs.json.
@@ -125,7 +125,7 @@ def _fill(name: str, tensor: torch.Tensor) -> None:
 
 
 def _publish(directory: Path, architecture: Architecture) -> None:
-    """Names as in real checkpoints, where transformers writes others."""
+    """Change names, values and transposed tensors to what real checkpoints have."""
     file = directory / "config.json"
     config = json.loads(file.read_text())
     config["architectures"] = [architecture.published]

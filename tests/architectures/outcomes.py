@@ -33,14 +33,14 @@ NEEDS = {
     build         transformers makes the tiny checkpoint, and reads it again
     plan          ``make_plan``
     none          quantized without calibration, and verified
-    dequantize    that one decoded to bfloat16, which transformers reads whole
+    dequantize    the checkpoint of ``none`` decoded to bfloat16; transformers reads all of it
     transformers  the quantized checkpoint read by transformers, against the decoded one
     calibrated    quantized with a few tokens, and verified
     plain         vLLM's CPU engine serves the tiny checkpoint itself
     vllm          it serves the quantized checkpoint, against the decoded one
     tensor_parallel  its model class loads the quantized checkpoint on each of two ranks, against
                   the decoded one
-    uncalibrated  it serves the one without calibration
+    uncalibrated  it serves the checkpoint of ``none``
     loading       it quantizes while loading, against the uncalibrated checkpoint
 """
 OFFLINE = tuple(NEEDS)[: tuple(NEEDS).index("plain")]
@@ -55,7 +55,7 @@ class NotApplicable(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one stage.
+    """How one stage ended.
 
     Attributes:
         message: why it did not pass, on one line.
@@ -67,11 +67,11 @@ class Outcome:
 
 @dataclass
 class Record:
-    """Of one architecture.
+    """How the stages of one architecture ended.
 
     Attributes:
         stages: those that were reached.
-        kept_share: of the weights in the decoder's matrices, those that stay in 16 bits; None
+        kept_share: share of the weights in the decoder's matrices that stay in 16 bits; None
             without a plan.
         seconds: that all stages took.
     """
@@ -97,7 +97,7 @@ class Record:
     def after(self, earlier: "Record") -> "Record":
         """This record, with stages of an earlier one that were left out this time.
 
-        Those which need a stage that has not passed now are forgotten.
+        Stages that need one that has not passed this time are dropped.
         """
         share = earlier.kept_share if self.kept_share is None else self.kept_share
         both = Record(self.architecture, {}, share, self.seconds)
@@ -136,7 +136,7 @@ def read_records(file: Path) -> list[Record]:
 
 
 def write_records(file: Path, records: Iterable[Record]) -> None:
-    """Write them as JSON lines, those of which no stage was reached left out."""
+    """Write them as JSON lines, except those without any stage reached."""
     file.write_text("".join(f"{record.to_json()}\n" for record in records if record.stages))
 
 
@@ -188,7 +188,7 @@ def expectations(records: Iterable[Record]) -> dict[str, dict[str, list[str]]]:
 
 
 def differences(records: Iterable[Record], expected: dict[str, dict[str, list[str]]]) -> list[str]:
-    """Where records are otherwise than expected, better or worse: a line for each stage.
+    """A line for each stage that ended differently from what is expected, better or worse.
 
     Args:
         expected: architecture -> stage -> status and message, of stages that do not pass; those

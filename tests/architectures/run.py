@@ -1,9 +1,9 @@
 """Take architectures through their stages: ``python -m tests.architectures.run RECORDS [NAMES]``.
 
 RECORDS is a file of JSON lines, one for each architecture; :mod:`.table` makes pages of them.
-``--offline`` leaves vLLM out. Many stages share a process, but an engine is the last thing in its
-own; where a stage hangs or takes the process with it, a new one goes on behind it. All are forked
-from this process, which has imported what they need.
+``--offline`` leaves vLLM out. Many stages share a process, but a process ends after the first stage
+that starts an engine. If a stage hangs or kills its process, a new process continues after that
+stage. All are forked from this process, which has imported what they need.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def run(
                 if outcome:
                     _note(records[name], stage, outcome, share, start)
                     write_records(file, records.values())
-                    has_more = stage in ENGINE  # what comes next is for another process
+                    has_more = stage in ENGINE  # the next stages run in another process
                     at += 1
                 start = time.monotonic()
             at = at if has_more else len(tasks)

@@ -14,7 +14,7 @@ from tests.architectures.vision import can_read_images, random_image
 from tests.helpers.engine_script import OPTIONS, import_model_class, prompt_logprobs
 
 ENVIRONMENT = {
-    # In this process: starting another one for each engine would take most of the time.
+    # Engines run in this process: starting another one for each would take most of the time.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -124,14 +124,14 @@ class Engine:
 
 
 def _import_model_class(published: str) -> None:
-    """The class that vLLM takes for an architecture; for some pooling models, that of the text."""
+    """Import vLLM's class for an architecture; for some pooling models, that of its text model."""
     base = re.sub(r"(Text)?Model$|ForSequenceClassification$", "", published)
     for name in (published, f"{base}ForCausalLM"):
         import_model_class(name)
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Log-probabilities agree, and there are none that are not numbers."""
+    """Check that log-probabilities agree, and that all of them are finite."""
     if not found.isfinite().all():
         raise AssertionError("log-probabilities are not finite")
     apart = (found - expected).abs().max().item()

@@ -19,7 +19,7 @@ from tests.architectures.outcomes import NotApplicable, described
 
 NONE = QuantizeRequest(calibration=None)
 FEW_TOKENS = QuantizeRequest(calibration_tokens=512, window_tokens=64)
-_LAYER = re.compile(r"(.*?)\.\d+\.")  # its list of layers
+_LAYER = re.compile(r"(.*?)\.\d+\.")  # group 1 is the name of the list of layers
 
 
 class Offline:
@@ -81,7 +81,7 @@ class Offline:
         return dataclasses.replace(request, allow_partial=self.architecture.allow_partial)
 
     def _read(self, directory: Path) -> Any:
-        """A plain checkpoint in transformers, where it must have just the tensors of the model."""
+        """Load a plain checkpoint in transformers; it must have exactly the model's tensors."""
         model, found = self._model_class.from_pretrained(
             directory, dtype=torch.bfloat16, output_loading_info=True
         )
@@ -101,7 +101,7 @@ def output(model: Any) -> torch.Tensor:
 
 
 def kept_share(plan: Plan) -> float:
-    """Of the weights in the matrices of the decoder's layers, those that are not quantized.
+    """The share of the weights in the matrices of the decoder's layers that are not quantized.
 
     Experts in one tensor are matrices; kernels of convolutions, with one input channel, are not.
     """

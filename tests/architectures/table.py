@@ -1,7 +1,7 @@
 """Write docs/architectures.md from records: ``python -m tests.architectures.table RECORDS...``.
 
-Of a stage that is in several files, the last one counts. ``--expect`` writes expected.json instead:
-how these architectures are to end from now on.
+If several files have the same stage, the last one counts. ``--expect`` writes expected.json
+instead: how the stages of these architectures are expected to end from now on.
 """
 
 import argparse
@@ -44,7 +44,7 @@ WORDS = {"passed": "yes", "refused": "refused", "failed": "**fails**", "not appl
 
 
 def page(records: Iterable[Record]) -> str:
-    """The page in Markdown: a table, and why what does not pass does not."""
+    """The page in Markdown: a table, and the reasons of the stages that do not pass."""
     rows, reasons = [], []
     for record in sorted(records, key=lambda record: record.architecture):
         share = "" if record.kept_share is None else f"{record.kept_share:.1%}"

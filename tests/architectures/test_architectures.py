@@ -34,7 +34,7 @@ from tests.architectures.vision import import_torchvision
 from tests.helpers.house import ROOT
 from tools.attack.isolated import run_isolated
 
-# Of those that pass, some that no other test has.
+# Some of the architectures that pass and that no other test uses.
 CROSS_SECTION = [
     *("qwen3_next", "glm4_moe", "minimax_m2", "granitehybrid", "lfm2_moe"),
     *("afmoe", "opt", "stablelm", "cohere2_moe", "minicpm3"),

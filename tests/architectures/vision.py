@@ -1,8 +1,8 @@
-"""What transformers reads images with, in an environment with PyTorch's CPU build.
+"""torchvision, with which transformers reads images, beside PyTorch's CPU build.
 
 The wheels of torchvision are made for PyTorch with CUDA: beside the CPU build, their operators
-cannot be loaded. Processors of images call none of them, only the Python code. So it lies outside
-of the environment, where no test but those of the architectures sees it.
+cannot be loaded. Image processors call none of them, only the Python code. So torchvision is
+installed outside of the environment, where only the tests of the architectures see it.
 """
 
 import importlib
@@ -17,7 +17,7 @@ TORCHVISION = Path(__file__).resolve().parents[2] / "build" / "torchvision"
 
 
 def import_torchvision(directory: Path = TORCHVISION) -> None:
-    """Import torchvision from a directory, without its operators; nothing where it is not there.
+    """Import torchvision from a directory, if it is there, without its operators.
 
     Raises:
         ImportError: it is another version than this PyTorch needs.
@@ -26,9 +26,9 @@ def import_torchvision(directory: Path = TORCHVISION) -> None:
         return
     sys.path.insert(0, str(directory))
     declared = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):  # those of which its Python code registers something
+    for operator in ("nms", "qnms"):  # its Python code registers functions for these
         declared.define(f"{operator}(Tensor boxes) -> Tensor")
-    # The operators are there as long as this is.
+    # The operators exist as long as this object does.
     importlib.import_module("torchvision").declared_operators = declared  # type: ignore[attr-defined]
 
 

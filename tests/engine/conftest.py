@@ -41,10 +41,10 @@ def cpu_engine() -> None:
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small, offline, and without traces outside the test's folder."""
+    """Variables for engines that are small, offline and write only into the tests' folder."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    if "PYTEST_XDIST_WORKER" in os.environ:  # then this folder's parent is that of the whole run
-        cache = cache.parent.parent / "cache"  # vLLM inspects every model class only once
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has a folder in that of the whole run
+        cache = cache.parent.parent / "cache"  # so that vLLM inspects every model class only once
     inherited = {
         name: value
         for name, value in os.environ.items()
@@ -58,7 +58,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "VLLM_NO_USAGE_STATS": "1",
-        # Two ranks on one NUMA node need both.
+        # Two ranks on one NUMA node need both variables.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
     }
@@ -72,7 +72,7 @@ def run(environment: dict[str, str]) -> EngineRunner:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
-    """architecture -> a tiny quantized checkpoint, made once; ``model`` beside it is the plain."""
+    """architecture -> a tiny quantized checkpoint, made once; ``model`` beside it is plain."""
     made: dict[str, Path] = {}
 
     def make(architecture: str) -> Path:
@@ -108,7 +108,7 @@ def tiny_results(run: EngineRunner, checkpoint: MakeCheckpoint) -> dict[str, Res
             "options": {"dtype": "float32", "enforce_eager": False},
         }
     )
-    # Random weights: instead of those of a checkpoint, and of a plain one.
+    # Random weights, in place of those of a quantized checkpoint and of a plain one.
     experts = checkpoint("mixtral")
     for model in (experts, experts.parent / "model"):
         options = {"load_format": "dummy", "quantization": "qamw"}

@@ -69,9 +69,10 @@ def test_features_of_vllm(run, checkpoint, dequantized, adapter, tmp_path):
 
 
 def models_with_draft_layer(folder: Path) -> tuple[Path, Path]:
-    """A tiny GLM-4 with a layer that predicts a further token: quantized, and what it stands for.
+    """A tiny GLM-4 with a layer that predicts a further token: quantized, and dequantized.
 
-    Both its model and that layer say little but what follows their last token, so they agree.
+    The large embeddings dominate: what the model and that layer predict depends on little but the
+    last token, so they agree.
     """
     model = build(folder / "model", "glm4_moe")
     tensors = load_file(model / "model.safetensors")

@@ -13,7 +13,7 @@ from tests.helpers.engine import (
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("packed")]
 
-# Per step: the engine tries the largest one when it starts, and the interpreter is slow.
+# In each step: the engine runs the largest step when it starts, and the interpreter is slow.
 FEW_TOKENS = {"max_num_batched_tokens": 16, "enable_chunked_prefill": True}
 COMPILED = {"enforce_eager": False}
 

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("refusals")]
 
 
 def drop(tensor: torch.Tensor) -> None:
-    """For change_tensor: without this tensor."""
+    """A change for change_tensor that drops the tensor."""
 
 
 def nan_in_row_5(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from tests.helpers.models import tiny_model
 
 pytestmark = [pytest.mark.engine, pytest.mark.xdist_group("renamed")]
 
-# Mixed rates, so that no two layers need have the same one; and a module that stays plain.
+# Mixed rates, so that layers may have different ones; and a module that stays plain.
 MIXED = QuantizeRequest(bpw=4.7, calibration_tokens=2048)
 # architecture -> a pattern of what is ignored, under a name that vLLM does not have
 RENAMED = {
@@ -66,7 +66,7 @@ def results(run, quantized, tmp_path_factory) -> dict[str, Result]:
         model = tiny_model(folder / name, name)
         jobs[f"{name}-online"] = {"model": str(model), "options": {"quantization": "qamw"}}
     mamba = tiny_model(folder / "mamba", "mamba")
-    # The quantizer itself leaves them as they are, where it knows this vLLM.
+    # Without the patch, the quantizer leaves plain what this vLLM cannot serve quantized.
     with patch.object(plan, "as_served", lambda structure, architecture: structure):
         quantize(mamba, folder / "mamba-quantized", QuantizeRequest(calibration=None))
     jobs["mamba"] = {"model": str(folder / "mamba-quantized")}

@@ -35,7 +35,7 @@ def test_the_encoder_writes_the_same_bytes(code: str, tmp_path: Path) -> None:
 
 
 def read_indices(words: list[list[int]], index_bits: int, num_pairs: int) -> list[int]:
-    """Of one row: ``words`` [index_bits, K / 64] are its part of the planes."""
+    """The indices of one row, whose part of the planes is ``words`` [index_bits, K / 64]."""
     indices = []
     for pair in range(num_pairs):
         unit, within = divmod(pair, 32)

@@ -16,7 +16,7 @@ Encode = Callable[[str, torch.Tensor], dict[str, torch.Tensor] | None]
 
 
 def encode_checkpoint(directory: Path, quantization: dict[str, Any], encode: Encode) -> None:
-    """Replace weights of the decoder layers, and tell so in config.json.
+    """Replace weights of the decoder layers, and set ``quantization_config`` in config.json.
 
     Args:
         quantization: ``quantization_config``.
@@ -34,7 +34,7 @@ def encode_checkpoint(directory: Path, quantization: dict[str, Any], encode: Enc
 
 
 def is_linear(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is one that others quantize: a matrix, and none of a router."""
+    """Whether other methods quantize a tensor: it is a matrix, and not that of a router."""
     return name.endswith("proj.weight") and tensor.ndim == 2
 
 

@@ -21,8 +21,8 @@ All but "model" and "prompts" may be left out. The last line on stdout is a JSON
      "accepted": number of drafted tokens that were taken, where "disable_log_stats" is false}
 
 or, where the engine refused to start, {"error": message}. Every engine runs in a process of its
-own, so that none of its state reaches the next one. It is forked from this one, which has imported
-what takes longer than everything else.
+own, so that none of its state reaches the next one. It is forked from this process, which has
+already done the imports: they take longer than everything else.
 """
 
 import gc
@@ -48,8 +48,8 @@ OPTIONS = {
 def import_engine() -> None:
     """Import vLLM, before processes for its engines are forked.
 
-    What is imported is kept from the garbage collector: an engine calls it nine times, and it would
-    look through everything every time.
+    The imported objects are hidden from the garbage collector: an engine calls it nine times, and
+    it would look through all of them every time.
     """
     import vllm.entrypoints.llm
     import vllm.model_executor.models
@@ -84,7 +84,7 @@ def prompt_logprobs(prompt: list[int], output: Any) -> list[float]:
 
 
 def accepted_drafts(llm: Any) -> int:
-    """How many tokens that were drafted this engine has taken."""
+    """How many drafted tokens this engine has accepted."""
     name = "vllm:spec_decode_num_accepted_tokens"
     return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
 
@@ -99,7 +99,7 @@ def import_model_classes(job: dict[str, Any]) -> None:
 def import_model_class(architecture: str) -> None:
     """Import a model class here: vLLM would inspect it in a new process, which takes long.
 
-    An architecture that vLLM does not know is left to it.
+    An architecture that vLLM's registry does not list is not imported here.
     """
     from vllm import ModelRegistry
 

@@ -22,7 +22,7 @@ FOLDERS = {
     "tests": ROOT / "tests",
 }
 BODY = ":body"
-"""Suffix of the node of a package's ``__init__`` as it runs when something below it is imported."""
+"""Suffix of the node for a package's ``__init__`` as it runs when a module below is imported."""
 
 Sources = Mapping[str, str]
 """Module name -> text. The ``__init__`` of a package has the name of the package."""
@@ -92,10 +92,10 @@ def resolve(target: str, sources: Sources) -> str | None:
 def import_graph(sources: Sources) -> Graph:
     """What every module needs, lazy imports included.
 
-    Whoever imports ``a.b.c`` also runs the ``__init__`` of ``a`` and ``a.b``: these are nodes of
-    their own, ``a:body`` and ``a.b:body``, with what an ``__init__`` imports when it runs. What
-    it imports inside functions counts for those only who import the package itself. (vLLM asks the
-    package ``qamw_vllm`` for ``register``, which imports the rest lazily.) Imports for type
+    A module that imports ``a.b.c`` also runs the ``__init__`` of ``a`` and ``a.b``: these are nodes
+    of their own, ``a:body`` and ``a.b:body``, with what an ``__init__`` imports when it runs. What
+    it imports inside functions counts only for modules that import the package itself. (vLLM asks
+    the package ``qamw_vllm`` for ``register``, which imports the rest lazily.) Imports for type
     checkers are left out, as they never run.
     """
     graph: Graph = {}
@@ -130,7 +130,7 @@ def room_graph(sources: Sources) -> Graph:
 
 
 def circle(graph: Graph) -> list[str]:
-    """Nodes each of which is needed by the next one, the first also being the last; or nothing."""
+    """A circle: nodes each of which the next one needs, the last being the first; or nothing."""
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:

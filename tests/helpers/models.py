@@ -80,9 +80,9 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "topk_method": "noaux_tc",
         "scoring_func": "sigmoid",
     },
-    # Its checkpoints have matrices that are several parameters.
+    # Some matrices of its checkpoints become several parameters.
     "hrm_text": {"head_dim": 64, "num_key_value_heads": 4, "num_layers_per_stack": 1},
-    # vLLM's model classes know these by other names than their checkpoints.
+    # vLLM's model classes name, fuse or split these layers differently from their checkpoints.
     "glm4": {"head_dim": 64, "attention_bias": True},
     "stablelm": {"use_qkv_bias": True},
     "minicpm3": {
@@ -127,7 +127,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "bloom": {"tie_word_embeddings": True},
     "gpt2": {"tie_word_embeddings": True},
     "gptj": {"rotary_dim": 32},
-    # A layer of vLLM without a quantization config.
+    # vLLM builds one of its layers without a quantization config.
     "mamba": {"time_step_rank": 64, "tie_word_embeddings": True},
 }
 

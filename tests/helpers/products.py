@@ -34,7 +34,7 @@ def random_product(
     dtype: torch.dtype,
     has_bias: bool,
 ) -> Product:
-    """The same for the same arguments; indices are used equally often."""
+    """A random product, the same one for the same arguments; every index is used equally often."""
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(num_rows * num_inputs // 2, generator=generator)
     indices = (order % 2**rate.index_bits).view(num_rows, -1)
@@ -55,8 +55,8 @@ def random_product(
 
 
 def check_rounded(y: torch.Tensor, exact: torch.Tensor) -> None:
-    """y is the exact result, rounded to its dtype, but for the order of additions."""
+    """Check that y is the exact result, rounded to its dtype, but for the order of additions."""
     step = 2**-8 if y.dtype == torch.bfloat16 else 2**-11
     torch.testing.assert_close(y.double(), exact, rtol=step, atol=1e-3)
-    # One wrong weight spoils a row, which is one in a hundred at least.
+    # One wrong weight spoils its row of y.T, which is 1 % of y or more with up to 100 rows.
     assert (y == exact.to(y.dtype)).double().mean() > 0.99

@@ -1,7 +1,7 @@
-"""Processes of a run, played by threads of one process: none is started.
+"""The processes of a run, simulated by threads of one process.
 
-One of them runs at a time, until it has to wait: torch and transformers build models with the help
-of global state.
+Only one thread runs at a time, until it has to wait, because torch and transformers use global
+state when they build models.
 """
 
 import threading
@@ -44,7 +44,7 @@ class _ThreadRanks(Ranks):
 
 
 def in_ranks(count: int, work: Callable[[Ranks], T]) -> list[T]:
-    """What ``work`` returns in each of several processes."""
+    """What ``work`` returns in each of several simulated processes."""
     turn, barrier, values = threading.Lock(), threading.Barrier(count), [None] * count
 
     def of(index: int) -> T:

@@ -1,8 +1,8 @@
-"""The words of every refusal, read in the sources of the three packages.
+"""The words of every refusal, read from the sources of the three packages.
 
-A refusal is a call of an error class of the project, or a line of a list of faults. What is known
-only when it is made is a gap; a part that is made nearby is looked up: a local variable, and what a
-function of the project returns.
+A refusal is a call of an error class of the project, or a line of a list of faults. A part of its
+message that is only known at run time is a gap. The values of local variables, and what functions
+of the project return, are looked up in the sources.
 """
 
 import ast
@@ -15,12 +15,12 @@ from pathlib import Path
 
 GAP = "\N{HORIZONTAL ELLIPSIS}"
 HANDED_ON = "\N{DOWNWARDS ARROW}"
-"""In the words: what another error says, which is of a library or a refusal by itself."""
+"""Stands for the message of another error, which is a library's or a refusal of its own."""
 
-# Besides QamwError and what is derived from it: the errors of the two command lines, and what makes
-# a QuantizeError of whatever the code of a model raises.
+# Besides QamwError and its subclasses: the errors of the two command lines, and ``explained``. It
+# turns whatever the code of a model raises into a QuantizeError.
 _ALSO = {"ArgumentTypeError", "RuntimeError", "explained"}
-_MAX_DEPTH = 8  # of what is looked up: a variable may be made of itself
+_MAX_DEPTH = 8  # of look-ups: a variable may be made of itself
 _FAULTS = {"fault", "faults"}  # variables
 _GAPS = re.compile(f"{GAP}+")
 
@@ -39,12 +39,12 @@ class Refusal:
 
     @property
     def has_words(self) -> bool:
-        """Whether any of them is known before it is made."""
+        """Whether any word of the message is known before run time."""
         return re.search("[A-Za-z]", self.words) is not None
 
     @property
     def hands_on(self) -> bool:
-        """Whether it tells what another error says."""
+        """Whether it contains the message of another error."""
         return HANDED_ON in self.words
 
 
@@ -57,7 +57,7 @@ class _Function:
 
     @cached_property
     def assigned(self) -> dict[str, list[ast.expr]]:
-        """Name of a variable -> all that it is made of."""
+        """Name of a variable -> all expressions that are assigned or added to it."""
         found: dict[str, list[ast.expr]] = {}
         for node in self.nodes:
             match node:
@@ -71,7 +71,7 @@ class _Function:
 
     @cached_property
     def caught(self) -> set[str]:
-        """Names of errors."""
+        """Names of caught errors."""
         return {n.name for n in self.nodes if isinstance(n, ast.ExceptHandler) and n.name}
 
     @cached_property
@@ -125,7 +125,7 @@ class Sources:
                 yield node, node.args
 
     def _words(self, node: ast.expr, function: _Function, depth: int = 0) -> str:
-        """Those of an expression, with gaps."""
+        """The words of an expression, with gaps."""
         if isinstance(node, ast.Constant):
             return node.value if isinstance(node.value, str) else GAP
         if _called(node) == "Option":
@@ -136,7 +136,7 @@ class Sources:
         return HANDED_ON if _mentions(node, {*function.caught, *_FAULTS}) else GAP
 
     def _parts(self, node: ast.expr, function: _Function) -> tuple[str, list[Part]]:
-        """What an expression is made of, or may be; and what stands between these."""
+        """The text that joins the parts or possible values of an expression, and these parts."""
         match node:
             case ast.JoinedStr(values=parts) | ast.Tuple(elts=parts) | ast.List(elts=parts):
                 return "", [(part, function) for part in parts]
@@ -169,7 +169,7 @@ def _errors(classes: Sequence[ast.ClassDef]) -> set[str]:
 
 
 def _constants(trees: Iterable[ast.Module]) -> Iterator[tuple[str, ast.expr]]:
-    """Strings with a name that modules share."""
+    """Names and values of the string constants of modules."""
     for node in (node for tree in trees for node in tree.body):
         match node:
             case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str()) as value):

@@ -1,4 +1,4 @@
-"""vLLM in this process alone, which may take itself for one of several ranks."""
+"""vLLM in this process alone, which may act as one of several ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +19,8 @@ def tensor_parallel_rank(
 ) -> Iterator[None]:
     """vLLM's groups of processes, and its config, inside a block.
 
-    The groups have this process alone, but what asks for the tensor-parallel rank is told another
-    one: enough for making and loading a model, as long as no rank talks to the others.
+    The groups contain only this process, but code that asks for the tensor-parallel rank and size
+    gets these arguments. That is enough to make and load a model, if no rank talks to the others.
 
     Args:
         rank: of ``size`` tensor-parallel ranks.

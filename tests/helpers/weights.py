@@ -6,7 +6,7 @@ from qamw_kernels.format.codebook import PLAIN
 from qamw_kernels.format.packing import pack_planes
 from qamw_kernels.format.weight import QuantizedWeight
 
-# Index bits -> the most mean squared error, relative to the variance, of Gaussian coordinates.
+# Index bits -> limit of the mean squared error, relative to the variance, of Gaussian coordinates.
 NMSE_CEILING = {
     6: 0.0307,
     7: 0.0156,
@@ -29,7 +29,7 @@ def random_weight(
 ) -> QuantizedWeight:
     """Random indices, row norms over four octaves and signed input scales.
 
-    The indices have every value as often as the size allows.
+    Every index occurs equally often, as far as the size allows.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(num_rows * num_inputs // 2, generator=generator)

@@ -1,6 +1,6 @@
 """Real faults at a chosen moment, without a change to the code under test.
 
-CPython tells audit hooks what it is about to do, and an exception raised there ends it.
+CPython tells audit hooks what it is about to do, and an exception raised in a hook prevents it.
 """
 
 import functools
@@ -19,7 +19,7 @@ _observers: list[Observer] = []
 
 
 class Killed(BaseException):
-    """Not an Exception, so that no handler can keep it."""
+    """Not an Exception, so that no ``except Exception`` catches it."""
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def observed(observer: Observer) -> Iterator[None]:
 
 @functools.cache
 def _install_hook() -> None:
-    """An audit hook stays for the life of a process."""
+    """Install the hook once: an audit hook stays for the life of a process."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         for observer in _observers:

@@ -37,9 +37,9 @@ def quantize_together(processes: int, model: Path, out: Path, *options: str) -> 
 
 
 def agree(one: Path, other: Path) -> None:
-    """Two results are the same but for the noise of sums in another order.
+    """Check that two results differ only by the noise of sums in another order.
 
-    Where that chooses another codeword, the rest of the row makes up for it.
+    Where this noise changes a codeword, the rest of the row compensates for it.
     """
     reports = [json.loads((out / "qamw_report.json").read_text()) for out in (one, other)]
     for a, b in zip(*(report["layers"] for report in reports), strict=True):
@@ -53,7 +53,7 @@ def agree(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layers enough to be caught between two of them."""
+    """A model with enough layers to be interrupted between two of them."""
     return tiny_model(tmp_path_factory.mktemp("ranks") / "model", "llama", num_hidden_layers=6)
 
 

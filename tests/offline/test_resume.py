@@ -48,7 +48,7 @@ def test_kill_and_resume_at_every_write(
         quantize(tiny_llama, tmp_path / "whole", request_)
     expected = files_of(tmp_path / "whole")
     assert len([file for file in written if file.endswith(".safetensors")]) >= 4
-    # With calibration a run costs more, and differs only while shards are written.
+    # With calibration a run takes longer, so it is killed only where it differs: at its shards.
     calibrated = request_.calibration is not None
     points = [i for i, f in enumerate(written) if not calibrated or f.endswith(".safetensors")]
     for kill_at in points:
@@ -57,7 +57,7 @@ def test_kill_and_resume_at_every_write(
             quantize(tiny_llama, out, request_)
         finished = (out / "config.json").exists()
         assert finished == (after_rename and written[kill_at] == "config.json")
-        # Killed before its first promise, a run is started again like a new one.
+        # A run that was killed before it recorded progress is started again like a new one.
         quantize(tiny_llama, out, request_, resume=(out / PROGRESS).exists())
         assert files_of(out) == expected, f"killed at {written[kill_at]}"
 

@@ -26,7 +26,7 @@ def rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 
 @pytest.fixture
 def one_rank() -> Iterator[None]:
-    """vLLM's groups of processes, with this one alone: its experts ask for them."""
+    """vLLM's process groups with only this process: vLLM's experts ask for them."""
     from tests.helpers.vllm_rank import tensor_parallel_rank
 
     with tensor_parallel_rank():

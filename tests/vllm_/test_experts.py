@@ -53,13 +53,13 @@ PREFIX = "model.layers.0.mlp.experts"
 
 
 def clamped_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """That of gpt-oss."""
+    """The activation of gpt-oss."""
     gate, up = gate.clamp(max=7), up.clamp(-7, 7)
     return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 def apply_interleaved(_: object, out: torch.Tensor, both: torch.Tensor, **__: object) -> None:
-    """As vLLM's kernel, which CPU builds lack."""
+    """Computes the same as vLLM's kernel, which CPU builds lack."""
     out.copy_(clamped_swiglu(both[:, ::2], both[:, 1::2]))
 
 
@@ -69,7 +69,7 @@ MATRICES = {
     "down_proj": (HIDDEN, INNER),
 }
 Weights = dict[str, list[torch.Tensor]]
-"""Name of a matrix -> that of every expert."""
+"""Name of a matrix -> that matrix of every expert."""
 
 
 def biased_experts(config: QamwConfig) -> Any:

@@ -34,7 +34,7 @@ Rank = Callable[[int, int], None]
 def part_of_rank(
     kind: str, outputs: list[torch.Tensor], tp_rank: int, tp_size: int
 ) -> torch.Tensor:
-    """What a rank's layer computes of the outputs [M, N] of its matrices; not of an o_proj."""
+    """The part of its matrices' outputs [M, N] that a rank computes; not for an o_proj."""
     if kind == "fc":
         return outputs[0]
     if kind == "qkv_proj":
@@ -136,7 +136,7 @@ def test_impossible_tensor_parallel_size_names_the_possible_ones(rank: Rank) -> 
     config = make_config(rotation_block_sizes={K: 128})
     make_layer("qkv_proj", config)  # its inputs are not split
     message = r"o_proj: tensor_parallel_size=4 leaves 64 of the 256 .* multiple of 128 .*: 1, 2\. "
-    layer = make_layer("o_proj", config)  # it could be one that is not quantized
+    layer = make_layer("o_proj", config)  # not refused yet: its weight may still arrive plain
     with pytest.raises(TensorError, match=message):
         load(layer, "o_proj", make_checkpoint("o_proj"))
 

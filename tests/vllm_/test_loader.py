@@ -78,7 +78,7 @@ def settings(model: Path | str, method: dict[str, Any] | None = None, **changes:
 
 
 class ModelWithSharedNorm(Model):
-    """The norm has another name before its own, as routers do that fused experts have too."""
+    """The norm is first registered under another name, like a router that its experts hold too."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,7 +59,7 @@ def matrices_of(kind: str, index_bits: int | None, seed: int = 0) -> list[Tensor
 
 
 def deliver_plain(layer: Any, kind: str, matrices: list[Tensors]) -> None:
-    """By the parameter that vLLM's model knows from before the layer was loaded."""
+    """Deliver weights to the parameter that the layer had before anything was loaded."""
     parameter = dict(layer.named_parameters())["weight"]
     for position, tensors in enumerate(matrices):
         shard = [SHARD_IDS[kind][position]] if kind in SHARD_IDS else []

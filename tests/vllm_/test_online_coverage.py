@@ -41,7 +41,7 @@ def test_rates_of_no_codebook_are_refused() -> None:
 
 
 def block(config: QamwConfig | None, inputs: int = K) -> nn.Module:
-    """A layer of a model: two linears; no name in it says so."""
+    """A layer of a model: two linears, whose names do not tell what they are."""
     module = nn.Module()
     module.a = ColumnParallelLinear(inputs, 512, quant_config=config)
     module.b = RowParallelLinear(512, inputs, quant_config=config)

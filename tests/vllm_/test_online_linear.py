@@ -35,7 +35,7 @@ Rank = Callable[[int, int], None]
 def sums_of_whole_rows(
     weight: torch.Tensor, rotation_block_size: int, code: str
 ) -> list[torch.Tensor]:
-    """What ranks have when they have summed, each time that they do, for one weight."""
+    """The results of all sums over ranks, in order, while one weight is quantized."""
     totals: list[torch.Tensor] = []
 
     def record(sums: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_quantized_while_loading(
             for position, weight in enumerate(weights):
                 shard = [SHARD_IDS[kind][position]] if kind in SHARD_IDS else []
                 plain.weight.weight_loader(plain.weight, weight, *shard)
-        # Else sleep mode could take the memory of what the next load relies on.
+        # Otherwise sleep mode could free cached tables that the next load needs.
         assert not grid.cache_info().currsize
         tensors = dict(packed.named_parameters())
         assert tensors.keys() == {"qweight", "row_norms", "input_scales"}

@@ -57,7 +57,7 @@ def cycles(blocks: Sequence[list[Record]], warps: int, programs: int = 1, turns:
 
 
 def run(blocks: Sequence[list[Record]], warps: int, programs: int = 1, turns: int = 1) -> Outcome:
-    """Of programs whose warps go through all blocks some times."""
+    """Simulate programs whose warps go through all blocks ``turns`` times."""
     steps = tuple(BlockStep(b, 0, t) for t in range(turns) for b in range(len(blocks)))
     launch = Launch(blocks, [(0, [steps] * warps)] * programs, programs_each=1)
     return simulate(launch, H100, MACHINE)
@@ -70,7 +70,7 @@ def test_stall_counts_and_units() -> None:
     assert cycles([chain], 1) == pytest.approx(400, abs=8)
     dense = block(*[instruction("LOP3.LUT")] * 100)
     assert cycles([dense], 1) == pytest.approx(200, abs=8)  # half a warp a cycle
-    assert cycles([dense], 4) == pytest.approx(200, abs=8)  # of four schedulers
+    assert cycles([dense], 4) == pytest.approx(200, abs=8)  # one warp on each of four schedulers
     assert cycles([dense], 16) == pytest.approx(800, abs=8)
 
 

@@ -22,7 +22,7 @@ def bytes_of(tensor: torch.Tensor) -> Array:
 
 
 def lanes_of_a_bank(target: int, rate: Rate) -> int:
-    """Lanes that wait for each other when they look up, as the table has too few copies."""
+    """Lanes of a warp that look up in the same bank: more than 1 if the table has few copies."""
     return 32 // copies(rate, SHARED_BYTES[target])
 
 
@@ -30,7 +30,7 @@ class PtxLauncher:
     """Compiles for sm_90, and executes with tensors on the CPU.
 
     Attributes:
-        machines: of every launch, after it.
+        machines: the machine of every launch, after it has run.
     """
 
     def __init__(self, multiprocessors: int, seed: int | None = None) -> None:
@@ -68,7 +68,7 @@ class PtxLauncher:
 
     @staticmethod
     def _parameters(argument: Any, memory: dict[int, Array]) -> list[int | TensorMap]:
-        """Of one argument; tensors are added to ``memory``, 4 GiB apart."""
+        """The parameters for one argument; tensors are added to ``memory``, 4 GiB apart."""
         if isinstance(argument, int):
             return [argument]
         tensor = argument if isinstance(argument, torch.Tensor) else argument.base

@@ -20,12 +20,12 @@ PARAMETERS = 1 << 24  # address of the first parameter, for those that are read 
 
 
 class TensorMap(NamedTuple):
-    """A matrix of 16 bit floats, of which the copy engine brings boxes to shared memory.
+    """A matrix of 16 bit floats, from which the copy engine copies boxes to shared memory.
 
     Attributes:
         address: of its buffer.
-        shape: (rows, columns); a row follows the one before.
-        box: (rows, columns), 128 bytes wide; zeros where the matrix ends.
+        shape: (rows, columns), contiguous.
+        box: (rows, columns), 128 bytes wide; filled with zeros outside of the matrix.
     """
 
     address: int
@@ -34,7 +34,7 @@ class TensorMap(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """One that has been started."""
+    """A copy that has been started."""
 
     tensor_map: TensorMap
     column: int
@@ -50,8 +50,8 @@ class Group:
     Attributes:
         at: number of the next instruction.
         state: "running", "barrier", "waiting" (for copies) or "done".
-        products: groups of wgmma that have not been waited for, each with where its second operand
-            is and what the warps knew then.
+        products: groups of wgmma products that have not been waited for; of each product the
+            instruction, its second operand's descriptor, and the warps' clocks at its start.
     """
 
     def __init__(self, registers: Registers, warps: Array) -> None:
@@ -64,8 +64,9 @@ class Machine:
     """One kernel.
 
     Attributes:
-        look_ups: 32 bit loads from the table of ``table_bytes``; only where all warps run in step.
-        look_up_conflicts: most lanes of a warp that one of them found in the same bank.
+        look_ups: number of 32 bit loads from the table of ``table_bytes``; counted only if all
+            warps run in step.
+        look_up_conflicts: the largest number of lanes of a warp with the same bank in one of them.
     """
 
     def __init__(self, ptx: str) -> None:
@@ -158,7 +159,7 @@ class Machine:
         self.shared.store(address.reshape(-1), box.reshape(-1, 16), barrier, clock)
 
     def _run_group(self, group: Group) -> None:
-        """Until it waits for others, or for some time."""
+        """Run until the group waits for others; with a seed, at most a random number of steps."""
         group.state = "running"
         left = self.order.randrange(1, 400) if self.order else -1
         while group.state == "running" and left:
@@ -184,7 +185,8 @@ class Machine:
         _, opcode, operands, _ = instruction
         name = opcode[0]
         if opcode[:2] == ["bar", "warp"]:
-            assert operands == ["0xffffffff"], "not a barrier of a whole warp"  # always in step
+            # Nothing else to do: the lanes of a warp always run in step.
+            assert operands == ["0xffffffff"], "not a barrier of a whole warp"
         elif name in ("bar", "barrier"):
             self._check_barrier(opcode, operands)
             group.state = "barrier"
@@ -195,7 +197,7 @@ class Machine:
         elif name == "mbarrier":
             self._mbarrier(group, opcode, operands)
         elif name == "griddepcontrol":
-            pass  # programs of one kernel run after those of another
+            pass  # nothing to wait for: kernels do not overlap here
         elif name == "fence":
             assert opcode[1:3] == ["proxy", "async"], opcode
             self.shared.fence(group.warps)
@@ -213,10 +215,10 @@ class Machine:
         assert opcode[1] == "sync" and operands == ["0"], "not a barrier of the whole program"
 
     def _check_prefetch(self, group: Group, place: str, size: str = "") -> None:
-        """Nothing is done, but what is not there must not be asked for.
+        """A prefetch does nothing, but must not ask for memory outside of a buffer.
 
         Args:
-            size: of a bulk prefetch in bytes; others are of the line that ``place`` is in.
+            size: of a bulk prefetch in bytes; empty for one of the cache line that has ``place``.
         """
         for address in self._address(group, place)[group.registers.mask].tolist():
             start, buffer = self._buffer(address)
@@ -269,7 +271,7 @@ class Machine:
                 self._finish_a_copy()
 
     def _wgmma(self, group: Group, instruction: Instruction) -> None:
-        """Products are computed when they are waited for: as late as may be."""
+        """Products are computed as late as possible: when they are waited for."""
         kind, operands = instruction.opcode[1], instruction.operands
         if kind == "mma_async":
             descriptor = group.registers.values[operands[2]]
@@ -338,7 +340,7 @@ class Machine:
             buffer[bytes_at] = np.ascontiguousarray(values[mask]).view(np.uint8)
 
     def _note_access(self, group: Group, at: Array, load: bool, size: int) -> None:
-        """Of the threads in the mask, for races."""
+        """Check the accesses of the threads in the mask for races, and record them."""
         per_access = size // UNIT
         units = (at[:, None] // UNIT + np.arange(per_access)).reshape(-1)
         warps = group.warps[group.registers.mask.nonzero()[0] // 32].repeat(per_access)

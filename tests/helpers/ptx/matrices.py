@@ -1,8 +1,8 @@
 """The matrix instructions, for all warps of some registers at once.
 
-Lane (g, t) = (lane / 4, lane % 4) of a first operand holds rows g and g + 8 of 16, and of every 16
-k 2 t, 2 t + 1, 2 t + 8 and 2 t + 9; of the sums the same rows, and of every 8 columns 2 t and
-2 t + 1.
+A lane is (g, t) = (lane / 4, lane % 4). Of a first operand with 16 rows and 16 k, it holds rows g
+and g + 8, each with k = 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. Of the sums, it holds the same rows, and
+columns 2 t and 2 t + 1 of every 8.
 """
 
 import re
@@ -57,8 +57,8 @@ def multiply_in_warps(registers: Registers, opcode: list[str], operands: list[st
 def second_operand_bytes(descriptor: int, columns: int) -> Array:
     """Where wgmma finds its second operand: offsets [column, k] in shared memory, of 16 k.
 
-    Columns lie 128 bytes apart, and every 8 of them as far as the descriptor says; the 16 byte
-    pieces of every 128 bytes are swapped by the 3 address bits above.
+    Columns lie 128 bytes apart, groups of 8 columns as far apart as the descriptor says. Within
+    128 bytes, the number of a 16 byte piece is XORed with the 3 address bits above.
     """
     assert descriptor >> 62 == 1, "only the 128 byte swizzle is known"
     assert descriptor >> 49 & 7 == 0, "a base offset"

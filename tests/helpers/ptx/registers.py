@@ -46,12 +46,12 @@ def float_to_bf16(values: Array) -> Array:
 
 
 def bits_of(kind: str) -> int:
-    """32 of "f32", "s32", "b32" and of what has no width."""
+    """Width in bits: 32 for "f32", "s32", "b32", and also for a kind without a width."""
     return int(re.sub(r"\D", "", kind) or 32)
 
 
 class Registers:
-    """Of ``count`` threads, whole warps. ``mask`` says which of them the instruction is for."""
+    """The registers of ``count`` threads, whole warps. ``mask`` says which execute instructions."""
 
     def __init__(self, count: int, values: dict[str, Array]) -> None:
         self.count, self.values = count, values
@@ -154,7 +154,7 @@ class Registers:
     def _shuffle(
         self, mode: str, target: str, source: str, which: str, bounds: str, _: str
     ) -> None:
-        """Every thread gets the value of another lane, or keeps its own where that is outside."""
+        """Every thread gets another lane's value, or keeps its own if that lane is outside."""
         assert self.mask.all(), "a shuffle without some of the threads"
         threads, number = np.arange(self.count), int(which, 0)
         lanes = threads % 32
@@ -194,7 +194,7 @@ class Registers:
 
     @staticmethod
     def _divide(name: str, a: Array, b: Array, dtype: type) -> Array:
-        """Towards zero; that of a negative number is not needed."""
+        """Quotient rounded toward zero, or remainder; negative numbers are not needed."""
         x, y = a.view(dtype), b.view(dtype)
         assert (x >= 0).all() and (y > 0).all(), "division of a negative number, or by zero"
         return (x // y if name == "div" else x % y).view(a.dtype)

@@ -1,9 +1,10 @@
-"""Shared memory that knows who did what, and whether a barrier lies between.
+"""Shared memory that finds races: accesses of different agents without a barrier between them.
 
-Agents are the warps of a program, and for every mbarrier the copies that end at it. An agent's time
-is counted; its clock has, for every agent, the time up to which it is known that all is done. An
-access is a race when the last write there, or for a write any read, is later than the accessing
-agent's clock says. This finds a missing barrier in whatever order warps run.
+Agents are the warps of a program and, for every mbarrier, the copies that complete on it. Each
+agent counts its own time. It also has a vector clock: for every agent, the time up to which that
+agent's accesses are known to be done. An access is a race if the last write to the same place, or
+for a write any read of it, is later than the accessing agent's clock says. So a missing barrier is
+found in whatever order the warps run.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 
 from tests.helpers.ptx.registers import Array
 
-FIRST = 1024  # address of the first byte; the driver has those before
+FIRST = 1024  # address of the first byte; the driver reserves those before
 MAX_MBARRIERS = 8
 UNIT = 2  # bytes; no access is smaller
 
@@ -22,8 +23,8 @@ class Mbarrier:
     """A barrier in shared memory that counts arrivals and bytes copied.
 
     Attributes:
-        phase: that is not complete.
-        clock: of whoever has arrived, and of the copies.
+        phase: number of the current phase, which is not complete.
+        clock: element-wise maximum of the clocks of the warps that arrived, and of the copies.
     """
 
     count: int
@@ -60,7 +61,7 @@ class Shared:
         self.clocks: Array = np.zeros((self.num_warps, num_agents), np.int32)
         np.fill_diagonal(self.clocks, 1)
         self._writer: Array = np.zeros(num_units, np.int32)
-        self._written: Array = np.zeros(num_units, np.int32)  # at which time of the writer
+        self._written: Array = np.zeros(num_units, np.int32)  # the writer's time at the write
         self._read: Array = np.zeros((num_units, num_agents), np.int32)
         self._unfenced: Array = np.zeros(num_units, bool)  # warpgroup products may not see it
 
@@ -70,7 +71,7 @@ class Shared:
         self.tick(np.arange(self.num_warps))
 
     def tick(self, warps: Array) -> None:
-        """What ``warps`` do from now on is not known to those that they have released."""
+        """Advance the time of ``warps``: others do not know yet what they do from now on."""
         self.clocks[warps, warps] += 1
 
     def read(self, units: Array, warps: Array, clocks: Array | None = None) -> None:
@@ -89,7 +90,7 @@ class Shared:
             where = f"byte {UNIT * int(units[unit])}"
             raise AssertionError(f"race: {agents[unit]} writes {where}, which {reader} still reads")
         self._writer[units], self._written[units] = agents, times
-        self._unfenced[units] = agents < self.num_warps  # what copies write, products see
+        self._unfenced[units] = agents < self.num_warps  # products see what copies write
 
     def fence(self, warps: Array) -> None:
         """From now on warpgroup products see what ``warps`` have written."""
@@ -109,8 +110,8 @@ class Shared:
             raise AssertionError(f"race: {agents[i]} {verb} {where}, which {writer[i]} writes")
 
     def store(self, address: int, data: Array, mbarrier: Mbarrier, clock: Array) -> None:
-        """A copy writes ``data`` [n, 16], 16 bytes each at ``address`` [n], and its barrier learns
-        of it."""
+        """A copy writes ``data`` [n, 16], 16 bytes each at ``address`` [n], and its mbarrier counts
+        the bytes."""
         units = (np.asarray(address)[:, None] - FIRST) // UNIT + np.arange(16 // UNIT)
         units = units.reshape(-1)
         time = mbarrier.phase + 1
@@ -139,7 +140,7 @@ class Shared:
         mbarrier.advance()
 
     def complete(self, address: int, parity: int, warps: Array) -> bool:
-        """Whether the phase of this parity is complete; if so, ``warps`` know what led to it."""
+        """Whether the phase of this parity is complete; if so, ``warps`` take over its clock."""
         mbarrier = self.mbarriers[address]
         if mbarrier.phase & 1 == parity:
             return False

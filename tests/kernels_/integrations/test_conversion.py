@@ -28,11 +28,11 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "granitemoe": lambda folder: tiny_model(
         folder, "granitemoe", tie_word_embeddings=True, **ELEVEN
     ),
-    # Transposed, the rows of gate and up take turns, and there are biases.
+    # Transposed, with alternating rows of gate and up, and with biases.
     "gpt_oss": lambda folder: build(folder, "gpt_oss"),
     # One tensor for all gates, one for all ups, under other names; a vision tower.
     "step3p7": lambda folder: build(folder, "step3p7"),
-    # No experts: a matrix on disk is several parameters.
+    # No experts; a matrix on disk becomes several parameters.
     "hrm_text": lambda folder: tiny_model(folder, "hrm_text"),
 }
 GRANITE = "model.layers.1.block_sparse_moe.experts"

@@ -48,7 +48,7 @@ def experts_of(
 
 
 def route(chosen: torch.Tensor, block_size: int) -> Routing:
-    """All slots, those of other ranks too; blocks behind the last have experts that cannot be."""
+    """All slots, those of other ranks too; unused blocks get an impossible number of an expert."""
     routing = sort_slots(chosen, block_size, 6)
     numbers = [HERE.index(expert) if expert in HERE else -1 for expert in range(6)]
     used = int(routing.num_sorted) // block_size
@@ -80,7 +80,7 @@ class RotatingLauncher(PtxLauncher):
 FEW = [[0, 5]] * 9 + [[2, 1]]
 MANY = [[i % 5, 5] for i in range(40)]
 NARROW: dict[str, Any] = {
-    # Experts of every token; slots of a token, rows, inputs, rate; the order of warps.
+    # Experts of every token; slots of a token, rows, inputs, rate, dtype; seed of the warps' order.
     "one token": ([[3, 1]], 1, 70, 448, Rate(11), torch.bfloat16, None),
     "warps one by one": ([[3, 0], [2, 3]], 1, 70, 1024, Rate(11), torch.bfloat16, 1),
     "more than a block": (FEW, 1, 700, 768, Rate(6), torch.bfloat16, None),
@@ -97,8 +97,8 @@ NARROW: dict[str, Any] = {
     "trellis": (FEW, 1, 150, 768, Rate(11, TRELLIS), torch.bfloat16, None),
 }
 WIDE: dict[str, Any] = {
-    # Slots of a block before that. Where a block has several row blocks, some programs go on from
-    # the end of one block to the next one.
+    # The same, after the number of slots in a block. If a block has several row blocks, some
+    # programs continue from the end of one block to the next one.
     "one token": (16, [[3, 1]], 1, 70, 448, Rate(11), torch.bfloat16, None),
     "warps one by one": (16, [[3, 0], [2, 3], [5, 0]], 1, 300, 576, Rate(11), torch.bfloat16, 1),
     "in another order": (16, [[3, 0], [2, 3], [5, 0]], 1, 300, 576, Rate(11), torch.bfloat16, 2),

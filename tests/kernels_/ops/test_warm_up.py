@@ -28,7 +28,7 @@ NUM_EXPERTS, TOP_K = 8, 2
 
 
 class Recorder:
-    """A launcher that launches nothing, and notes what Triton would look for among its kernels.
+    """A launcher that launches nothing, and records which compiled kernels Triton would look up.
 
     Attributes:
         seen: every kernel with what it is specialized on, and the options of its compiler.

@@ -47,7 +47,7 @@ def multiply(
 
 
 def filled_with_nan(*args: Any, _empty: Any = torch.empty, **kwargs: Any) -> torch.Tensor:
-    """torch.empty, with NaN for what is not written."""
+    """torch.empty, but filled with NaN, which remains where nothing is written."""
     out: torch.Tensor = _empty(*args, **kwargs)
     return out.fill_(torch.nan) if out.is_floating_point() else out
 
@@ -55,7 +55,9 @@ def filled_with_nan(*args: Any, _empty: Any = torch.empty, **kwargs: Any) -> tor
 def check_spills(
     instructions: list[tuple[str, str]], main: Counter[str], rate: Rate, tokens: int
 ) -> None:
-    """None, but of the trellis with 128 tokens a few, of what is read once a tile or less often."""
+    """Check that nothing is spilled; the trellis with 128 tokens may spill a few values that are
+    read at most once a tile.
+    """
     spilled = re.compile("LDL|STL")
     if rate.code == TRELLIS and tokens == 128:
         assert sum(n for opcode, n in main.items() if spilled.match(opcode)) <= 4, main

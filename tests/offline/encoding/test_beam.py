@@ -67,7 +67,7 @@ def test_a_beam_of_one_is_plain_feedback(monkeypatch: pytest.MonkeyPatch) -> Non
     feedback = feedback_matrix(root)
     found = encode_with_beam(coordinates, feedback, metric_of(root), alone)
     plain = encode_with_feedback(coordinates, feedback, 8)
-    # Sums of another order move few targets across a border, and then all that follow.
+    # Sums in another order move a few targets into another codeword, and then those that follow.
     assert (found == plain).float().mean() > 0.95
 
 

@@ -20,8 +20,8 @@ from tests.architectures.build import architectures, build
 
 # Renamed outside the layers, everywhere, and by a prefix; split; merged; transposed.
 RENAMED = ("gpt_neox", "olmo_hybrid", "qwen3_vl", "glm4", "phimoe", "gemma3", "mistral3", "falcon")
-# Experts in one tensor: with biases, gates and ups in turn; transposed, for tokens that are sorted;
-# under other names; transposed on disk only; gates and ups in two tensors; without gates.
+# Experts in one tensor: with biases and alternating rows of gate and up; transposed, for sorted
+# tokens; under other names; transposed on disk only; gates and ups in two tensors; without gates.
 STACKED = ("gpt_oss", "llama4_text", "granitemoe", "qwen3_vl_moe", "step3p7", "nemotron_h")
 NAMES = (*RENAMED, *STACKED)
 IDS = torch.arange(20, 44).reshape(2, 12)

@@ -27,9 +27,9 @@ REPEATS = 8
 
 
 def assert_close(got: torch.Tensor, expected: torch.Tensor, message: str) -> None:
-    """Of every token and of every row, the relative error is what the dtype explains.
+    """Check that the dtype explains the relative error of every token and of every row.
 
-    Of few numbers it may be larger by chance.
+    The error over few numbers may be larger by chance.
     """
     error, limit = got.double() - expected, CLOSE[got.dtype]
     for dim in (0, 1):

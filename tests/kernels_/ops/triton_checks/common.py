@@ -44,8 +44,8 @@ def coordinates(weight: QuantizedWeight) -> torch.Tensor:
 def assert_as_good_as_torch(got: torch.Tensor, of_torch: torch.Tensor, exact: torch.Tensor) -> None:
     """The error of ``got`` against ``exact`` (float64) is at most twice that of torch.
 
-    Errors are norms, and torch computes in the same dtype. In float32 on a GPU, where its library
-    may add in another order, ten roundings more are allowed.
+    Errors are norms, and torch computes in the same dtype. In float32 on a GPU, where torch's
+    library may add in another order, ten more roundings are allowed.
     """
     assert got.dtype == of_torch.dtype and exact.dtype == torch.float64
     assert got.shape == of_torch.shape == exact.shape
