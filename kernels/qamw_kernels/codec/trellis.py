@@ -27,7 +27,7 @@ from qamw_kernels.format.codebook import TRELLIS, entry_bits, flip_signs
 from qamw_kernels.format.packing import UNIT_INPUTS, UNIT_PAIRS
 
 STATES = 8
-"""Values that the three bits before a pair can have; the bit of the pair just before is lowest."""
+"""How many values the three bits before a pair can have; the last of the three is lowest."""
 
 GENERATORS = (0b1111, 0b1101)
 """Bits of the register whose parity is the sign of x, and of y; the pair's own bit is lowest."""

@@ -91,7 +91,7 @@ class DecodingConverter(WeightConverter):
                 _check_shape(model, name, value[0] if isinstance(value, list) else value)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: transformers' operations check nothing
+        except Exception as error:  # of any kind: transformers' operations expect valid input
             names = sorted(name for names in self._names.values() for name in names)
             raise TensorError(
                 f"{layer_name} cannot be made of {names[0]} ... {names[-1]}: {error}"

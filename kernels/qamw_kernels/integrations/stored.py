@@ -1,4 +1,4 @@
-"""Which tensors the files of a checkpoint hold, and whether a model of transformers needs others.
+"""Which tensors the files of a checkpoint hold, and whether they are all that a model needs.
 
 If a tensor is missing, transformers continues with random numbers. So all are checked before.
 """
@@ -110,7 +110,8 @@ def destinations(model: Any, stored: Stored, transforms: Iterable[WeightTransfor
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     known, prefix, found = _known_names(model), model.base_model_prefix, Destinations()
-    for name in sorted(stored, key=dot_natural_key):  # in its order: some renamings keep state
+    # In the order in which transformers reads names, because some of its renamings keep state.
+    for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:  # as transformers does
             target, pattern = rename_source_key(name, [], [], prefix, known)

@@ -10,10 +10,10 @@ other. Then come the other bits of the indices:
   15 - i, that of y bit 31 - i: shifted left by i, both are where a word of two 16-bit floats has
   its signs;
 - for the trellis, one word with the bits of the path, that of pair i at bit 8 * (i % 4) + i // 4.
-  A slot has four pairs of a unit, which are four steps in a row of a path: one in each byte of the
-  word. A byte has a bit for each of the 8 units of a tile. The four steps before them are in the
-  slot two slots before, ``4 * l + s - 2``; slots where ``4 * l + s`` modulo 16 is below 2 begin
-  the paths.
+  Of each of the 8 units of a tile, a slot has four pairs, which are four steps in a row of a path:
+  one in each byte of the word, with one bit of a byte for each unit. The four steps before them are
+  in the slot two slots before, ``4 * l + s - 2``; slots where ``4 * l + s`` modulo 16 is below 2
+  begin the paths.
 
 Lane, slot and pair are those of the matrix instruction m16n8k16 with the weights as its first
 operand: for lane (g, t), slot (k8, r8) and pair (c, h) the row is 8 * r8 + g and the pair of the

@@ -91,8 +91,8 @@ class _Warmer:
 def packed_tokens(most: int) -> list[int]:
     """Numbers of tokens, up to ``most``, that together need all variants of the packed products.
 
-    ``most`` is at least one more than the narrow kernel takes: for weights with too many inputs for
-    that kernel, another one multiplies even fewer tokens.
+    A lower ``most`` is raised to one more than the narrow kernel takes: that kernel does not take
+    very many inputs, so that another one may run even for few tokens.
     """
     most = max(most, narrow_launch.MAX_TOKENS + 1)
     steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in decode_launch.PARTS)}

@@ -50,7 +50,10 @@ def next_run(run, row_blocks):
 
 @gluon.jit
 def weight_of(p_tiles, p_experts, block, N):
-    """The weight of a block's expert. For one of another rank, the first: it is not written."""
+    """The weight of a block's expert.
+
+    For an expert of another rank the first one is read, and nothing is written.
+    """
     expert = gl.maximum(gl.load(p_experts + block), 0)
     return p_tiles, expert * ((N + 15) // 16), N
 

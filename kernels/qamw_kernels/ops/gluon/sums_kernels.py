@@ -21,7 +21,7 @@ def first_unit(program, programs, units, grain):
 
 @gluon.jit
 def store_sums(acc, p_shared):
-    """Store a program's sums of a row block that it shares, in the order in its threads.
+    """Store a program's sums of a row block that it shares, as its threads hold them.
 
     p_shared: room for [token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of rows g
     and g + 8, each with tokens 2 t and 2 t + 1.

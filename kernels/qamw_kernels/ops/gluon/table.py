@@ -32,7 +32,7 @@ HAS_GATHER = _has_gather()
 def registers(warps: int) -> int:
     """Registers that a thread may have if a multiprocessor runs so many warps.
 
-    If it is not told, the compiler uses fewer, and spills.
+    Without this option the compiler would use fewer registers, and spill others.
     """
     return min(65536 // (32 * warps), 255)
 

@@ -93,8 +93,8 @@ def wait_for_all_but_one_stage(x):
 def flip_signs(words, signs):
     """words ^ (signs & 0x80008000).
 
-    Here it is one instruction. Without this, the compiler makes two of it where it computes signs
-    ahead.
+    As inline assembly it is one instruction; the compiler would make two of it where it computes
+    the signs ahead.
     """
     return gl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, 0x80008000, 0x78;", "=r,r,r", [words, signs], gl.int32, True, 1
