@@ -56,7 +56,7 @@ class Machine:
         dependent_start: seconds after a kernel's first program until those of a programmatic
             dependent launch start; assumed.
         dependent_end: seconds from a kernel's end until one that waits for it goes on; assumed.
-        l1_bytes: bytes of L1 that shared memory leaves. A multiprocessor has 256 KB of both, and
+        l1_bytes: bytes of L1 that shared memory leaves. A multiprocessor has 256 KB for both, and
             Triton asks the driver to prefer shared memory (228 KB) where a program has more
             than 48 KB.
     """
