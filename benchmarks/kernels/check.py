@@ -1,6 +1,6 @@
 """Random weights to measure with, and the check of what is multiplied with them.
 
-A benchmark that finds a wrong result gives no speed.
+A benchmark that finds a wrong result reports no speed.
 """
 
 import sys
@@ -24,7 +24,7 @@ WAYS: dict[str, Multiply] = {
     "dequantized": launch.multiply_dequantized,
 }
 LARGEST_ERROR = 2**-7
-"""Relative, in norms: what bfloat16 explains."""
+"""Largest relative error, in norms, that bfloat16 explains."""
 
 
 def random_weight(

@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels.experts [OUT.json] [--index-bits 11] [--tokens 1 8 ...]
 
-Both products of all experts, rotations included; routing and the activation between them are not.
-Tokens are sent to random experts, all equally likely. Every time is a median over CUDA graphs, over
-as many copies of the weights as the L2 cache does not hold. The reference is vLLM's fused_experts
-in bfloat16, where vLLM is installed. First compares some results with float64, and gives no speed
-when one is wrong. Without a GPU and with TRITON_INTERPRET=1, only the comparison runs.
+Measures both products of all experts, with rotations, without routing and without the activation
+between the products. Tokens are sent to random experts, all equally likely. Every time is a median
+over CUDA graphs. Weights are not copied: with few tokens, the L2 cache may hold the experts that
+are read. The reference is vLLM's fused_experts in bfloat16, where vLLM is installed. First compares
+some results with float64, and reports no speed if one is wrong. Without a GPU and with
+TRITON_INTERPRET=1, only the comparison runs.
 """
 
 import argparse

@@ -5,10 +5,10 @@
 
 Marlin and Humming are measured too, where vLLM and humming-kernels are installed.
 
-First compares the results with float64, and gives no speed when one is wrong. Every time is a
-median over CUDA graphs, rotation included, over as many copies of the weight as the L2 cache does
-not hold. OUT.json records the machine and the versions too, OUT.png shows it. Without a GPU and
-with TRITON_INTERPRET=1, only the comparison runs.
+First compares the results with float64, and reports no speed if one is wrong. Every time is a
+median over CUDA graphs, with the rotation, over so many copies of the weight that the L2 cache
+cannot hold them. OUT.json records the machine and the versions too, OUT.png plots the speeds.
+Without a GPU and with TRITON_INTERPRET=1, only the comparison runs.
 """
 
 import argparse
@@ -50,7 +50,8 @@ SHAPES = {
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 8192)
 PACKED_MAX_TOKENS = 1024
-"""Measured the packed way: it decodes the weight again for every 64 or 128 tokens."""
+"""Most tokens that are measured the packed way: it decodes the weight again for every 64 tokens, or
+for every 256 with the wide kernel of Hopper."""
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -81,7 +82,7 @@ def environment() -> dict[str, Any]:
 
 
 def microseconds(calls: list[Callable[[], object]]) -> tuple[float, float]:
-    """Median and spread (90 % less 10 %) of one call, in a CUDA graph of all of them in turn."""
+    """Median and spread (from 10 % to 90 %) of one call, in a CUDA graph of all calls in turn."""
 
     def all_calls() -> None:
         for call in calls:
@@ -228,7 +229,7 @@ def measure_all(models: list[str], index_bits: int) -> dict[str, Any]:
 
 
 def kernel_name(index_bits: int) -> str:
-    """Of the packed product for more than a few tokens, on the current GPU."""
+    """Name of the kernel of the packed product for more than a few tokens, on the current GPU."""
     device = torch.device("cuda", torch.cuda.current_device())
     return kernel_for_many(DTYPE, Rate(index_bits), ON_DEVICE.processor(device))
 

@@ -29,7 +29,7 @@ TRITONS = {
 }
 TARGETS = (80, 89, 90, 100)
 FEW_SPILLS = 4
-"""Instructions in the loop over tiles, for values that are read once a tile."""
+"""Spills in the loop over tiles that are accepted: for values that are read once per tile."""
 
 Loop = collections.Counter[str]
 INTRODUCTION = """\
@@ -93,8 +93,8 @@ def row(
     """Figures of one compiled kernel.
 
     Args:
-        pairs: that a thread decodes in one turn of the loop that ``loop_of`` picks; 0 for a kernel
-            whose loop is not looked at.
+        pairs: pairs that a thread decodes in one turn of the loop that ``loop_of`` picks; 0 for a
+            kernel whose loop is not analyzed.
     """
     import triton
 
@@ -142,7 +142,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
     for rate in rates:
         name = f"narrow_gemm (Gluon), {label(rate)}, 8 tokens"
         constants = narrow_launch.constants(rate, torch.bfloat16, processor)
-        # The loop that decodes holds another, of its prefetch, and is not looked at.
+        # Its loop is not analyzed: the one that decodes contains another one, for the prefetch.
         yield row(name, target, narrow_launch.kernel, constants)
         if narrow_launch.begins_early(processor):
             name = f"routed_narrow_gemm (Gluon), {label(rate)}, blocks of 8 slots"
@@ -156,7 +156,7 @@ def gluon_rows(target: int) -> Iterator[dict[str, Any]]:
 
 
 def wide_rows(target: int) -> Iterator[dict[str, Any]]:
-    """Figures of the Gluon kernels that decode for warpgroup products, and of what adds up."""
+    """Figures of the Gluon kernels with warpgroup products, and of the kernel that adds up."""
     import torch
 
     from benchmarks.kernels.sass import SHARED_BYTES
@@ -251,7 +251,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def rows_of_version(version: str | None, directory: Path) -> list[dict[str, Any]]:
-    """The figures of one version of Triton, installed below ``directory``; None: as it is here."""
+    """The figures of a version of Triton, installed below ``directory``; None: the one here."""
     paths = [os.environ.get("PYTHONPATH", "")]
     if version:
         target = str(directory / version)

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 SHARED_BYTES = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10}
-"""That a program may have, by compute capability."""
+"""Bytes of shared memory that a program may have, by compute capability."""
 
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);")
 POINTERS = {
@@ -39,8 +39,8 @@ def descriptor_type(constants: dict[str, Any]) -> str:
 def compile_for(target: int, kernel: Any, constants: dict[str, Any]) -> Any:
     """What Triton makes of a kernel for CUDA's compute capability ``target``, such as 90.
 
-    Arguments are typed by name. As in use, pointers and K are multiples of 16, unless the kernel
-    does not want to know, and nothing is known of the other sizes.
+    Arguments are typed by name. As in real launches, pointers and K are multiples of 16, unless the
+    kernel is not specialized on that, and nothing is known of the other sizes.
 
     Args:
         constants: compile-time arguments, and options of the compiler, as the launchers pass them.
@@ -100,9 +100,9 @@ def registers(compiled: Any) -> int:
 
 
 def loops(instructions: list[tuple[str, str]]) -> list[collections.Counter[str]]:
-    """Of every loop without another inside: opcode -> count.
+    """For every innermost loop: opcode -> count.
 
-    Loops over the lanes of a warp, for an operand that is the same for all of them, do not count.
+    Loops over the lanes of a warp, for an operand that is the same for all lanes, are ignored.
     """
     labels = enumerate(instructions)
     at = {name: i for i, (opcode, name) in labels if opcode == "LABEL"}

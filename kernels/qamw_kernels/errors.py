@@ -1,4 +1,4 @@
-"""What a user can mend. Everything else that goes wrong is a bug, and keeps its traceback."""
+"""Errors that a user can fix. Any other exception is a bug, and keeps its traceback."""
 
 from collections.abc import Sequence
 

@@ -19,7 +19,7 @@ from typing import Any
 from qamw_kernels.errors import FileError
 
 MAX_JSON_BYTES = 256 * 2**20
-"""The index of a model with a million tensors is smaller; config.json by far."""
+"""The index of a model with a million tensors is smaller; config.json is much smaller."""
 
 TEMPORARY = ".partial"
 """Suffix of a file that is being written."""
@@ -36,9 +36,10 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Stamp:
-    """What the file system knows of a file: one of these differs where the content does.
+    """What the file system records of a file: if the content changes, one of these changes.
 
-    The time of modification can be set back, that of the last change (ctime) cannot.
+    A program can set back the modification time (mtime), but not the time of the last change
+    (ctime).
 
     Attributes:
         num_bytes: size.
@@ -56,7 +57,7 @@ class Stamp:
 
     @staticmethod
     def of(stat: os.stat_result) -> "Stamp":
-        """The stamp in an answer of the file system."""
+        """The stamp in the result of a stat call."""
         return Stamp(stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
@@ -84,10 +85,10 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Parse a JSON object.
 
     Args:
-        max_bytes: that the file may have.
+        max_bytes: largest size that the file may have.
     Raises:
-        FileError: no such file, no regular one, too large, or no JSON object of valid Unicode in
-            which every key is there once.
+        FileError: no such file, not a regular file, too large, or not a JSON object of valid
+            Unicode in which no key is repeated.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -105,7 +106,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
     try:
         text = content.decode("utf-8")
         value = json.loads(text, object_pairs_hook=_once_each)
-        if "\\ud" in text.lower():  # half a surrogate pair is valid JSON, but nothing can write it
+        if "\\ud" in text.lower():  # a lone surrogate is valid JSON, but cannot be encoded
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise FileError(f"{path}: JSON that is nested too deeply") from None
@@ -117,7 +118,7 @@ def parse_json(content: bytes, path: Path) -> dict[str, Any]:
 
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Of a key that is there twice, most readers take the last, others the first."""
+    """A JSON object. Refuses repeated keys: most readers take the last, others the first."""
     value = dict(pairs)
     if len(value) < len(pairs):
         ((key, count),) = Counter(key for key, _ in pairs).most_common(1)
@@ -142,7 +143,7 @@ def hash_file(
     Args:
         tell: is called with the number of bytes of every part that was read.
     Returns:
-        None as the stamp of a file that changed meanwhile: what was read may be of two versions.
+        The stamp is None if the file changed meanwhile: what was read may mix two versions.
     Raises:
         FileError: see :func:`open_regular`.
     """
@@ -163,7 +164,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         path: of the file; its folder must exist.
         write: is called with the temporary path, which no other process has.
     """
-    # Not made of the file's own name, which may be as long as names can be.
+    # Does not contain the file's own name, which may already have the maximum length.
     temporary = path.with_name(f".qamw-{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY}")
     try:
         write(temporary)
@@ -181,7 +182,7 @@ def leftovers(directory: Path) -> list[Path]:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file, or which files a directory has."""
+    """Flush to disk (fsync) what was written to a file, or which files a directory has."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -12,7 +12,7 @@ and numba is not among this project's packages. Everything else is Python:
     paths         which instructions a warp executes, given how often it goes round each loop
     simulate      a launch as a job for simulator.cpp
     blocks        what launches have in common
-    narrow, decode, rotation
+    narrow, wide, rotation
                   launches of this project's kernels
     experts       launches of the kernel for mixtures of experts
     report, mixtures

@@ -1,6 +1,6 @@
 """Every number of the model that is not in the machine code, with its source.
 
-Two sources return: [1] "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+Two sources are cited often: [1] "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
 Microbenchmarking", arXiv 2402.13499; [2] NVIDIA's H100 and H200 datasheets. "Assumed" marks what
 no source was found for; `report.sensitivity` says how much depends on it.
 """
@@ -56,7 +56,7 @@ class Machine:
         dependent_start: seconds after a kernel's first program until those of a programmatic
             dependent launch start; assumed.
         dependent_end: seconds from a kernel's end until one that waits for it goes on; assumed.
-        l1_bytes: of L1 that are left beside shared memory. A multiprocessor has 256 KB, and
+        l1_bytes: bytes of L1 that shared memory leaves. A multiprocessor has 256 KB for both, and
             Triton asks the driver to prefer shared memory (228 KB) where a program has more
             than 48 KB.
     """
@@ -88,7 +88,7 @@ class Machine:
 TYPICAL = Machine()
 
 BF16_FIXED = 2.0e-6
-"""Seconds of a bf16 product beside its bytes at copy speed: the gap, and ramps up and down."""
+"""Seconds of a bf16 product on top of its bytes at copy speed: launch gap, ramp-up, ramp-down."""
 BF16_FLOPS = 650e12
 """Multiplications and additions per second that a good bf16 product reaches on both GPUs."""
 

@@ -18,7 +18,7 @@ TILE_BYTES = 1024  # of a token's activations
 
 
 def goes_past_l1(instruction: Instruction) -> bool:
-    """Whether what a load brings takes no room in L1."""
+    """Whether a load bypasses L1."""
     return bool(re.search(r"STRONG|\.EF|\.NA", instruction.opcode))
 
 

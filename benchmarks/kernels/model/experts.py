@@ -28,7 +28,7 @@ WHOLE_TURNS = 10
 
 @functools.cache
 def slots_of_experts(mixture: Mixture, num_tokens: int, seed: int = 0) -> list[int]:
-    """Of every expert, where each token is sent to random ones, all equally likely."""
+    """Slots of every expert, if each token is sent to random experts, all equally likely."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(num_tokens, mixture.experts, generator=generator)
     chosen = scores.topk(mixture.top_k, 1).indices.flatten()
@@ -69,7 +69,7 @@ def _adds(instruction: Instruction) -> bool:
 
 
 def _requests(listing: Listing) -> list[Request]:
-    """Of every instruction.
+    """The request of every instruction.
 
     Prefetches come in pairs, of a whole tile and of half of one: the first stands for both, with
     half a tile for every warp.
@@ -94,7 +94,7 @@ def _requests(listing: Listing) -> list[Request]:
 def turns_of_programs(
     shape: tuple[int, int], slots: Sequence[int], programs: int
 ) -> list[tuple[int, ...]]:
-    """Of every program, the turns that it has of each of its blocks."""
+    """For every program, how many turns it has of each of its blocks."""
     blocks = sum(-(-count // routed_launch.NARROW_SLOTS) for count in slots)
     row_tiles = -(-shape[0] // 16)
     each = -(-row_tiles // routed_launch.row_tiles_at_once(shape[1]))
@@ -114,7 +114,7 @@ def turns_of_programs(
 
 @dataclasses.dataclass(frozen=True)
 class _Path:
-    """What the warps of a program execute that has so many turns of each of its blocks."""
+    """What the warps of a program execute; ``turns`` has the number of turns for each block."""
 
     listing: Listing
     nest: tuple[Loop, Loop, Loop, Loop]
@@ -134,7 +134,7 @@ class _Path:
         return min(self.batch, self.turns[at[blocks]] - self.batch * at.get(batches, 0))
 
     def trips(self, loop: Loop, where: Turns) -> int:
-        """Round a loop."""
+        """How often a warp goes round a loop."""
         blocks, batches, sliced, decoding = self.nest
         if loop == blocks:
             return len(self.turns)
@@ -147,7 +147,7 @@ class _Path:
         return 1
 
     def _trips_of_sums(self, loop: Loop, where: Turns) -> int:
-        """Round a loop that adds up the sums of a batch, in turns of one for every thread."""
+        """:meth:`trips` of a loop that adds up the sums of a batch; a thread adds one in a turn."""
         _, batches, sliced, _ = self.nest
         if loop in self.listing.inside(batches):
             sums = self.size(where) * routed_launch.row_tiles_at_once(self.num_inputs) * 128
@@ -166,11 +166,11 @@ class _Path:
     def steps(
         self, blocks: Blocks, requests: Sequence[Request], warp: int
     ) -> tuple[BlockStep, ...]:
-        """Of one warp."""
+        """The steps of one warp."""
         outer, batches, _, decoding = self.nest
         used = self.halves * routed_launch.row_tiles_at_once(self.num_inputs)
         own = TILE_BYTES // 2 * (warp % self.halves) if warp < used else -1
-        # Turns of a block have numbers of their own, which no prefetch before it reaches.
+        # Turns of a block are numbered so that no prefetch of the block before reaches them.
         firsts = [sum(self.turns[:i]) + 2 * i for i in range(len(self.turns) + 1)]
         found, done = [], -1
         for step in walk(self.listing, self.trips):

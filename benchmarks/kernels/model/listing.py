@@ -22,7 +22,7 @@ class Instruction:
         stall: cycles before the warp's next instruction.
         write_barrier, read_barrier: scoreboards that are busy until the result is there, and until
             the sources were read; 7: none.
-        waits: bit s: not before scoreboard s is clear.
+        waits: bit s: waits until scoreboard s is clear.
     """
 
     opcode: str

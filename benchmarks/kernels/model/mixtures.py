@@ -68,7 +68,7 @@ def row(name: str, num_tokens: int, gpu: Gpu, machine: Machine = TYPICAL) -> dic
     if not is_wide:
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
     found = simulate_part(launch, gpu, machine)
-    # As in report.packed_seconds: programs of the wide kernel find no room before.
+    # As in report.packed_seconds: programs of the wide kernel have no room beside the rotation's.
     seconds = machine.launch_gap + (rotation if is_wide else machine.dependent_start)
     seconds += found.seconds
     hit = sum(map(bool, slots))
@@ -89,7 +89,7 @@ def row(name: str, num_tokens: int, gpu: Gpu, machine: Machine = TYPICAL) -> dic
 
 
 def compile_all() -> None:
-    """Everything that the rows replay, by one thread."""
+    """Compile everything that the rows replay, in one thread."""
     for name, num_tokens, _ in KEYS:
         shape, slots = MIXTURE.shapes[name], slots_of_experts(MIXTURE, num_tokens)
         product(shape, slots, num_tokens, TYPICAL)

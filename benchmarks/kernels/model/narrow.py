@@ -38,7 +38,7 @@ def _nest(listing: Listing) -> tuple[Loop, Loop, Loop]:
 
 
 def _requests(listing: Listing) -> list[Request]:
-    """Of every instruction.
+    """The request of every instruction.
 
     The words of a turn are loaded in the turn before, those of the first before the loops.
     Prefetches come in pairs, of a whole tile and of half of one, which the layers here do not have.
@@ -76,14 +76,14 @@ def narrow_launch(
 
     @functools.cache
     def steps(warp: int, own: int) -> tuple[BlockStep, ...]:
-        """Of a warp whose program has ``own`` row tiles."""
+        """The steps of a warp whose program has ``own`` row tiles."""
         sizes = [min(batch, own - first) for first in range(0, own, batch)]
 
         def trips(loop: Loop, turns: Turns) -> int:
             size = sizes[dict(turns).get(batches, 0)]
             if loop == decoding:
                 return size
-            if loop.first > sliced.last:  # adding up, in turns of a thread for every sum
+            if loop.first > sliced.last:  # adding up; in a turn, every thread adds one sum
                 adds = not any(loop.holds(other) for other in listing.loops)
                 return slices if adds else -(-size * 128 // (32 * kernel.WARPS))
             return {batches: len(sizes), sliced: slices}.get(loop, 1)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from benchmarks.kernels.model.listing import Listing, Loop
 
 Turns = tuple[tuple[Loop, int], ...]
-"""The loops that something is in, outermost first, and the turns of them."""
+"""The loops around a stretch of code, outermost first, and the turn that each is in."""
 
 
 class Step(NamedTuple):
@@ -18,7 +18,7 @@ class Step(NamedTuple):
 
 
 Trips = Callable[[Loop, Turns], int]
-"""How often a warp goes round a loop, given the turns of those that this one is in."""
+"""How often a warp goes round a loop, given the turns of the loops around it."""
 
 
 def walk(
@@ -27,7 +27,7 @@ def walk(
     loop: Loop | None = None,
     turns: Turns = (),
 ) -> Iterator[Step]:
-    """The steps of a warp. Branches forwards are not taken, except around a loop of no trips."""
+    """The steps of a warp. Forward branches are not taken, except around a loop without trips."""
     at = loop.first if loop else 0
     for inner in listing.inside(loop):
         if at < inner.first:

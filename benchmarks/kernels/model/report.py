@@ -79,8 +79,8 @@ def packed_seconds(
         launch.ready = rotation + machine.dependent_end - machine.dependent_start
         product = simulate(launch, gpu, machine)
         return machine.launch_gap + machine.dependent_start + product.seconds, product
-    # Of these kernels, a multiprocessor has no room for the next one's programs beside the last
-    # one's, so they follow each other, but without a gap.
+    # A multiprocessor has no room for programs of two of these kernels at the same time, so the
+    # kernels follow each other, but without a gap.
     product = simulate(launch, gpu, machine)
     seconds = machine.launch_gap + rotation + product.seconds
     adding = adding_launch(*shape, num_tokens, rate, machine)
@@ -123,7 +123,7 @@ def row(
 
 
 def speed_up(rows: Iterable[dict[str, Any]]) -> float:
-    """Of some products, one after the other, over bf16."""
+    """Speed-up over bf16 of some products, one after the other."""
     rows = list(rows)
     return float(sum(r["bf16_us"] for r in rows) / sum(r["us"] for r in rows))
 
@@ -145,7 +145,7 @@ def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def replay(make: Callable[..., dict[str, Any]], keys: Sequence[Any]) -> list[dict[str, Any]]:
-    """``make`` of all keys, printed as they come; the simulator runs once for each core."""
+    """``make`` of all keys, printed as they come; every core runs a simulator."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = []
         for made in pool.map(lambda key: make(*key), keys):

@@ -27,7 +27,7 @@ def rotate_listing(rotation_block_size: int, swapped: bool) -> Listing:
 
 @functools.cache
 def rotate_many_listing(rotation_block_size: int, by_expert: bool) -> Listing:
-    """The same of the one for many tokens, or for those of sorted slots."""
+    """The same for the kernel for many tokens, or for those of sorted slots."""
     constants = launch.rotate_many_constants(rotation_block_size, torch.bfloat16, by_expert, True)
     return read_listing(compile_for(TARGET, kernels.rotate_many_kernel, constants))
 
@@ -95,11 +95,11 @@ def _launch(
     programs_each: int,
     machine: Machine,
 ) -> Launch:
-    """A launch whose programs go round their loop so often, if there is one.
+    """A launch whose programs have one loop, or none.
 
     Args:
         of_scales: the instructions that load scales.
-        turns: of every program, whether it waits for HBM, and the turns.
+        turns: for every program, whether it waits for HBM, and how often it goes round the loop.
     """
     records: list[list[Record]] = []
     paths: dict[tuple[bool, int], list[tuple[BlockStep, ...]]] = {}
@@ -118,7 +118,7 @@ def _launch(
 
 
 def _request(instruction: Instruction) -> Request:
-    """Of a load or a store, all that a warp moves."""
+    """The request of an instruction: of a load or a store, all that a warp moves."""
     if instruction.name not in ("LDG", "STG"):
         return NOTHING
     return Request(Source.L2, 32 * width(instruction))

@@ -17,7 +17,8 @@ class BlockStep(NamedTuple):
     """A warp executes a block.
 
     Attributes:
-        offset: bytes, of the activations that its loads are of; -1: they are masked out.
+        offset: of the activations that it loads, in bytes from the start of a token's row; -1: its
+            loads are masked out.
         turn: of the main loop that the warp is in, or was in last; -1 before the first.
     """
 
@@ -35,11 +36,11 @@ class Launch:
         programs: first token and, for every warp, its steps.
         programs_each: programs that a multiprocessor holds at once.
         tokens, row_bytes: of the activations.
-        tile_bytes: that one prefetch brings into L2.
-        copies_each: that the copy engine makes for a turn of the main loop.
-        token_blocks: into which the programs are divided, in order. They have the same weights, and
-            run at once: HBM is asked for what nobody has asked for yet.
-        ready: seconds after the launch when what the kernel before wrote can be read.
+        tile_bytes: bytes that one prefetch brings into L2.
+        copies_each: copies that the copy engine makes for a turn of the main loop.
+        token_blocks: blocks of tokens; the programs of one follow those of the one before. All
+            blocks have the same weights and run at the same time: HBM is asked for a weight once.
+        ready: seconds after the launch until what the kernel before wrote can be read.
     """
 
     blocks: Sequence[Sequence[Record]]
@@ -59,7 +60,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         seconds: from the first program's start to the last one's end.
-        hbm_bytes, l2_bytes: that were moved.
+        hbm_bytes, l2_bytes: bytes that were moved.
         lsu: share of the time that the load/store units were busy.
         issue: instructions per cycle and scheduler.
         l1_hits: share of the requests for activations.

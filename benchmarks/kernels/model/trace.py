@@ -1,4 +1,4 @@
-"""What an instruction costs, and what of memory it asks for."""
+"""What an instruction costs, and what it requests from memory."""
 
 import re
 from collections.abc import Callable
@@ -22,11 +22,11 @@ L2 holds, anything that it does not."""
 
 
 class Request(NamedTuple):
-    """What of global memory an instruction asks for.
+    """What an instruction requests from global memory.
 
     Attributes:
         bytes: of a warp, or of a copy that one thread starts.
-        part, chunk: of the activations: 8 tokens, 32 inputs.
+        part, chunk: which 8 tokens, and which 32 inputs, of the activations.
         ahead: turns of the main loop from here to the use of the words.
         bypass: takes no room in L1.
     """
@@ -40,11 +40,11 @@ class Request(NamedTuple):
 
 
 Classify = Callable[[Instruction], Request]
-"""What of global memory an instruction asks for; only kernels know."""
+"""What an instruction requests from global memory; this depends on the kernel."""
 
 NOTHING = Request(Source.NOWHERE)
 NEVER = 1 << 20
-"""Turns ahead: of a request for what comes behind everything that there is."""
+"""Turns ahead of a request that is past the last turn, and so brings nothing."""
 INTEGER = re.compile(
     "LOP3|SHF|ISETP|SEL|VIMNMX|VIADDMNMX|PRMT|IADD3|LEA|SGXT|PLOP3|VIADD|FSETP|FMNMX|F2FP|POPC|I2FP?"
     "|MOV"

@@ -27,7 +27,7 @@ WORD_BYTES = 512  # of a warp's load
 def wide_listing(rate: Rate, tokens: int) -> Listing:
     """Machine code of the kernel in bfloat16, for programs of so many tokens.
 
-    Waits that take long go on behind the loop over row blocks, and branch back: these are left out.
+    The code of long waits is behind the loop over row blocks and branches back: it is left out.
     """
     assert kernel.kernels is not None
     return _listing_of(kernel.kernels.wide_gemm_kernel, rate, tokens)
@@ -64,7 +64,7 @@ def _nest(listing: Listing) -> tuple[Loop, Loop]:
 
 
 def _requests(listing: Listing, rate: Rate, copy_bytes: int) -> list[Request]:
-    """Of every instruction.
+    """The request of every instruction.
 
     A turn is a unit, of which a warp has one tile. The words of the tile's first quarter are loaded
     in the turn before, as the last ones of that turn. All are brought to L2 one turn before; those
@@ -97,7 +97,7 @@ def _requests(listing: Listing, rate: Rate, copy_bytes: int) -> list[Request]:
 
 
 def _endings(listing: Listing) -> tuple[range, range]:
-    """What a program executes after a row block: where it is whole, and where it is shared."""
+    """What a program executes after a row block: one that it has alone, and one that it shares."""
     outer, inner = _nest(listing)
     after = range(inner.last + 1, outer.last)
     code = listing.code
@@ -112,7 +112,7 @@ def _endings(listing: Listing) -> tuple[range, range]:
 
 
 def _cut(steps: Iterable[Step], edges: Iterable[int]) -> Iterator[Step]:
-    """Steps, none of which goes on over one of the edges."""
+    """The steps, cut at the edges."""
     edges = sorted(edges)
     for step in steps:
         inside = [edge for edge in edges if step.first < edge <= step.last]
@@ -148,7 +148,7 @@ def wide_launch(
 
     @functools.cache
     def steps(sizes: tuple[int, ...]) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that has so many units of each of its row blocks."""
+        """The steps of every warp of a program that has ``sizes`` units of its row blocks."""
 
         def trips(loop: Loop, turns: Turns) -> int:
             if loop == inner:
@@ -210,7 +210,7 @@ def routed_wide_launch(
 
     @functools.cache
     def steps(runs: int) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that has so many row blocks."""
+        """The steps of every warp of a program that has ``runs`` row blocks."""
 
         def trips(loop: Loop, turns: Turns) -> int:
             return {outer: runs, inner: input_tiles}.get(loop, 1)
@@ -266,7 +266,7 @@ def adding_launch(
 
     @functools.cache
     def steps(row_block: int) -> tuple[BlockStep, ...]:
-        """Of every warp of a program that adds up rows of a row block, one part per warp.
+        """The steps of every warp of a program that adds up rows of a row block, a part per warp.
 
         A row block that one program had alone has nothing to add up.
         """

@@ -31,7 +31,7 @@ def decode_weight(quantized: QuantizedWeight) -> torch.Tensor:
 
 
 def decode_checked(quantized: QuantizedWeight, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """:func:`decode_weight` of a checkpoint that anyone may have made, rounded to ``dtype``.
+    """:func:`decode_weight` for a checkpoint from an untrusted source, rounded to ``dtype``.
 
     Args:
         name: of the module, for errors.
@@ -62,8 +62,8 @@ def linear_reference(
 ) -> torch.Tensor:
     """The product with a weight as the format defines it: rotate x, then multiply with codewords.
 
-    The ops have a plain form too, on tiles: :mod:`qamw_kernels.ops.reference`. Tests compare that
-    one, and the kernels, with this.
+    The ops have a plain torch form too, which reads tiles: :mod:`qamw_kernels.ops.reference`. Tests
+    compare that form, and the kernels, with this function.
 
     Args:
         x: [..., K] floating point. bias: [N] or None.

@@ -31,10 +31,10 @@ from qamw_kernels.format.weight import (
 )
 
 Coder = Callable[[torch.Tensor], torch.Tensor]
-"""A function of coordinates [n, K] float32: of their indices, or of what coding leaves of them."""
+"""Maps coordinates [n, K] float32 to their indices, or to what they are once coded and decoded."""
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""Of weights that are quantized. Anything else is packed, scaled or of another format."""
+"""Dtypes of weights that can be quantized. Others are packed, scaled or of another format."""
 
 ENCODE_CHUNK = 1 << 18
 """Weights encoded at once: bounds the temporaries and keeps them in cache."""
@@ -48,7 +48,7 @@ ROW_FACTORS = (1, 1.15, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 6)
 
 @dataclass(frozen=True)
 class InputShard:
-    """What encoding some of the inputs of whole rows needs to know of the others.
+    """What the encoder needs to know of whole rows when it is given only some of their inputs.
 
     Attributes:
         num_inputs: of the whole rows.
@@ -100,8 +100,8 @@ def make_input_scales(
 def row_norms_of(scaled: torch.Tensor, shard: InputShard | None = None) -> torch.Tensor:
     """Root mean square [N] float32 of every whole row of [N, K].
 
-    Summed in float64, so that squares do not overflow. GPUs divide by tensors exactly, by Python's
-    numbers not.
+    Summed in float64, so that squares do not overflow. The divisors are tensors: a GPU divides
+    exactly by a tensor, but not by a Python number.
     """
     norms: torch.Tensor = torch.linalg.vector_norm(scaled, dim=1, dtype=torch.float64)
     if shard:
@@ -119,7 +119,7 @@ def to_coordinates(
 
     Args:
         weight: [N, K] floating point. input_scales: [K] float16.
-        shard: where these are not all inputs of the rows.
+        shard: given if ``weight`` has only some of the inputs of its rows.
     Returns:
         coordinates [N, K] float32 of unit variance (zeros for a zero row), and row_norms [N]
         float32.
@@ -138,7 +138,7 @@ def encode_coordinates(coordinates: torch.Tensor, index_bits: int, code: str) ->
 
 
 def code_coordinates(coordinates: torch.Tensor, index_bits: int, code: str) -> torch.Tensor:
-    """What :func:`encode_coordinates` leaves of coordinates [N, K] float32."""
+    """Coordinates [N, K] float32, coded by :func:`encode_coordinates` and decoded again."""
     return decode_indices(encode_coordinates(coordinates, index_bits, code), index_bits, code)
 
 
@@ -147,14 +147,15 @@ def row_factors(
     coder: Coder,
     shard: InputShard | None = None,
 ) -> torch.Tensor:
-    """By how much to raise the norms of rows: [N] float32, 1 for most.
+    """Factors [N] float32 by which to raise the norms of rows; 1 for most rows.
 
-    Large weights make the coordinates of their rotation block large, and there codewords are few or
-    none. Smaller coordinates give the whole row a little more error and that block much less.
+    A large weight makes all coordinates of its rotation block large, and at large coordinates there
+    are few codewords or none. A raised norm makes the coordinates of its row smaller: the whole row
+    gets a little more error and that block much less.
 
     Args:
         coordinates: [N, K] float32, of unit variance.
-        coder: what coding makes of coordinates [n, K].
+        coder: codes coordinates [n, K] and decodes them again.
         shard: as in :func:`to_coordinates`.
     """
 
@@ -177,7 +178,7 @@ def row_factors(
 
 
 def forget_tables() -> None:
-    """Let go of the tables that are cached on devices; the next weight has new ones."""
+    """Free the tables that are cached on devices; encoding the next weight makes new ones."""
     grid.cache_clear()
     trellis.classes_of_registers.cache_clear()
 

@@ -1,8 +1,9 @@
-"""Exact nearest codeword, fast: a grid over the entries lists every one that can win a cell.
+"""Exact nearest codeword, fast: every cell of a grid lists the entries that can be nearest in it.
 
-Which of two entries is nearer is a linear condition on the point, so entry c can be struck off a
-cell when one other entry is nearer at all four corners. A small margin keeps float32 rounding, and
-so ties, exactly as in a search over all of them (:func:`nearest_entry_brute_force`).
+The points nearer to one entry than to another form a half-plane. So an entry can be struck off the
+list of a cell when one other entry is nearer at all four corners. A small margin keeps entries that
+float32 rounding could make the winner, so that results, ties included, are exactly those of a
+search over all entries (:func:`nearest_entry_brute_force`).
 """
 
 import functools
@@ -22,12 +23,12 @@ _MARGIN = 1e-4  # in squared distance, whose float32 rounding within a grid stay
 
 
 class Grid(NamedTuple):
-    """The entries of a codebook in square cells, and what can be nearest to a point of each.
+    """Square cells of the plane, and which entries of a codebook can be nearest in each.
 
     Attributes:
         cells: per side.
         low, high: ends of the square in both coordinates.
-        only: [cells**2] int16: the one entry that can win in the cell, or -1.
+        only: [cells**2] int16: the one entry that can be nearest in the cell, or -1 for several.
         candidates: [L, cells**2] int16: entries, ascending, padded by repetition.
         entries: [E, 2] float32.
     """
@@ -57,7 +58,7 @@ def grid(index_bits: int, code: str, device: torch.device) -> Grid:
 
 
 def make_grid(entries: torch.Tensor, code: str, device: torch.device) -> Grid:
-    """The grid of any entries [E, 2] float32, which lie where those of ``code`` do."""
+    """The grid of any entries [E, 2] float32 in the same part of the plane as those of ``code``."""
     low, high = _QUADRANT if code == PLAIN else _PLANE
     cells, table = 1, torch.arange(len(entries), device=entries.device)[None]
     while cells < 128 or cells < 8 * len(entries) ** 0.5:
@@ -112,7 +113,7 @@ def _strike_off(
 def nearest_entry_brute_force(
     x: torch.Tensor, y: torch.Tensor, entries: torch.Tensor
 ) -> torch.Tensor:
-    """Reference of :func:`nearest_entry`: all of ``entries`` [E, 2], the lowest of equal ones."""
+    """Reference of :func:`nearest_entry`: searches all ``entries`` [E, 2]; for ties, the lowest."""
     rows = []
     for some_x, some_y in zip(torch.split(x, 4096), torch.split(y, 4096), strict=True):
         x_distance = (some_x[:, None] - entries[:, 0]).square()  # [s, E]
@@ -172,8 +173,9 @@ def _best_candidate(
 def nearest(points: torch.Tensor, index_bits: int) -> torch.Tensor:
     """Index in the plain code of the codeword nearest to every point.
 
-    By symmetry it is one of the point's own quadrant; where rounding makes another seem as near,
-    the point's signs decide. Of its quadrant's, see :func:`nearest_entry`.
+    By symmetry it is in the point's own quadrant; where rounding makes a codeword of another
+    quadrant seem equally near, the point's signs decide. For ties within the quadrant, see
+    :func:`nearest_entry`.
 
     Args:
         points: [S, 2] float32, finite.

@@ -25,8 +25,8 @@ def hadamard(size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, rotation_block_size: int) -> torch.Tensor:
     """Orthonormal Hadamard transform of each block of inputs.
 
-    Sums of two, in a fixed order, not a matrix product: the result is the same bit for bit on every
-    machine, and so is what the encoder makes of it.
+    Computed as sums and differences of two values in a fixed order, not as a matrix product: the
+    result, and so the output of the encoder, is the same bit for bit on every machine.
 
     Args:
         x: [..., K], floating point; K a multiple of ``rotation_block_size``.

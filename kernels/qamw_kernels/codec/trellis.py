@@ -1,18 +1,18 @@
-"""Trellis-coded QAM: as many bits for every pair, but twice as many codewords to choose from.
+"""Trellis-coded QAM: as many bits per pair as the plain code, but twice as many codewords.
 
-Known from modems: Ungerboeck's trellis-coded modulation, and from trellis-coded quantization
-(Marcellin and Fischer, 1990). A codebook of b index bits has 2**(b + 1) codewords in four classes.
-Those of class 0 are its entries, and a flip of the sign of x, of y, or of both makes those of the
-other classes of them. An index has the number of an entry, b - 1 bits, and above it a bit of the
-*path*. A register holds the bits of a pair and of the three before it, and two parities of it say
-which signs are flipped:
+The methods are Ungerboeck's trellis-coded modulation, known from modems, and trellis-coded
+quantization (Marcellin and Fischer, 1990). A codebook of b index bits has 2**(b + 1) codewords in
+four classes. Class 0 has the codebook's entries; flipping their sign of x, of y, or of both gives
+the codewords of the other classes. An index holds the number of an entry, in b - 1 bits, and above
+it one bit of the *path*. A register holds the path bits of a pair and of the three pairs before it,
+and two parities of the register say which signs are flipped:
 
     x is negated if bit ^ (1 before) ^ (2 before) ^ (3 before) is 1
     y is negated if bit              ^ (2 before) ^ (3 before) is 1
 
-So a pair's own bit still leaves it two of the four classes, but which two depends on the path. A
-path runs through the 32 pairs of a unit, in the order :data:`PATH_ORDER`, and before a unit all
-bits are 0: every unit is decoded by itself.
+So a pair's own bit chooses between two of the four classes, and the three bits before it decide
+which two. A path runs through the 32 pairs of a unit, in the order :data:`PATH_ORDER`. The bits
+before the first pair of a unit are 0, so every unit is decoded by itself.
 
 :func:`encode` finds the best path by Viterbi's algorithm. The generators are 1111 and 1101, with
 the pair's own bit last.
@@ -27,7 +27,7 @@ from qamw_kernels.format.codebook import TRELLIS, entry_bits, flip_signs
 from qamw_kernels.format.packing import UNIT_INPUTS, UNIT_PAIRS
 
 STATES = 8
-"""What the three bits before a pair can be; the last one is lowest."""
+"""How many values the three bits before a pair can have; the last of the three is lowest."""
 
 GENERATORS = (0b1111, 0b1101)
 """Bits of the register whose parity is the sign of x, and of y; the pair's own bit is lowest."""
@@ -38,13 +38,14 @@ PATH_ORDER = tuple(
 )
 """The pairs of a unit as the path visits them.
 
-A step's bits, from the highest, are bits 3, 2, 0, 4 and 1 of a pair. Four steps each stay in one
-lane of a matrix instruction with 16 x 16 operands, so that a kernel finds the three bits before a
-pair in its own word and in that of the lane next to it (see :mod:`qamw_kernels.ops.tiling`).
+The bits of a step's number, from the highest, are bits 3, 2, 0, 4 and 1 of the pair's number. Steps
+4 n to 4 n + 3 are in one lane of a matrix instruction with 16 x 16 operands, so that a kernel finds
+the three bits before a pair in its own word and in that of the lane next to it (see
+:mod:`qamw_kernels.ops.tiling`).
 """
 
 UNITS_AT_ONCE = 1 << 13
-"""The temporaries stay in cache."""
+"""Units encoded at once: the temporaries stay in cache."""
 
 
 def path_inputs(num_inputs: int) -> torch.Tensor:
@@ -55,10 +56,11 @@ def path_inputs(num_inputs: int) -> torch.Tensor:
 
 @functools.cache
 def classes_of_registers(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the classes multiply x and y with, and which class a register has.
+    """The signs of every class, and the class that every value of the register selects.
 
     Returns:
-        [4, 2] float32, 1 or -1: class 1 negates x, 2 y, and 3 both; and [16] int64.
+        Factors of x and y, [4, 2] float32, 1 or -1: class 1 negates x, 2 y, and 3 both; and
+        classes [16] int64.
     """
     signs = flip_signs(torch.ones(1, 2, device=device))
     x, y = ([(r & mask).bit_count() & 1 for r in range(2 * STATES)] for mask in GENERATORS)
@@ -105,12 +107,12 @@ def best_paths(units: torch.Tensor, of_codebook: Grid) -> torch.Tensor:
     classes, of_register = classes_of_registers(units.device)
     cost = units.new_full((STATES, len(units)), torch.inf)
     cost[0] = 0
-    # A register's state before is r >> 1 and after r & 7: r and r + 8 lead to the same.
+    # Register r comes from state r >> 1 and leads to state r & 7: r and r + 8 lead to the same.
     before = torch.arange(2 * STATES, device=units.device) >> 1
     numbers = units.new_empty(UNIT_PAIRS, len(classes), len(units), dtype=torch.int16)
     second = units.new_empty(UNIT_PAIRS, STATES, len(units), dtype=torch.bool)
     for step, pair in enumerate(pairs):
-        x, y = (classes[:, i, None] * pair[i] for i in range(2))  # [4, n], as if of class 0
+        x, y = (classes[:, i, None] * pair[i] for i in range(2))  # [4, n], moved to class 0
         numbers[step] = nearest_entry(x.flatten(), y.flatten(), of_codebook).view(x.shape)
         near = of_codebook.entries[numbers[step].int()]
         added = (x - near[..., 0]).square_() + (y - near[..., 1]).square_()

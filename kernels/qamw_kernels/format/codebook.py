@@ -1,7 +1,7 @@
 """The shipped codebooks: named, hashed, exact in bfloat16, float16 and float32.
 
-There is one for every code and number of index bits. What is stored of it are its *entries*: the
-codewords that a flip of signs makes all others of. See docs/format.md, and for the trellis
+There is one for every code and number of index bits. Only its *entries* are stored: the codewords
+from which flips of signs make all others. See docs/format.md, and for the trellis
 :mod:`qamw_kernels.codec.trellis`.
 """
 
@@ -20,13 +20,13 @@ PLAIN, TRELLIS = "plain", "trellis"
 CODES = (PLAIN, TRELLIS)
 """How indices become codewords: each by itself, or along a path through a trellis."""
 
-_SIGN_BITS = {PLAIN: 2, TRELLIS: 1}  # of an index: both signs, or a bit of the path that has them
+_SIGN_BITS = {PLAIN: 2, TRELLIS: 1}  # of an index: both signs, or the bit of the path
 _NAMES = {PLAIN: "circular-gaussian-{}-v1", TRELLIS: "trellis-gaussian-{}-v1"}
 _DATA = Path(__file__).with_name("codebooks.safetensors")
 
 
 def entry_bits(index_bits: int, code: str) -> int:
-    """The lowest bits of an index, which are the number of an entry."""
+    """How many of the lowest bits of an index are the number of an entry."""
     return index_bits - _SIGN_BITS[code]
 
 

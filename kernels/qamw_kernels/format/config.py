@@ -25,7 +25,7 @@ from qamw_kernels.format.weight import QuantizedWeight
 
 QUANT_METHOD = "qamw"
 FORMAT_VERSIONS = {PLAIN: 1, TRELLIS: 2}
-"""Code -> what is written: readers that do not know the trellis can read all the rest."""
+"""Code -> version that is written: readers that do not know the trellis can read plain ones."""
 
 LAYER_TENSORS = ("qweight", "row_norms", "input_scales")
 """``<module>.<suffix>`` of the tensors that stand in place of ``<module>.weight``."""
@@ -89,9 +89,9 @@ class QamwFormat:
         layer_index_bits: module name -> index bits, for mixed rates; the experts of a layer have
             one name, see :func:`role_of`.
         ignore: exact names of the modules that keep a plain ``weight``.
-        codebooks: codebook name -> SHA-256, for every rate in use; empty to fill them in.
-        stacks: tensors of the original checkpoint with the matrices of all experts of a layer,
-            which are quantized one by one -> their shapes.
+        codebooks: codebook name -> SHA-256, for every rate in use; if empty, they are filled in.
+        stacks: tensors of the original checkpoint that hold the matrices of all experts of a
+            layer, which are quantized one by one, or one transposed matrix -> their shapes.
         code: one of CODES, of every quantized layer.
 
     Raises:
@@ -170,12 +170,12 @@ class QamwFormat:
         return size
 
     def weight_of(self, module: str, tensors: Mapping[str, torch.Tensor]) -> QuantizedWeight:
-        """The weight that a module's tensors stand for; their values are not looked at.
+        """The weight that a module's tensors stand for; their values are not checked.
 
         Args:
             tensors: by suffix, those of ``LAYER_TENSORS``.
         Raises:
-            TensorError: one has another shape or dtype than the others want.
+            TensorError: a tensor has another dtype, or a shape that does not fit the others.
             FormatError: the checkpoint has no rotation width for this number of inputs.
         """
         sizes = [len(tensors[suffix]) for suffix in ("row_norms", "input_scales", "qweight")]

@@ -1,4 +1,4 @@
-"""What holds where nobody asks otherwise. Imports nothing: a command line shows it in its help."""
+"""Default settings. Imports nothing: the command line shows them in its help."""
 
 BITS_PER_WEIGHT = 5.5
 """Nominal rate of a model."""

@@ -14,7 +14,8 @@ def read_index(directory: Path) -> dict[str, str]:
 
     Raises:
         FileError: no such file, or no JSON object.
-        FormatError: it does not say that, or names files that no index may name.
+        FormatError: it has no such map, or the map names a file that is not a .safetensors file
+            inside the directory.
     """
     path = directory / INDEX
     weight_map = read_json(path).get("weight_map")

@@ -37,9 +37,9 @@ class FileEntry:
         return FileEntry(sha256_of(path), path.stat().st_size)
 
     def size_fault(self, path: Path) -> str:
-        """How a file differs without being read; empty where it does not.
+        """How a file differs, as far as can be seen without reading it; empty if it does not.
 
-        It is the end of a message that begins with the file's name, as of :meth:`digest_fault`.
+        Like that of :meth:`digest_fault`, the text ends a message that begins with the file's name.
         """
         if not path.exists():
             return "missing"
@@ -47,7 +47,7 @@ class FileEntry:
         return "" if size == self.num_bytes else f"{size} bytes, {MANIFEST} says {self.num_bytes}"
 
     def digest_fault(self, sha256: str) -> str:
-        """How the bytes of a file differ, of which this is the SHA-256; empty if they do not."""
+        """How ``sha256``, of the bytes of a file, differs from the recorded one; empty if not."""
         return "" if sha256 == self.sha256 else f"SHA-256 {sha256}, {MANIFEST} says {self.sha256}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,8 +61,8 @@ class Manifest:
 
     Attributes:
         files: path inside the directory -> entry, of every file but the manifest itself.
-        sources: the same of the shards that were quantized, and of their config.json; empty where
-            nobody recorded them.
+        sources: the same for the shards and config.json of the model that was quantized; empty if
+            they were not recorded.
     """
 
     files: Mapping[str, FileEntry]

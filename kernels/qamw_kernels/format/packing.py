@@ -1,7 +1,8 @@
-"""Packing of pair indices into the planes stored as ``qweight``, bit by bit: unpack(pack(x)) == x.
+"""Packing of pair indices into the planes stored as ``qweight``, exactly: unpack(pack(x)) == x.
 
-``b`` bits per index are split into fields, one for every power of two in b, widest first, lowest
-bits first: 11 = 8 + 2 + 1, 7 = 4 + 2 + 1. A unit is 32 neighboring pairs (64 inputs) of one row.
+From the lowest bit up, the ``b`` bits of an index are split into fields, one for every power of two
+in b, the widest first: 11 = 8 + 2 + 1, 7 = 4 + 2 + 1. A unit is 32 neighboring pairs (64 inputs) of
+one row.
 Its fields of width w fill exactly w int32 words, 32 / w pairs per word, so no field ever straddles
 a word and every unit is b words.
 """
@@ -33,7 +34,7 @@ def packed_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, 
 
 
 def unpacked_shape(planes: Sequence[int]) -> tuple[int, int]:
-    """Shape [N, K] of a weight whose ``qweight`` has this shape, with its three dimensions."""
+    """Shape [N, K] of the weight whose ``qweight`` has the three sizes ``planes``."""
     _, num_rows, num_units = planes
     return num_rows, num_units * UNIT_INPUTS
 
@@ -72,7 +73,7 @@ def unpack_planes(planes: torch.Tensor) -> torch.Tensor:
     for width in field_widths(index_bits):
         words = planes[low_bit : low_bit + width].permute(1, 2, 0)  # [N, U, width]
         words = words.reshape(num_rows, -1)
-        # clone, not contiguous(): that keeps odd strides of dimensions of size 1, which the view
+        # clone(), because contiguous() keeps odd strides of dimensions of size 1, which view()
         # refuses
         fields = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
         field_bits = 8

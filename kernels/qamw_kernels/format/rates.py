@@ -26,7 +26,7 @@ def nominal_bits_per_weight(index_bits: float) -> float:
 def is_nominal(bits_per_weight: float) -> bool:
     """Whether a requested rate is a multiple of 0.5, and so counts the indices alone.
 
-    Any other rate is effective: row norms, input scales and codebooks are paid from it too.
+    Any other rate is effective: it includes row norms, input scales and codebooks.
     """
     return 2 * bits_per_weight % 1 == 0
 

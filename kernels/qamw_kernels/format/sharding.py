@@ -1,7 +1,7 @@
-"""Tensor parallelism: how wide a model can be cut, and rotation blocks that survive it.
+"""Tensor parallelism: among how many ranks a model can be cut, and which rotation blocks allow it.
 
 A layer that is cut along its inputs must give every rank whole rotation blocks and whole packing
-units of 64 inputs. Rows are independent of each other, so any number of them can be cut off.
+units of 64 inputs. Rows are independent of each other, so a layer can be cut between any two rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ MAX_ROTATION_BLOCK_SIZE = 128
 
 
 def differs(config: Any, name: str) -> bool:
-    """Whether a model's layers differ in a value: then its config raises an error (Gemma 4)."""
+    """Whether layers differ in a setting: reading it from the config then fails (Gemma 4)."""
     try:
         getattr(config, name, None)
     except Exception:  # of transformers' own kind
@@ -30,7 +30,7 @@ def shared_setting(config: Any, name: str) -> Any:
 
 
 def attention_heads(config: Any) -> tuple[int | None, int | None]:
-    """Numbers of attention heads and of those of keys and values; None where not known."""
+    """Numbers of attention heads and of key/value heads; None where not known."""
     num_heads = shared_setting(config, "num_attention_heads")
     return num_heads, shared_setting(config, "num_key_value_heads") or num_heads
 
@@ -59,8 +59,8 @@ def choose_rotation_block_sizes(
 ) -> dict[int, int]:
     """Hadamard width for every number of inputs.
 
-    It is the largest power of two <= 128 that divides every shard. Sizes of tensor parallelism that
-    break a packing unit are impossible anyway, and are left out of consideration.
+    It is the largest power of two <= 128 that divides every shard. Tensor-parallel sizes that would
+    cut through a packing unit are impossible anyway, and are ignored.
 
     Args:
         layers: (number of inputs, whether tensor parallelism cuts them) of every layer.

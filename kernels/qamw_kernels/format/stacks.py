@@ -1,8 +1,9 @@
-"""Tensors that hold matrices otherwise than as [N, K], and these matrices as if stored alone.
+"""Tensors that do not hold just one matrix [N, K], and the matrices in them.
 
-One may hold a matrix of every expert of a layer. Quantized, every expert has tensors of its own:
-experts differ in what is left out, and vLLM reads them one by one. Or one holds a single matrix,
-transposed. Decoded, they are as they were.
+Such a tensor, a *stack*, may hold a matrix of every expert of a layer. In a quantized checkpoint
+every expert has tensors of its own: experts may differ in which matrices are not quantized, and
+vLLM reads them one by one. Or a stack holds a single matrix, transposed. Dequantizing restores the
+stacks.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ class Slice:
 
     Attributes:
         expert: index along the first dimension; None for a tensor that is one matrix.
-        rows: of the matrix, once it is not transposed any more; of a bias, its elements.
+        rows: rows of the matrix after any transposition is undone; for a bias, its elements.
         transposed: whether the stack has [inputs, rows] for every expert.
     """
 
@@ -51,7 +52,7 @@ class Stack:
             yield name, part.of(stack)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
-        """Of one matrix or bias."""
+        """Shape of one matrix or bias."""
         return tuple(self.slices[name].of(torch.empty(self.shape, device="meta")).shape)
 
     def join(self, values: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -19,7 +19,7 @@ class QuantizedWeight:
         row_norms: [N] float32, not negative; 0 for a zero row.
         input_scales: [K] float16, normal numbers.
         rotation_block_size: Hadamard width, divides K.
-        code: what makes codewords of indices, one of CODES.
+        code: how indices become codewords, one of CODES.
     """
 
     qweight: torch.Tensor
@@ -60,9 +60,9 @@ class QuantizedWeight:
         )
 
     def check(self, name: str) -> None:
-        """Check the values of a weight, or of a part of its rows or inputs; planes have no others.
+        """Check the values of a weight, or of a part of its rows or inputs; any planes are valid.
 
-        Every door through which a checkpoint comes in asks this before it decodes or multiplies.
+        Called wherever a checkpoint is read, before it is decoded or multiplied.
 
         Args:
             name: of the module, for errors.
@@ -90,8 +90,7 @@ def largest_row_norm(
     A decoded weight is ``(sum of +-c over its rotation block) / sqrt(B) * row_norm * scale``. The B
     coordinates c of a block are B / 2 codewords (x, y), each of which adds at most ``|x| + |y|``.
     So the first factor is at most ``sqrt(B) / 2 * max(|x| + |y|)``, which some indices of the plain
-    code reach. It is multiplied with the norm first: a scale below 1 does not save what has
-    overflowed already.
+    code reach. It is multiplied with the norm first, so a scale below 1 cannot undo an overflow.
 
     Args:
         input_scales: [K] float16, or a part of them.
@@ -99,7 +98,7 @@ def largest_row_norm(
     widest = float(load_entries(index_bits, code).abs().sum(1).max())
     coordinate = math.sqrt(rotation_block_size) / 2 * widest
     scale = max(1.0, float(input_scales.abs().max()))
-    rounding = 1 - 2**-16  # of log2(B) sums and three products, none of them off by 2**-24
+    rounding = 1 - 2**-16  # of log2(B) sums and three products, each error below 2**-24
     return torch.finfo(torch.float32).max * rounding / (coordinate * scale)
 
 
@@ -143,16 +142,16 @@ def check_finite(weight: torch.Tensor, name: str) -> None:
     Raises:
         TensorError: names the first value that is NaN or infinite.
     """
-    # Extremes are found without copies, and are NaN where anything is.
+    # Minimum and maximum are found without copies, and are NaN if any value is.
     if weight.numel() and not torch.stack(weight.aminmax()).isfinite().all():
         at = (~weight.isfinite()).nonzero()[0].tolist()
         raise TensorError(f"{name}{at} is {float(weight[tuple(at)])}: every weight must be finite")
 
 
 def check_plain(tensor: torch.Tensor, name: str) -> None:
-    """Check a tensor of a checkpoint that is not quantized; buffers may be integers.
+    """Check a tensor that is not quantized; buffers may be integers.
 
-    One of them is called ``bias``: the causal mask [1, 1, n, n] in old checkpoints (GPT-2, Pythia).
+    One buffer is called ``bias``: the causal mask [1, 1, n, n] in old checkpoints (GPT-2, Pythia).
 
     Raises:
         TensorError: a weight or bias that is not of floating point, or a value that is not finite.

@@ -1,8 +1,9 @@
 """Matrices that transformers merges or splits while loading are decoded before it does so.
 
-transformers has converters for tensors that are not parameters as they are: experts that become
-one parameter, or a matrix on disk that becomes several. None of them knows packed weights. Here
-they get the same matrices as from a plain checkpoint, on the device that the parameter goes to.
+transformers has converters for tensors on disk that do not become one parameter each: the matrices
+of experts, which become one parameter, or a matrix that becomes several. None of the converters
+knows packed weights. The classes here give them the same matrices as a plain checkpoint would, on
+the device of the parameter.
 """
 
 import re
@@ -55,7 +56,7 @@ class DecodingConverter(WeightConverter):
     def add_tensor(
         self, target_key: str, source_key: str, source_pattern: str, future: Any
     ) -> None:
-        """Also note the names of the tensors, which transformers brings in natural order."""
+        """Also record the names of the tensors, which transformers passes in natural order."""
         super().add_tensor(target_key, source_key, source_pattern, future)
         self._names.setdefault(source_pattern, []).append(source_key)
 
@@ -90,7 +91,7 @@ class DecodingConverter(WeightConverter):
                 _check_shape(model, name, value[0] if isinstance(value, list) else value)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # of any kind: transformers' operations expect what fits
+        except Exception as error:  # of any kind: transformers' operations expect valid input
             names = sorted(name for names in self._names.values() for name in names)
             raise TensorError(
                 f"{layer_name} cannot be made of {names[0]} ... {names[-1]}: {error}"
@@ -100,7 +101,7 @@ class DecodingConverter(WeightConverter):
     def _decoded(
         self, tensors: dict[str, torch.Tensor], dtype: torch.dtype
     ) -> Iterator[torch.Tensor]:
-        """The matrices [N, K] that the tensors are; what is not needed any more is dropped."""
+        """The matrices [N, K] of the tensors; each tensor is dropped once it is used."""
         for name in list(tensors):
             module, _, suffix = name.rpartition(".")
             if suffix == "qweight":
@@ -112,7 +113,7 @@ class DecodingConverter(WeightConverter):
         self, tensors: dict[str, torch.Tensor], module: str, dtype: torch.dtype
     ) -> torch.Tensor:
         stored = {suffix: tensors.pop(f"{module}.{suffix}") for suffix in LAYER_TENSORS}
-        # Of other dtypes they are where a version of transformers rounds all that it reads.
+        # Other dtypes are refused here: some versions of transformers cast all that they read.
         return decode_checked(self._format.weight_of(module, stored), module, dtype)
 
 
@@ -181,7 +182,7 @@ def expert_converters(model: Any, transforms: Sequence[WeightTransform]) -> list
 def _expert_converter(
     model: Any, transforms: Sequence[WeightTransform], path: str, name: str
 ) -> WeightConverter | None:
-    """For one parameter of fused experts and its like in other layers.
+    """The converter for one parameter of fused experts and for the same one in other layers.
 
     None where transformers itself reads the matrices of experts one by one.
     """
@@ -193,7 +194,7 @@ def _expert_converter(
     if len(tensors) < len(parts):
         tensors *= len(parts)  # one tensor has all pieces
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    base = f"{model.base_model_prefix}."  # models with a head have it, those without do not
+    base = f"{model.base_model_prefix}."  # only models with a head have this prefix
     sources, target = [], ""
     for tensor, part in zip(tensors, parts, strict=True):
         apart, _ = rename_source_key(name_apart(tensor, 0, part), renamings, [])
@@ -204,7 +205,7 @@ def _expert_converter(
 
 
 def _without_layer(one: str, other: str) -> tuple[str, str]:
-    """Two names of modules without the parts that they begin with both; the last parts stay."""
+    """Two names of modules without their common first parts; the last part of each stays."""
     first, second = one.split("."), other.split(".")
     same = 0
     while same < min(len(first), len(second)) - 1 and first[same] == second[same]:

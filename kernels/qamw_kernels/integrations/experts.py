@@ -12,7 +12,7 @@ _BIAS = "_bias"
 
 
 def are_fused_experts(module: Any) -> bool:
-    """Whether this is such a module."""
+    """Whether a module is one of fused experts."""
     names = {name: p.ndim for name, p in module.named_parameters(recurse=False)}
     matrices = {name for name in names if not name.endswith(_BIAS)}
     biases = names.keys() - matrices
@@ -25,14 +25,15 @@ def are_fused_experts(module: Any) -> bool:
 
 
 def pieces(fused: Any, name: str) -> list[tuple[str, slice]]:
-    """What a parameter has of every expert.
+    """Which matrices or biases of an expert a parameter holds.
 
     Args:
         fused: the module.
         name: of the parameter.
     Returns:
-        For each matrix or bias, its name in an expert of its own, such as ``gate_proj.weight``, and
-        its rows in the parameter, where :func:`transposed` ones are counted as columns.
+        For each matrix or bias, the name that it would have in a separate expert, such as
+        ``gate_proj.weight``, and its rows in the parameter, which are columns if the module is
+        :func:`transposed`.
     """
     matrix = name.removesuffix(_BIAS)
     kind = "weight" if matrix == name else "bias"
@@ -62,12 +63,12 @@ def sizes(fused: Any) -> tuple[int, int]:
 
 
 def interleaved(fused: Any) -> bool:
-    """Whether the rows of gate and up take turns, rather than follow one another."""
+    """Whether the rows of gate and up alternate, instead of all of gate coming first."""
     return not getattr(fused, "is_concatenated", True)
 
 
 def transposed(fused: Any) -> bool:
-    """Whether the matrices are [inputs, rows]; the module of Llama 4 does not say."""
+    """Whether the matrices are [inputs, rows]; for Llama 4, which does not say, by their shapes."""
     stated = getattr(fused, "is_transposed", None)
     if stated is None and hasattr(fused, "gate_up_proj"):
         return bool(fused.gate_up_proj.shape[2] != fused.down_proj.shape[1])

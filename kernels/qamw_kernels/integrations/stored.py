@@ -1,6 +1,6 @@
-"""What the files of a checkpoint have, and whether it is all that a model of transformers needs.
+"""Which tensors the files of a checkpoint hold, and whether they are all that a model needs.
 
-transformers goes on with random numbers where a tensor is missing. So all is checked before.
+If a tensor is missing, transformers continues with random numbers. So all are checked before.
 """
 
 import re
@@ -24,7 +24,7 @@ from qamw_kernels.format.packing import unpacked_shape
 from qamw_kernels.integrations.conversion import DecodingConverter
 from qamw_kernels.integrations.linears import LINEARS
 
-# As safetensors spells those of the format.
+# The format's dtypes, as safetensors spells them.
 _DTYPES = {torch.int32: "I32", torch.float32: "F32", torch.float16: "F16"}
 
 Stored = Mapping[str, tuple[list[int], str]]
@@ -49,7 +49,7 @@ def stored_tensors(files: Iterable[str]) -> Stored:
 
 
 def check_unpacked(stored: Stored, module: str) -> None:
-    """Whether the plain matrix of a module is there.
+    """Check that the plain matrix of a module is there.
 
     Raises:
         TensorError: it is not.
@@ -61,10 +61,10 @@ def check_unpacked(stored: Stored, module: str) -> None:
 def check_packed(
     stored: Stored, module: str, num_rows: int, num_inputs: int, index_bits: int
 ) -> None:
-    """Whether the tensors of a packed matrix [N, K] are there, in their shapes and dtypes.
+    """Check that the tensors of a packed matrix [N, K] are there, with their shapes and dtypes.
 
     Raises:
-        TensorError: not so.
+        TensorError: one is missing, or has another shape or dtype.
     """
     expected = layer_tensors(num_rows, num_inputs, index_bits)
     if missing := [f"{module}.{name}" for name in expected if f"{module}.{name}" not in stored]:
@@ -82,11 +82,11 @@ class Destinations:
     """Where transformers puts the tensors of a checkpoint.
 
     Attributes:
-        modules: module of the model -> its name in the checkpoint, of those whose matrix is there
-            as it is, plain or packed.
-        merged: parameters that a converter makes together -> modules of the checkpoint whose
-            matrices, plain or packed, it makes them of.
-        filled: all parameters and buffers that there are tensors for; a packed matrix is one of
+        modules: module of the model -> its name in the checkpoint, for modules whose matrix, plain
+            or packed, is neither merged nor split.
+        merged: parameters that a converter makes together -> modules of the checkpoint from whose
+            matrices, plain or packed, it makes them.
+        filled: all parameters and buffers that there are tensors for; a packed matrix counts as
             ``weight``.
     """
 
@@ -110,7 +110,8 @@ def destinations(model: Any, stored: Stored, transforms: Iterable[WeightTransfor
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
     known, prefix, found = _known_names(model), model.base_model_prefix, Destinations()
-    for name in sorted(stored, key=dot_natural_key):  # as transformers: some renamings remember
+    # In the order in which transformers reads names, because some of its renamings keep state.
+    for name in sorted(stored, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, prefix, known)
         if target not in known and name in known:  # as transformers does
             target, pattern = rename_source_key(name, [], [], prefix, known)
@@ -145,10 +146,11 @@ def _known_names(model: Any) -> dict[str, bool]:
 
 
 def check_merged(model: Any, stored: Stored, found: Destinations, fmt: QamwFormat) -> None:
-    """Whether the matrices that are merged are all there, as the format says.
+    """Check that the matrices to be merged are all there, as the format says.
 
     Raises:
-        TensorError: not so.
+        TensorError: one is missing, or a tensor of it has another shape or dtype.
+        FormatError: the checkpoint has no rotation width for the inputs of one.
     """
     ignored = set(fmt.ignore)
     for parameters, modules in found.merged.items():
@@ -168,7 +170,7 @@ def check_merged(model: Any, stored: Stored, found: Destinations, fmt: QamwForma
 
 
 def _of_all_experts(modules: Iterable[str], num_experts: int) -> list[str]:
-    """These modules, and of experts those that should be there too."""
+    """These modules, and the same modules of all other experts, which should be there too."""
     all_modules = (
         role.replace("*", str(expert))
         for role in dict.fromkeys(map(role_of, modules))
@@ -178,10 +180,10 @@ def _of_all_experts(modules: Iterable[str], num_experts: int) -> list[str]:
 
 
 def check_filled(model: Any, found: Destinations) -> None:
-    """Whether there are tensors for all parameters of a model.
+    """Check that there are tensors for all parameters of a model.
 
     Raises:
-        TensorError: not so.
+        TensorError: a parameter has none.
     """
     tied = model.all_tied_weights_keys  # name -> the parameter that it shares
     ignored = model._keys_to_ignore_on_load_missing or ()

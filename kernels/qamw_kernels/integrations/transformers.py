@@ -4,8 +4,8 @@
     model = AutoModelForCausalLM.from_pretrained(CKPT)
 
 On the CPU weights are decoded while loading and the layers become plain ones, as in vLLM; on a GPU
-linear layers stay packed and the kernels run. What transformers merges or splits while loading,
-such as the experts of a layer, is decoded there too, and takes the memory of 16 bits.
+linear layers stay packed and the kernels run. Matrices that transformers merges or splits while
+loading, such as those of experts, are decoded on a GPU too, and take the memory of 16 bits.
 """
 
 import re
@@ -83,8 +83,8 @@ class QamwLinear(nn.Module):
         for name, (shape, dtype) in layer_tensors(*sizes(linear), index_bits).items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device="meta"))
         self.bias = linear.bias
-        # No parameter, and without memory: code of models that initializes weights wants to see
-        # one. It leaves alone what has this mark of transformers.
+        # Not a parameter, and without memory: model code that initializes weights needs a weight to
+        # look at, and leaves it alone if it has this mark of transformers.
         self.weight = torch.empty_like(linear.weight, device="meta")
         self.weight._is_hf_initialized = True  # type: ignore[attr-defined]
 
@@ -158,12 +158,12 @@ class QamwHfQuantizer(HfQuantizer):
         """Put a :class:`QamwLinear` in the place of every quantized layer.
 
         Raises:
-            TensorError: a tensor is missing, and transformers itself would go on with random
-                numbers; it has another shape or dtype; or it is there twice.
+            TensorError: a tensor is missing (transformers itself would continue with random
+                numbers), has another shape or dtype, or is there twice.
         """
         fmt, stored = self.quantization_config.format, stored_tensors(kwargs["checkpoint_files"])
         transforms = get_model_conversion_mapping(model)
-        if hasattr(HfQuantizer, "update_weight_conversions"):  # else, before 5.9, nobody calls ours
+        if hasattr(HfQuantizer, "update_weight_conversions"):  # before 5.9 ours is not called
             self._expert_converters = expert_converters(model, transforms)
             transforms = self.update_weight_conversions(transforms)
         found = destinations(model, stored, transforms)
@@ -202,7 +202,7 @@ class QamwHfQuantizer(HfQuantizer):
     def get_new_dtype(
         self, converter: Any, param: Any, dtype: torch.dtype | None
     ) -> torch.dtype | None:
-        """In which dtype a tensor is read, as newer versions of transformers ask; None: its own."""
+        """The dtype in which newer versions of transformers read a tensor; None: as stored."""
         return None if isinstance(converter, DecodingConverter) else dtype
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
@@ -212,7 +212,7 @@ class QamwHfQuantizer(HfQuantizer):
                     model.set_submodule(name, module.plain(name, module.weight.dtype))
                 else:
                     module.pack(name)
-        # What has another name in the checkpoint still has the dtype that it has there.
+        # A tensor that has another name in the checkpoint still has the dtype it has there.
         for name, tensor in model.state_dict(keep_vars=True).items():
             if (dtype := self._dtypes.get(name)) and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
@@ -229,15 +229,15 @@ class QamwHfQuantizer(HfQuantizer):
 
 
 def _forget_quantization(model: Any) -> None:
-    """Where code of models asks whether layers are packed, it must hear that none is."""
+    """Remove the mark by which model code would take layers for packed ones: none is packed."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized
 
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
-    """In which dtypes transformers loads a plain checkpoint's parameters and buffers."""
-    plan = model._get_dtype_plan(model.dtype)  # pattern -> dtype, of what is to keep another one
+    """The dtypes in which transformers loads parameters and buffers of a plain checkpoint."""
+    plan = model._get_dtype_plan(model.dtype)  # pattern -> dtype, for those that keep another one
     return {
         name: next((plan[x] for x in plan if re.search(x.replace("*", ".*"), name)), tensor.dtype)
         for name, tensor in model.state_dict().items()

@@ -22,15 +22,15 @@ CROSSOVER_FILE = Path(__file__).with_name("crossover.json")
 """JSON object: :func:`crossover_key` -> tokens."""
 
 GEMM_MAX_TOKENS = 16
-"""Of a GPU that was not measured: with more, the kernels for few tokens read the activations more
-often than is cheaper than decoding the weight. The wide kernel has a limit of its own."""
+"""The limit on a GPU that was not measured: with more tokens, the kernels for few tokens read the
+activations so often that decoding the weight is cheaper. The wide kernel has a limit of its own."""
 
 
 _NAMES = {wide_launch: "wide", decode_launch: "decode", None: "plain"}
 
 
 def kernel_for_many(dtype: torch.dtype, rate: Rate, processor: Processor | None) -> str:
-    """Name of the kernel that multiplies packed weights with more tokens than the narrow one."""
+    """Name of the kernel for packed weights and more tokens than the narrow kernel takes."""
     num_tokens = narrow_launch.MAX_TOKENS + 1
     return _NAMES[product_for(num_tokens, UNIT_INPUTS, dtype, rate, processor)]
 

@@ -2,8 +2,7 @@
 
 CUDA tensors run the Triton kernels. CPU tensors run :mod:`qamw_kernels.ops.reference`; only in a
 process that was started with Triton's interpreter (``TRITON_INTERPRET=1``) do they run the Triton
-kernels too. There is no other choice between implementations, and no falling back from one to the
-other.
+kernels too. Nothing else selects an implementation, and none falls back to the other.
 """
 
 from collections.abc import Callable
@@ -69,7 +68,7 @@ def routed_linear(
     routing: Routing,
     num_slots: int,
 ) -> torch.Tensor:
-    """The same for the experts of a layer, each with the tokens that are sent to it.
+    """:func:`linear` for the experts of a layer, each with the tokens that are sent to it.
 
     Args:
         x: [M, K] bfloat16, float16 or float32; ``num_slots`` is a multiple of M, and slot s reads
@@ -96,11 +95,11 @@ def routed_linear(
 
 
 def combine(y: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Of every token the sum over its slots, added up in float32 one after the other.
+    """For every token, the weighted sum over its slots, added up in float32 one after the other.
 
     Args:
-        y: [M * k, N] bfloat16, float16 or float32, of token 0's slots, then token 1's.
-        shares: [M, k] float32, of each slot.
+        y: [M * k, N] bfloat16, float16 or float32: the slots of token 0, then those of token 1.
+        shares: [M, k] float32, the weight of each slot.
     Returns:
         [M, N] in the dtype of y.
     Raises:
@@ -180,7 +179,7 @@ def _check_routed_linear(
         )
     _check_linear(x, weight.expert(0), None)
     slots, experts, num_sorted, block_size = routing
-    # not len(), which would make constants of them when compiled
+    # not len(), which torch.compile would turn into constants
     num_tokens, num_padded, num_blocks = x.shape[0], slots.shape[0], experts.shape[0]
     if num_slots != 0 and (num_tokens == 0 or num_slots % num_tokens):
         raise ValueError(f"num_slots: expected a multiple of {num_tokens} tokens, got {num_slots}")

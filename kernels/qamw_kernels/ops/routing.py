@@ -15,11 +15,11 @@ class Routing(NamedTuple):
     """Slots in blocks of one expert each.
 
     Attributes:
-        slots: int32, block after block, T * top_k where a block is not full.
-        experts: int32, of each block, numbered on this rank; anything behind the last block in use,
-            and -1 for a block that is to be left out.
-        num_sorted: [1] int32, slots and padding that are in use: the tensors are as long as any
-            routing needs.
+        slots: int32, block after block; T * top_k is padding, where a block is not full.
+        experts: int32, the expert of each block, as numbered on this rank; -1 for a block to skip,
+            and any value after the last block in use.
+        num_sorted: [1] int32, number of slots in use, padding included: the tensors are long enough
+            for any routing.
         block_size: slots in a block.
     """
 
@@ -45,14 +45,14 @@ def sort_slots(
     """
     flat, device = top_k_index.flatten().long(), top_k_index.device
     blocks = -(-flat.numel() // block_size) + num_experts
-    if expert_map is not None:  # the last of all numbers for experts that are not here
+    if expert_map is not None:  # experts that are not here get the highest number
         flat = torch.where(expert_map[flat] < 0, num_experts, expert_map[flat]).long()
     counts = (flat[:, None] == torch.arange(num_experts, device=device)).sum(0)
     own_blocks = (counts + block_size - 1) // block_size
     ends = own_blocks.cumsum(0)
     order = flat.argsort(stable=True)
     expert = flat[order]
-    # slots of padding before those of an expert
+    # padding before the first slot of each expert
     padding = (ends - own_blocks) * block_size - (counts.cumsum(0) - counts)
     places = torch.arange(len(flat), device=device) + torch.cat([padding, ends[-1:]])[expert]
     places = torch.where(expert < num_experts, places, blocks * block_size)

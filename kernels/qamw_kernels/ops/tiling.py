@@ -6,12 +6,14 @@ lanes of a warp reads its words 16 bytes at a time. Word ``j`` of slot ``s`` of 
 ``entry_bits`` bits of every pair, the number of its entry of the codebook, one pair after the
 other. Then come the other bits of the indices:
 
-- of the plain code, two words with the signs of 16 pairs each, that of x of pair i at bit 15 - i
-  and that of y at bit 31 - i: a shift by i puts both where a word of two 16 bit floats has them;
-- of the trellis, one word with the bits of the path, that of pair i at bit 8 * (i % 4) + i // 4.
-  Four pairs of a slot follow each other on the path, as the four bytes of the word do, and a byte
-  has a bit for each of the 8 units of a tile. The pairs before them are those of the slot two
-  slots before, ``4 * l + s - 2``; slots where ``4 * l + s`` modulo 16 is below 2 begin the paths.
+- for the plain code, two words with the signs of 16 pairs each. The sign of x of pair i is bit
+  15 - i, that of y bit 31 - i: shifted left by i, both are where a word of two 16-bit floats has
+  its signs;
+- for the trellis, one word with the bits of the path, that of pair i at bit 8 * (i % 4) + i // 4.
+  Of each of the 8 units of a tile, a slot has four pairs, which are four steps in a row of a path:
+  one in each byte of the word, with one bit of a byte for each unit. The four steps before them are
+  in the slot two slots before, ``4 * l + s - 2``; slots where ``4 * l + s`` modulo 16 is below 2
+  begin the paths.
 
 Lane, slot and pair are those of the matrix instruction m16n8k16 with the weights as its first
 operand: for lane (g, t), slot (k8, r8) and pair (c, h) the row is 8 * r8 + g and the pair of the
@@ -36,7 +38,7 @@ def tiled_shape(num_rows: int, num_inputs: int, index_bits: int) -> tuple[int, i
 
 
 def _other_bits(pair: int, index_bits: int, code: str) -> list[tuple[int, int, int]]:
-    """Where a slot has what is above the entry: (bit of the index, word, bit of the word)."""
+    """Where a slot has the bits above an entry: (bit of the index, word, bit of the word)."""
     low = entry_bits_of(index_bits, code)
     if code == TRELLIS:
         return [(low, low, 8 * (pair % 4) + pair // 4)]

@@ -18,7 +18,7 @@ from qamw_kernels.ops.weight import Rate, TiledWeight, entry_words
 
 @dataclass(frozen=True)
 class _Warmer:
-    """Launches kernels with the smallest weights: sizes are not specialized on."""
+    """Launches kernels with the smallest weights: kernels are not specialized on sizes."""
 
     dtype: torch.dtype
     device: torch.device
@@ -29,7 +29,7 @@ class _Warmer:
         launch.multiply_packed(self._tokens(weight, num_tokens), weight, None, self.launcher)
 
     def many_rotated(self, rate: Rate, rotation_block_size: int) -> None:
-        """More tokens than the packed products of the smallest weights are warmed up with."""
+        """The rotation of more tokens than :meth:`packed` has, with the smallest weights."""
         weight = self._weight(rate, rotation_block_size)
         x = self._tokens(weight, rotate_launch.MANY_INPUTS // weight.num_inputs + 1)
         rotate_launch.rotate(
@@ -37,7 +37,7 @@ class _Warmer:
         )
 
     def sums(self, rate: Rate, rotation_block_size: int) -> None:
-        """Of row blocks that programs share, which the smallest weights have none of."""
+        """The kernel that adds up shared row blocks, which the smallest weights do not have."""
         weight = self._weight(rate, rotation_block_size)
         y = torch.empty(1, 1, dtype=self.dtype, device=self.device)
         processor = self.launcher.processor(self.device)
@@ -89,9 +89,10 @@ class _Warmer:
 
 
 def packed_tokens(most: int) -> list[int]:
-    """Numbers of tokens, up to ``most``, that need all variants of the packed products.
+    """Numbers of tokens, up to ``most``, that together need all variants of the packed products.
 
-    One more than the narrow kernel takes is among them: it does not take very many inputs.
+    A lower ``most`` is raised to one more than the narrow kernel takes: that kernel does not take
+    very many inputs, so that another one may run even for few tokens.
     """
     most = max(most, narrow_launch.MAX_TOKENS + 1)
     steps = {launch.SKINNY_MAX_TOKENS, *(8 * parts for parts in decode_launch.PARTS)}
@@ -107,10 +108,10 @@ def warm_up(
     experts: bool = False,
     launcher: Launcher = ON_DEVICE,
 ) -> None:
-    """Compile all that the ops launch for weights of these rates and rotations.
+    """Compile all that the ops launch for weights of these rates and rotations, of any size.
 
-    Whatever the sizes of weights and inputs will be. To be called before a CUDA graph is captured.
-    Compilers run at once, one thread each; what they made stays in Triton's cache on disk.
+    Call it before a CUDA graph is captured. Compilers run in parallel, one thread each; their
+    output stays in Triton's cache on disk.
 
     Args:
         rates: of the model's layers.

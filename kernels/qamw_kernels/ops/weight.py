@@ -39,7 +39,7 @@ class Rate(NamedTuple):
 
     @property
     def entry_bits(self) -> int:
-        """Bits of an index that are the number of an entry; it says how large tables are."""
+        """Bits of an index that are the number of an entry; they determine the size of tables."""
         return entry_bits(self.index_bits, self.code)
 
 
@@ -51,8 +51,8 @@ class TiledWeight(NamedTuple):
             :mod:`qamw_kernels.ops.tiling`; [experts, ...] of experts.
         row_norms: [N] float32; [experts, N] of experts.
         input_scales: [K] float16; experts share them.
-        entry_words: [2**entry_bits] int32, of :func:`entry_words`. How many there are says which
-            code it is.
+        entry_words: [2**entry_bits] int32, of :func:`entry_words`. Their number shows which code it
+            is.
         rotation_block_size: Hadamard width, divides K.
     """
 

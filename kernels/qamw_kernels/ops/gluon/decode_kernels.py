@@ -2,10 +2,10 @@
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
 """The decode GEMM for what neither the narrow nor the wide kernel takes.
 
-That is more than 8 tokens on other GPUs than Hopper. See :mod:`qamw_kernels.ops.gluon.look_up`.
+That is more than 8 tokens on GPUs other than Hopper. See :mod:`qamw_kernels.ops.gluon.look_up`.
 
-The warps of a program are shared out among some row tiles. Those of one take turns with the tiles
-along the inputs, as a batched product, and their sums are added at the end.
+The warps of a program are divided among some row tiles. The warps of one row tile take its tiles
+along the inputs in turn, as a batched product, and their sums are added at the end.
 """
 
 from triton.experimental import gluon
@@ -53,7 +53,7 @@ def multiply_tile(
 
 @gluon.jit
 def advance(pointers, step):
-    """A tuple of pointers, each ``step`` elements on."""
+    """A tuple of pointers, each moved by ``step`` elements."""
     advanced = ()
     for i in gl.static_range(len(pointers)):
         advanced = advanced + (pointers[i] + step,)
@@ -107,7 +107,7 @@ def decode_gemm_kernel(
     slot, lane, warp = index % 4, index // 4 % 32, index // 128
     bank = bank_of(lane, RATE)
     log_share = len(WARP_BASES) - log_row_tiles
-    share = 1 << log_share  # of the warps, for one row tile
+    share = 1 << log_share  # number of warps for one row tile
     first_tile = warp & (share - 1)
     input_tiles = (K + 511) // 512
     whole = K // 512 - (K // 512 & (share - 1))

@@ -11,7 +11,7 @@ from qamw_kernels.ops.weight import Rate, TiledWeight
 
 WARP_BASES = ((128,), (256,), (512,))  # a warp has 128 of the words that a program loads at once
 WARPS = 1 << len(WARP_BASES)
-PARTS = (2, 4, 8)  # of 8 tokens, by one program
+PARTS = (2, 4, 8)  # of 8 tokens each, that one program may have
 
 kernel: Any = None
 """The kernel, where the installed Triton can compile it."""
@@ -32,7 +32,7 @@ def parts_of(num_tokens: int) -> int:
 def programs_per_processor(rate: Rate, parts: int, shared_memory: int) -> int:
     """Programs that a multiprocessor with ``shared_memory`` bytes runs at once.
 
-    It has registers for the sums of 64 tokens only once.
+    It has registers for only one program with the sums of 64 tokens.
     """
     if parts == PARTS[-1]:
         return 1
@@ -44,7 +44,8 @@ def log_row_tiles(num_row_tiles: int, num_input_tiles: int, programs: int) -> in
     """Log2 of the row tiles that share the warps of a program.
 
     Chosen so that the busiest program has the fewest rounds of its loop: with one row tile, some
-    warps idle in the last round where they do not divide the tiles along the inputs.
+    warps are idle in the last round if their number does not divide that of the tiles along the
+    inputs.
     """
 
     def rounds(log: int) -> int:
@@ -86,7 +87,7 @@ def fits(
     rate: Rate,
     processor: Processor | None,
 ) -> bool:
-    """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
+    """Whether the kernel runs on a processor; it takes any number of tokens and inputs."""
     if processor is None or not table.fits(dtype, rate, processor):
         return False
     return shared_bytes(rate, processor.shared_memory) <= processor.shared_memory

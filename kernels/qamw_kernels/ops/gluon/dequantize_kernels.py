@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 """Decoding a weight into a matrix on sm_90, for the vendor's GEMM to multiply.
 
-Words are decoded as in :mod:`qamw_kernels.ops.gluon.wide_kernels`, and the Hadamard matrix has the
-place of the activations: it is symmetric, and remains one if inputs and outputs both change places
-as the inputs do there. So the accumulators of a lane are 8 outputs in a row, and are stored as they
-are.
+Words are decoded as in :mod:`qamw_kernels.ops.gluon.wide_kernels`; the Hadamard matrix takes the
+place of the activations. It is symmetric, and stays a Hadamard matrix if its inputs and its outputs
+are both permuted as the inputs are there. Then the accumulators of a lane are 8 outputs in a row,
+and are stored as they are.
 """
 
 from triton.experimental import gluon
@@ -42,7 +42,7 @@ def swapped(k):
 
 @gluon.jit
 def hadamard(B: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Matrices [B, B] of +1 and -1 along the diagonal of one [WIDTH, WIDTH], both sides swapped."""
+    """[WIDTH, WIDTH] with Hadamard matrices [B, B] on its diagonal, rows and columns swapped."""
     i = swapped(gl.arange(0, WIDTH, gl.SliceLayout(1, LAYOUT))).expand_dims(1)
     j = swapped(gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))).expand_dims(0)
     odd = i & j & (B - 1)
@@ -55,7 +55,7 @@ def hadamard(B: gl.constexpr, WIDTH: gl.constexpr, DTYPE: gl.constexpr, LAYOUT: 
 
 @gluon.constexpr_function
 def outputs_layout(WARPS, WIDTH):
-    """Which outputs [16 * WARPS, WIDTH] a thread has: 8 in a row are registers in a row."""
+    """Which outputs [16 * WARPS, WIDTH] a thread has: 8 neighbors are in neighboring registers."""
     columns = [[0, 1 << i] for i in range(WIDTH.bit_length() - 1)]
     rows = [[1 << i, 0] for i in range((16 * WARPS).bit_length() - 1)]
     registers, lanes = [*columns[:3], *columns[5:], rows[3]], [*columns[3:5], *rows[:3]]
@@ -83,9 +83,11 @@ def write_outputs(
     LAYOUT: gl.constexpr,
     DTYPE: gl.constexpr,
 ):
-    """A row block's outputs from ``first`` on. ``output``: kernel arguments of these names.
+    """Write a row block's outputs from ``first`` on.
 
     32 at a time: there are no registers for the scales of more.
+
+    output: (p_row_norms, p_input_scales, p_out, N, K) of the kernel.
     """
     p_row_norms, p_input_scales, p_out, N, K = output
     ROWS: gl.constexpr = acc.shape[0]
@@ -111,9 +113,9 @@ def write_outputs(
 
 @gluon.jit
 def finish_stores(x):
-    """Until a warp has stored what it stores before; x is any int32.
+    """Have a warp finish the stores before this point; x is any int32.
 
-    Otherwise the compiler stores later, when the next sums need the registers of these.
+    Otherwise the compiler delays them until the next sums need the registers of the stored ones.
     """
     gl.inline_asm_elementwise(
         "{ bar.warp.sync 0xffffffff; mov.b32 $0, $1; }", "=r,r", [x], gl.int32, False, 1
@@ -135,14 +137,14 @@ def decode_unit(
 ):
     """Decode and write a tile per warp. Returns the words of the next one, if there is ``more``.
 
-    words: of the tile, those of its first quarter.
+    words: of the tile; only those of its first quarter are loaded yet.
     here, following: (weight, place) of this unit and of the one after it.
-    matrix: of Hadamard, in shared memory.
+    matrix: the Hadamard matrix, in shared memory.
     """
     place = here[1]
     ROWS: gl.constexpr = SHAPE[1] * 16
     WIDTH: gl.constexpr = matrix.shape[0]
-    STAGES: gl.constexpr = WIDTH // 32  # of as many outputs
+    STAGES: gl.constexpr = WIDTH // 32  # of one product
     OUTPUTS: gl.constexpr = outputs_layout(SHAPE[1], WIDTH)
     index = gl.arange(0, SHAPE[1] * 128, lookup[1].type.layout)
     warp, word = anew(index // 128), index % 128
@@ -184,7 +186,7 @@ def dequantize_kernel(
 ):
     """out [N, K] = row_norms * unrotate(coordinates [N, K]) * input_scales.
 
-    Programs share out the units of the wide kernel, in the order of memory.
+    The units are those of the wide kernel, in the order of memory, divided among the programs.
 
     WIDTH: outputs at once, a multiple of the rotation block size B.
     """

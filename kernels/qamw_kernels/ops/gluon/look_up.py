@@ -5,9 +5,9 @@
 They need a Triton with shared-memory gather.
 
 The entries are replicated over the banks of shared memory, so that every lane looks up in a bank of
-its own, or where there is no room for 32 copies, a few lanes in one. The layouts are chosen so that
-a decoded word is a register of the matrix instruction's first operand: but for bits of a path,
-nothing moves between lanes.
+its own; where there is no room for 32 copies, a few lanes share a bank. The layouts are chosen so
+that a decoded word is a register of the matrix instruction's first operand: except for the bits of
+a trellis path, nothing moves between lanes.
 
 RATE is (index bits, entry bits, copies of every entry), of :func:`.table.rate_constants`.
 """
@@ -39,13 +39,13 @@ def sign_word(PAIR, RATE):
 
 @gluon.constexpr_function
 def sign_shift(PAIR, RATE):
-    """How far left of its place in that word a pair's signs are needed, at bits 31 and 15."""
+    """How far left that word must be shifted to have a pair's signs at bits 31 and 15."""
     return 15 - (8 * (PAIR % 2) + PAIR // 4) if is_trellis(RATE) else PAIR % 16
 
 
 @gluon.jit
 def permute(low, high, selector):
-    """The four of the bytes of high:low that the hexadecimal digits of ``selector`` number."""
+    """Four of the eight bytes of high:low, chosen by the hexadecimal digits of ``selector``."""
     return gl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], gl.int32, True, 1
     )
@@ -53,9 +53,10 @@ def permute(low, high, selector):
 
 @gluon.jit
 def two_slots_before(words):
-    """A word of every slot of a warp, two slots on; zeros where those of four lanes begin.
+    """For every slot, the word of the slot two before it; 0 for the first two of every four lanes.
 
-    A thread has four slots in a row, so half of them stay where they are. All lanes must be here.
+    A thread has four slots in a row, so half of the words stay in their lane. All lanes of the warp
+    must take part.
     """
     return gl.inline_asm_elementwise(
         """{
@@ -80,10 +81,10 @@ def two_slots_before(words):
 def sign_words(words, FIRST: gl.constexpr, RATE: gl.constexpr):
     """Two words with the signs of the pairs of every slot: see :func:`sign_word`.
 
-    words: of a slot, those behind the entries from number FIRST on.
+    words: of a slot; from number FIRST on they are those behind the entries.
     """
     if is_trellis(RATE):
-        # Four bytes of steps of 8 paths; the steps before them, by one, two and three.
+        # Four bytes are four steps of 8 paths; permute() gives those one, two, three before.
         path = words[FIRST]
         before = two_slots_before(path)
         y = path ^ permute(path, before, 0x1076) ^ permute(path, before, 0x0765)
@@ -98,7 +99,7 @@ def sign_words(words, FIRST: gl.constexpr, RATE: gl.constexpr):
 
 @gluon.jit
 def bank_of(lane, RATE: gl.constexpr):
-    """Where in an entry's copies the one is that a lane looks up, in bytes."""
+    """Offset in bytes, among the copies of an entry, of the copy that a lane reads."""
     if RATE[2] < 32:
         lane = lane % RATE[2]
     return lane * 4
@@ -112,7 +113,7 @@ def log_entry_bytes(COPIES):
 
 @gluon.jit
 def entry_address(words, bank, PAIR: gl.constexpr, RATE: gl.constexpr):
-    """Where in the table the entry of pair PAIR of every slot is, in the bank of a lane."""
+    """Byte address in the table of the entry of pair PAIR of every slot, in the lane's bank."""
     ENTRY_BITS: gl.constexpr = RATE[1]
     WORD: gl.constexpr = ENTRY_BITS * PAIR // 32
     SHIFT: gl.constexpr = ENTRY_BITS * PAIR % 32
@@ -166,9 +167,9 @@ def make_table(RATE: gl.constexpr):
 
 @gluon.jit
 def load_words(p_words, m_tile, INDEX_BITS: gl.constexpr, WHOLE: gl.constexpr):
-    """The INDEX_BITS words of every slot; unless WHOLE, only of the warps where ``m_tile``.
+    """The INDEX_BITS words of every slot; unless WHOLE, zeros for warps where not ``m_tile``.
 
-    They are read once, and take no room in L1 (.cg): it holds the activations.
+    They are read once, so they bypass L1 (.cg), which holds the activations.
     """
     words = ()
     for j in gl.static_range(INDEX_BITS):

@@ -2,13 +2,13 @@
 # ruff: noqa: RUF005  (Gluon knows no starred tuples)
 """The decode GEMM for up to 8 tokens: see :mod:`qamw_kernels.ops.gluon.look_up` for the look-ups.
 
-What few tokens cost is waiting, so everything here is about beginning early and ending soon. One
-program has a multiprocessor, and so one table and one copy of the activations. A warp has half a
-tile: the same 256 inputs of all row tiles of its program, whose activations it keeps in its
-registers. Nothing but index words is read in the loop, and those are fetched into L2 turns before.
-What the warps have summed is added up once for many row tiles, so that they seldom wait for each
-other. Experts have fewer inputs: with :mod:`qamw_kernels.ops.gluon.routed_kernels` warps multiply
-several row tiles at once. What goes through the functions below together is explained in
+With few tokens most of the time is waiting, so everything here aims at beginning early and ending
+soon. A multiprocessor runs one program, with one table and one copy of the activations. A warp has
+half a tile: the same 256 inputs of all row tiles of its program. It keeps their activations in
+registers, so that the loop reads only index words, which are fetched into L2 one turn before. The
+sums of the warps are added up once for many row tiles, so that warps seldom wait for each other.
+Experts have fewer inputs: in :mod:`qamw_kernels.ops.gluon.routed_kernels` the warps multiply
+several row tiles at once. The tuples that are passed to the functions below are explained in
 :mod:`qamw_kernels.ops.gluon.turns`.
 """
 
@@ -53,15 +53,15 @@ else:  # Triton 3.8 and older
 
 @gluon.jit
 def load_words(turn, weight, place, RATE: gl.constexpr, WARPS: gl.constexpr):
-    """The words that 16 of the 32 pairs of every slot are in: entries, then signs or the path.
+    """The words that hold 16 of the 32 pairs of every slot: entries, then signs or the path.
 
-    They are read once, and take no room in L1 (.cg).
+    They are read once, so they bypass L1 (.cg).
     """
     ENTRY_BITS: gl.constexpr = RATE[1]
     word, _, sub, half, _ = place
     p_row_tile = tiles_of_turn(turn, weight, RATE[0])
     o_tile = word + tile_of_seat(turn, sub, half, weight, RATE[0], WARPS)
-    # One sum of 32 bits for each pointer: parts that stay would take two registers each.
+    # Offsets are added up in 32 bits first: pointers kept in registers would take two each.
     p_half = p_row_tile + (o_tile + (half & 1) * (ENTRY_BITS // 2 * 128))
     if is_trellis(RATE):
         p_signs = p_row_tile + (o_tile + ENTRY_BITS * 128)
@@ -93,7 +93,7 @@ def load_tokens(place, K, WARPS: gl.constexpr):
 
 @gluon.jit
 def zero_rest(x, place, s, K, WARPS: gl.constexpr):
-    """The activations x of half a tile of a slice, of which not all may exist."""
+    """The activations x of half a tile of a slice, with zeros for inputs that do not exist."""
     _, chunks = half_tile(place, s, K, WARPS)
     kept = ()
     for chunk in gl.static_range(CHUNKS):
@@ -103,7 +103,7 @@ def zero_rest(x, place, s, K, WARPS: gl.constexpr):
 
 @gluon.jit
 def align(words, half, ENTRY_BITS: gl.constexpr):
-    """Entry words from bit 0 on: with an odd number of bits the second half begins at bit 16."""
+    """Entry words moved to bit 0: with odd ENTRY_BITS, those of the second half begin at bit 16."""
     aligned = words
     if ENTRY_BITS % 2:
         bytes_of_word = gl.where(half != 0, 0x5432, 0x3210)
@@ -116,7 +116,7 @@ def align(words, half, ENTRY_BITS: gl.constexpr):
 
 @gluon.jit
 def signs_of_half(word, half, RATE: gl.constexpr):
-    """Words with the signs of 16 pairs, as :func:`sign_words` has those of the first half."""
+    """Words with the signs of a half's 16 pairs, in the form of :func:`sign_words`."""
     if is_trellis(RATE):
         word >>= (half & 1) * 4  # a byte has the units of the second half above those of the first
     return sign_words((word,), 0, RATE)
@@ -140,11 +140,11 @@ def multiply_half(
     """acc + half a tile per warp times its activations.
 
     raw, x: words and activations of this turn.
-    turn: the one after.
-    s: the slice of this one.
+    turn: the next turn.
+    s: the slice of this turn.
 
-    Returns acc, and words and activations of the turn after, which are loaded as soon as these are
-    not needed any more.
+    Returns acc, and the words and activations of the next turn, which are loaded as soon as those
+    of this turn are not needed any more.
     """
     _, _, _, half, bank = place
     words = align(raw, half & 1, RATE[1])
@@ -185,10 +185,10 @@ def write_sums(
     DTYPE: gl.constexpr,
     WARPS: gl.constexpr,
 ):
-    """y of ``row_tiles`` row tiles: what their warps have in as many slots as there are slices.
+    """Write y of ``row_tiles`` row tiles: what their warps have summed, in one slot for each slice.
 
-    slots: [slot, warp, row, token], one after the other.
-    output: the kernel's arguments of these names.
+    slots: [slot, warp, row, token], as one dimension.
+    output: (p_row_norms, p_bias, p_y, N, has_bias) of the kernel.
     """
     p_row_norms, p_bias, p_y, N, has_bias = output
     _, _, slices, each, at_once, _, _ = weight
@@ -214,7 +214,7 @@ def write_sums(
 
 @gluon.jit
 def make_shared(SLOTS: gl.constexpr, RATE: gl.constexpr, WARPS: gl.constexpr):
-    """Shared memory of the table and of the slots, and the latter one after the other."""
+    """Shared memory of the table and of the slots, and the slots again as one dimension."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     SLOT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     table = make_table(RATE)
@@ -233,7 +233,7 @@ def prefetch_run(
     WARPS: gl.constexpr,
     PREFETCH: gl.constexpr,
 ):
-    """What the first turn reads, and the row norms of all."""
+    """Prefetch what the first turn reads, and the row norms of all turns."""
     if PREFETCH:
         prefetch_turn((begin, gl.to_tensor(0), begin), weight, K, RATE, WARPS)
     prefetch_rows(p_row_norms, begin * 16, gl.minimum(weight[6] * 16, N), WARPS)
@@ -255,9 +255,10 @@ def multiply_run(
     WARP_BASES: gl.constexpr,
     PREFETCH: gl.constexpr,
 ):
-    """y of the row tiles from ``begin`` to the weight's end.
+    """Compute y of the row tiles from ``begin`` to the weight's end.
 
-    tokens: (at the rows of y that tokens have, or None where they are in order; number of rows).
+    tokens: (pointer to the rows of y that tokens have, or None if they are in order; number of
+        rows).
     """
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1], [2]], [[4], [8], [16], [32], [64]], WARP_BASES, [], [WARPS * 128]
@@ -328,14 +329,14 @@ def narrow_gemm_kernel(
 ):
     """y [M, N] = row_norms * (coordinates [N, K] @ x [M, K]^T)^T + bias, M <= 8.
 
-    Program i has the row tiles from i * run on. All inputs of a slice, 256 for every warp, are
-    multiplied with as many row tiles as there are slots for, before the next slice is.
+    Program i has ``run`` row tiles, from i * run on. All inputs of a slice, 256 for every warp, are
+    multiplied with as many row tiles as there are slots for, before those of the next slice are.
 
     p_x: [M, K / 2] int32, two activations per word.
     batch: row tiles whose sums fit into the slots.
     SLOTS: turns whose sums are kept until they are added up, K <= 256 * WARPS * SLOTS.
     PREFETCH: whether tiles are brought to L2 a turn before they are decoded.
-    DEPENDENT: the program may run before the kernel is complete that writes x.
+    DEPENDENT: the program may begin before the kernel that writes x is complete.
     """
     RATE: gl.constexpr = (INDEX_BITS, ENTRY_BITS, COPIES)
     input_tiles = (K + 511) // 512

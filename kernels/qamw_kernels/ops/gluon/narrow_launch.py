@@ -24,13 +24,13 @@ MAX_SLOTS = 8
 
 
 def slots(rate: Rate, shared_memory: int) -> int:
-    """Sums of row tiles and slices that fit beside the table, a power of two; 0: none."""
+    """How many slots, each for the sums of one turn, fit beside the table: a power of two, or 0."""
     left = (shared_memory - table.table_bytes(rate, shared_memory)) // SLOT_BYTES
     return min(MAX_SLOTS, 1 << (left.bit_length() - 1)) if left > 0 else 0
 
 
 def slices(num_input_tiles: int) -> int:
-    """Parts of the inputs that all warps together have one after the other."""
+    """Number of parts of the inputs that all warps together multiply one after the other."""
     return cdiv(num_input_tiles, SLICE_TILES)
 
 

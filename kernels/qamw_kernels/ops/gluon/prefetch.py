@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def prefetch(p, m, ASM: gl.constexpr):
-    """Bring to L2 what is at the pointers ``p`` where ``m``, by one instruction with address $1."""
+    """Bring to L2 what is at the pointers ``p`` where ``m``. ASM: an instruction on address $1."""
     gl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p " + ASM + " mov.b32 $0, 0; }",
         "=r,l,r",
@@ -29,6 +29,6 @@ def prefetch_bytes(BYTES):
 
 @gluon.jit
 def prefetch_rows(p_rows, begin, end, WARPS: gl.constexpr):
-    """Values of rows that are needed last: row norms or biases."""
+    """Prefetch the row norms or biases of rows ``begin`` to ``end``: they are needed last."""
     row = begin + 8 * gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     prefetch(p_rows + row, row < end, "prefetch.global.L2 [$1];")

@@ -1,7 +1,7 @@
 """Which of the Gluon kernels multiplies packed weights with so many tokens. Needs triton.
 
-Their launchers have the same functions, ``fits`` and ``gemm``. On sm_90 the narrow kernel has up to
-8 tokens and the wide one more; elsewhere it is the narrow and the decode kernel.
+Their launchers have the same functions, ``fits`` and ``gemm``. The narrow kernel takes up to 8
+tokens; for more there is the wide kernel on sm_90, and the decode kernel elsewhere.
 """
 
 from types import ModuleType
@@ -23,7 +23,7 @@ def product_for(
     rate: Rate,
     processor: Processor | None,
 ) -> ModuleType | None:
-    """The launcher of the kernel; None where none of them runs, but the plain Triton kernel.
+    """The launcher of the kernel; None if none can run, so that the plain Triton kernel must.
 
     Args:
         dtype: of the activations.

@@ -4,10 +4,10 @@
 All warps of a program read the same blocks, in the order of the tiles along the inputs: those of
 one row block after those of the one before, from the first input again.
 
-``copies`` of a program are (tokens, number of its blocks that are left, input tiles, k of the next
-one); they are started as places become free. Blocks take the places in turn, again and again.
-Tokens are (the first of a block,) where a program has no others, or (the first of a block, row
-blocks that are to have the same tokens yet, all row blocks).
+``copies`` is what a program has yet to copy: (tokens, number of blocks left, input tiles, k of the
+next block). Copies are started as places become free; blocks take the places in turn, again and
+again. ``tokens`` is (first token of the block,) if all blocks of the program have the same tokens,
+or (first token of the block, row blocks left with these tokens, number of all row blocks).
 """
 
 from triton.experimental import gluon
@@ -32,7 +32,7 @@ def make_ring(x_blocks, PLACES: gl.constexpr, DTYPE: gl.constexpr):
 
 @gluon.jit
 def next_tokens(tokens, ends, TOKENS: gl.constexpr):
-    """Those of the block after this one; ``ends``: it is the last of a row block."""
+    """The tokens of the next block; ``ends``: whether this block is the last of a row block."""
     if len(tokens) == 3:
         token, left, row_blocks = tokens
         left -= ends.to(gl.int32)
@@ -56,5 +56,5 @@ def start_copy(ring, PLACE: gl.constexpr, copies):
 
 @gluon.jit
 def wait_for(ring, PLACE: gl.constexpr, turn):
-    """Until the block is there that a place has the ``turn``-th time, from 0 on."""
+    """Wait until a place has received its block number ``turn``, counted from 0."""
     mbarrier.wait(ring[2].index(PLACE), turn & 1)

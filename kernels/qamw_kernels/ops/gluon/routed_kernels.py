@@ -2,8 +2,8 @@
 """The narrow kernel for mixtures of experts: see :mod:`qamw_kernels.ops.gluon.narrow_kernels`.
 
 The work is a list of runs of row tiles, one for every block of tokens, in the order of the blocks
-(see :mod:`qamw_kernels.ops.routing`). How long it is only the device knows: a fixed number of
-programs share it out evenly. A program that goes on with the next block keeps its table, and
+(see :mod:`qamw_kernels.ops.routing`). Only the device knows how long the list is, so a fixed number
+of programs divide it evenly. A program that continues with the next block keeps its table, and
 changes the expert's weight and the tokens.
 """
 
@@ -17,10 +17,11 @@ from qamw_kernels.ops.gluon.narrow_kernels import make_shared, multiply_run, pre
 
 @gluon.jit
 def share_of_program(blocks, turns):
-    """The first of a program's turns, and the first of the next program's; a block has ``turns``.
+    """The turns of a program: the first, and the end; a block has ``turns``.
 
-    Programs have blocks of their own, as many for each, where that takes at most one turn more than
-    sharing all turns out: going on with another block takes longer than a turn.
+    Every program works on one block only, with equally many programs for each block, if that takes
+    at most one turn more than dividing all turns evenly: going on to another block takes longer
+    than a turn.
     """
     program, programs = gl.program_id(0), gl.num_programs(0)
     even = (blocks * turns + programs - 1) // programs
@@ -35,12 +36,12 @@ def share_of_program(blocks, turns):
 
 @gluon.jit
 def run_of_block(block, share, turns, at_once, experts):
-    """The first and the last row tile that a program has of a block, and where its expert is.
+    """The row tiles that a program has of a block (first, end), and its expert's tiles and norms.
 
-    None of an expert of another rank.
+    There are no row tiles for an expert of another rank.
 
-    experts: (at the tiles of all, at their row norms, at the expert of every block, rows, row
-        tiles, words of one).
+    experts: (pointers to the tiles of all experts, to their row norms and to the expert of every
+        block; rows, row tiles and words of one expert).
     """
     begin, end = share
     p_tiles, p_row_norms, p_experts, N, row_tiles, size = experts
@@ -80,8 +81,8 @@ def routed_narrow_gemm_kernel(
 ):
     """y [slots, N]: row s is token s // slots_per_token times its expert's weight.
 
-    Blocks have 8 slots. ``at_once`` row tiles are multiplied at once, of which each has as many
-    warps as half tiles of its inputs, and a ``batch`` of them before sums are added up. See
+    Blocks have 8 slots. ``at_once`` row tiles are multiplied at once, each by as many warps as its
+    inputs have half tiles, and ``batch`` of them before sums are added up. See
     :func:`qamw_kernels.ops.gluon.narrow_kernels.narrow_gemm_kernel` for compile-time arguments, and
     :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for the others.
     Everything but x was written before the kernel that writes x began.
@@ -97,7 +98,7 @@ def routed_narrow_gemm_kernel(
     share = share_of_program(gl.load(p_num_sorted) // 8, turns)
     begin, end = share
     if begin >= end:
-        if DEPENDENT:  # or what follows could begin while x is still written
+        if DEPENDENT:  # or the next kernel could begin while x is still being written
             gdc_wait()
         return
     first, last, p_expert, p_norms = run_of_block(begin // turns, share, turns, at_once, experts)

@@ -1,7 +1,7 @@
 """Launchers of the Gluon kernels for mixtures of experts.
 
-A block of slots has as many as a program of the kernel has tokens: 8 for the narrow one, which runs
-on compute capability 9.0 and newer, more for the wide one, which runs on 9.0.
+A block has as many slots as a program of the kernel has tokens: 8 for the narrow kernel, which runs
+on compute capability 9.0 and newer, more for the wide kernel, which runs on 9.0.
 """
 
 from typing import Any
@@ -25,15 +25,15 @@ NARROW_SLOTS = narrow_launch.MAX_TOKENS
 WIDE_SLOTS = (16, 32, 64, 128)
 BLOCK_SIZES = (NARROW_SLOTS, *WIDE_SLOTS)
 MAX_AVERAGE = {8: 4, 16: 10, 32: 24, 64: 60}
-"""Slots of an expert, on average, up to which a block size is the fastest, by the model of an H100
-and where all experts are equally likely. A second block of an expert costs as much as the first, so
-few may have one; but blocks of 128 slots cost half as much again as those of 64."""
+"""Block size -> average slots per expert up to which it is the fastest, by the model of an H100
+and if all experts are equally likely. A second block of an expert costs as much as the first, so
+only few experts should have one; but blocks of 128 slots cost 1.5 times as much as those of 64."""
 NARROW_MAX_AVERAGE = 16
 """The same for the narrow kernel where the plain one is the other choice."""
 
 
 def sizes_for(num_slots: int, num_experts: int) -> list[int]:
-    """Block sizes, the best first; where no kernel takes them, they are left to the plain one."""
+    """Block sizes to try, the best first; if none of them fits, the plain kernel runs."""
     average = num_slots / num_experts
     best = next((s for s, most in MAX_AVERAGE.items() if average <= most), WIDE_SLOTS[-1])
     narrow = [NARROW_SLOTS] if average <= NARROW_MAX_AVERAGE else []
@@ -41,7 +41,7 @@ def sizes_for(num_slots: int, num_experts: int) -> list[int]:
 
 
 def is_wide(block_size: int) -> bool:
-    """Whether blocks of this size are those of the wide kernel, whose tokens are sorted before."""
+    """Whether blocks of this size are for the wide kernel, which is given sorted tokens."""
     return block_size > NARROW_SLOTS
 
 
@@ -67,7 +67,7 @@ def fits(
 
 
 def row_tiles_at_once(num_inputs: int) -> int:
-    """Row tiles that have warps of their own, one for every half tile along the inputs."""
+    """Row tiles that a program multiplies at once, with a warp for every half tile of each."""
     return max(narrow_launch.WARPS // cdiv(num_inputs, TILE_INPUTS // 2), 1)
 
 

@@ -2,9 +2,10 @@
 """The wide kernel for mixtures of experts: see :mod:`qamw_kernels.ops.gluon.wide_kernels`.
 
 The work is a list of runs: for every block of tokens, the row blocks of its expert, in the order of
-the blocks (see :mod:`qamw_kernels.ops.routing`). How long it is only the device knows: a fixed
-number of programs share it out evenly. A run is a whole row block, so that nothing is left to add
-up. A program that goes on with the next block of tokens keeps its table, and changes the expert.
+the blocks (see :mod:`qamw_kernels.ops.routing`). Only the device knows how long the list is, so a
+fixed number of programs divide it evenly. A run is a whole row block, so that nothing is left to
+add up. A program that continues with the next block of tokens keeps its table, and changes the
+expert.
 
 The activations are sorted as the slots are, by the kernel that rotates them: the copy engine brings
 blocks of tokens that lie side by side.
@@ -28,7 +29,7 @@ from qamw_kernels.ops.gluon.wide_kernels import (
     words_layout,
 )
 
-COLUMNS_AT_ONCE = gl.constexpr(16)  # of sums that are written: their slots take registers
+COLUMNS_AT_ONCE = gl.constexpr(16)  # of sums to write: their slots take registers
 
 
 @gluon.jit
@@ -49,7 +50,10 @@ def next_run(run, row_blocks):
 
 @gluon.jit
 def weight_of(p_tiles, p_experts, block, N):
-    """That of a block's expert. One of another rank is read as the first, and not written."""
+    """The weight of a block's expert.
+
+    For an expert of another rank the first one is read, and nothing is written.
+    """
     expert = gl.maximum(gl.load(p_experts + block), 0)
     return p_tiles, expert * ((N + 15) // 16), N
 
@@ -70,7 +74,7 @@ def unit_after(unit, following):
 
 @gluon.jit
 def write_slots(acc, row_block, p_slots, num_slots, p_row_norms, p_y, N, DTYPE: gl.constexpr):
-    """y of a row block and a block of slots, of some slots at a time."""
+    """Write y of a row block and a block of slots, COLUMNS_AT_ONCE slots at a time."""
     ROWS: gl.constexpr = acc.shape[0]
     COLUMNS: gl.constexpr = acc.shape[1]
     if COLUMNS > COLUMNS_AT_ONCE:
@@ -81,7 +85,7 @@ def write_slots(acc, row_block, p_slots, num_slots, p_row_norms, p_y, N, DTYPE: 
     else:
         n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)))
         slot = gl.load(p_slots + anew(gl.arange(0, COLUMNS, gl.SliceLayout(0, acc.type.layout))))
-        # More elements than 32 bits count.
+        # y may have more elements than 32 bits can count.
         write(acc, n, slot.to(gl.int64), p_row_norms, p_y, p_y, num_slots, N, 0, DTYPE)
 
 
@@ -113,8 +117,8 @@ def routed_wide_gemm_kernel(
     compile-time arguments, and :func:`qamw_kernels.ops.triton.kernels.routed_gemm_kernel` for
     others. Everything but x was written before the kernel that writes x began.
 
-    x_blocks: descriptor of x [sorted slots, K], swapped, for blocks [TOKENS, BLOCK_INPUTS]; what it
-        has of padding is not read from the products.
+    x_blocks: descriptor of x [sorted slots, K], swapped, for blocks [TOKENS, BLOCK_INPUTS]; the
+        products of its padding are not written.
     """
     SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS, COPIES), WARPS)
     ROWS: gl.constexpr = WARPS * 16

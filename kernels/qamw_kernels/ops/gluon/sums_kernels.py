@@ -2,7 +2,8 @@
 """Adding up the row blocks that programs of the wide kernel share, in the order of their inputs.
 
 A program has at most two row blocks that it shares with others, at its beginning and at its end.
-What it has of them is stored as its threads have it, so that both kernels move 16 bytes at once.
+Its sums of them are stored in the order in which its threads hold them, so that both kernels move
+16 bytes at once.
 """
 
 from triton.experimental import gluon
@@ -20,7 +21,7 @@ def first_unit(program, programs, units, grain):
 
 @gluon.jit
 def store_sums(acc, p_shared):
-    """A program's sums of a row block that it shares, as its threads have them.
+    """Store a program's sums of a row block that it shares, as its threads hold them.
 
     p_shared: room for [token / 8, warp, lane, 4] float32: the sums of lane 4 g + t are of rows g
     and g + 8, each with tokens 2 t and 2 t + 1.
@@ -53,12 +54,12 @@ def add_sums_kernel(
 ):
     """y of the row blocks that programs of :func:`wide_gemm_kernel` have shared.
 
-    Program (i, j) has rows ROWS * i and on, and tokens 16 j and on. Every warp loads the part of
-    another program: they come from far away, and all at the same time.
+    Program (i, j) has ROWS rows from ROWS * i on, and 16 tokens from 16 j on. Each warp loads the
+    part of a different program: so the long latencies of these loads overlap.
 
     p_sums: [token groups, programs, 2, TOKENS / 8, warp, 128] float32, see
-        :func:`store_sums`. A program that ends a row block, but did not start it, has its sums of
-        it in the first place, otherwise in the second.
+        :func:`store_sums`. Of the two places of a program, the second is for a row block that it
+        starts, the first for one that it does not start.
     """
     WARPS_OF_THIS: gl.constexpr = gl.num_warps()
     PARTS: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS_OF_THIS, 1], [1, 0])

@@ -1,7 +1,7 @@
-"""Where the table that all Gluon kernels look up in can be. Needs triton.
+"""Whether a GPU has room for the table that all Gluon kernels look up in. Needs triton.
 
-They need shared-memory gather, which the installed Triton has from 3.7.1 on, and room for many
-copies of the entries in the shared memory of a multiprocessor.
+The kernels need shared-memory gather, which Triton has from 3.7.1 on, and room for many copies of
+the entries in the shared memory of a multiprocessor.
 """
 
 import torch
@@ -12,7 +12,7 @@ from qamw_kernels.ops.weight import Rate
 
 DTYPES = (torch.bfloat16, torch.float16)
 MIN_COPIES = 8
-"""So many fit on every GPU from compute capability 8.0 on, at every rate."""
+"""This many fit on every GPU from compute capability 8.0 on, at every rate."""
 
 
 def _has_gather() -> bool:
@@ -30,9 +30,9 @@ HAS_GATHER = _has_gather()
 
 
 def registers(warps: int) -> int:
-    """That a thread may have where a multiprocessor has so many warps.
+    """Registers that a thread may have if a multiprocessor runs so many warps.
 
-    Left to itself, the compiler would use fewer and spill others.
+    Without this option the compiler would use fewer registers, and spill others.
     """
     return min(65536 // (32 * warps), 255)
 
@@ -51,7 +51,7 @@ def copies(rate: Rate, shared_memory: int) -> int:
 
 
 def table_bytes(rate: Rate, shared_memory: int) -> int:
-    """Bytes of the table, of those that one program may have."""
+    """Bytes that the table takes of the ``shared_memory`` bytes that one program may have."""
     return 4 * copies(rate, shared_memory) << rate.entry_bits
 
 

@@ -1,13 +1,13 @@
 # mypy: ignore-errors
 """What the warps of the narrow kernels decode in a turn of their loop, and where it is.
 
-These go together through the functions of the kernels:
+These tuples are passed to the functions of the kernels:
 
-- ``turn``: of the loop: (row tile, slice of the inputs, first row tile of the batch).
-- ``weight``: (at its tiles, input tiles, slices, warps of a row tile, row tiles at once, row tiles
-  of a batch, end of the row tiles).
-- ``place``: of a thread: (in a tile, at its token, row tile of those at once, half tile of the
-  slice, the bank that it looks up in).
+- ``turn`` of the loop: (row tile, slice of the inputs, first row tile of the batch).
+- ``weight``: (pointer to its tiles, input tiles, slices, warps of a row tile, row tiles at once,
+  row tiles of a batch, end of the row tiles).
+- ``place`` of a thread: (word in a tile, pointer to its token, row tile among those at once, half
+  tile of the slice, offset of the bank that it looks up in).
 """
 
 from triton.experimental import gluon
@@ -32,7 +32,7 @@ def next_turn(turn, weight):
 
 @gluon.jit
 def seat_of(warp, weight, WARPS: gl.constexpr):
-    """Which row tile and which half tile a warp has; one that is left over has no inputs."""
+    """Which row tile and which half tile a warp has; one left over has none of the inputs."""
     _, _, _, each, at_once, _, _ = weight
     half = gl.where(warp < each * at_once, warp % each, WARPS * 1024)
     return gl.minimum(warp // each, at_once - 1), half
@@ -40,7 +40,7 @@ def seat_of(warp, weight, WARPS: gl.constexpr):
 
 @gluon.jit
 def tiles_of_turn(turn, weight, INDEX_BITS: gl.constexpr):
-    """At the first tile of the row tile that a turn begins with, the same for all threads."""
+    """Pointer to the first tile of a turn's first row tile, the same for all threads."""
     p_tiles, input_tiles, _, _, _, _, end = weight
     row_tile = gl.minimum(turn[0], end - 1).to(gl.int64)
     return p_tiles + row_tile * input_tiles * (INDEX_BITS * 128)
@@ -48,10 +48,10 @@ def tiles_of_turn(turn, weight, INDEX_BITS: gl.constexpr):
 
 @gluon.jit
 def tile_of_seat(turn, sub, half, weight, INDEX_BITS: gl.constexpr, WARPS: gl.constexpr):
-    """Where the tile of a warp is, from there on.
+    """Offset of a warp's tile from :func:`tiles_of_turn`.
 
-    Instead of tiles past the end others are read: the activations of such inputs are zeros, and
-    such rows are not written.
+    Instead of tiles past the end others are read: activations past the end are zeros, and rows past
+    the end are not written.
     """
     _, input_tiles, _, _, _, _, end = weight
     row_tile = gl.where(turn[0] + sub < end, sub, 0)
@@ -61,14 +61,14 @@ def tile_of_seat(turn, sub, half, weight, INDEX_BITS: gl.constexpr, WARPS: gl.co
 
 @gluon.jit
 def prefetch_turn(turn, weight, K, RATE: gl.constexpr, WARPS: gl.constexpr):
-    """The tiles of a turn, if there is one; of two warps that share a tile, one asks for it.
+    """Prefetch the tiles of a turn, if there is such a turn; one of two warps on a tile does it.
 
-    Where the inputs end in its first half, the entries of that half are all that is asked for.
+    If the inputs end in the first half of a tile, only the entries of that half are prefetched.
     """
     end = weight[6]
     thread = gl.arange(0, 32 * WARPS, gl.BlockedLayout([1], [32], [WARPS], [0]))
     sub, half = seat_of(thread // 32, weight, WARPS)
-    sub = gl.where((thread % 32 == 0) & ((half & 1) == 0), sub, 1 << 20)  # nobody else has a tile
+    sub = gl.where((thread % 32 == 0) & ((half & 1) == 0), sub, 1 << 20)  # others have no tile
     first = turn[1] * WARPS + half
     p_tile = tiles_of_turn(turn, weight, RATE[0])
     p_tile += tile_of_seat(turn, sub, half, weight, RATE[0], WARPS)

@@ -10,23 +10,23 @@ brought there by the copy engine (:mod:`qamw_kernels.ops.gluon.ring`). The opera
 k8 + 2 t + half where lane t holds inputs 8 t + 4 h + 2 k8 + half, so the activations come swapped:
 position p of 32 holds the input whose bits 1, 2 are bits 3, 4 of p, and the other way round.
 
-A row block has a row tile for every warp. From 64 tokens on, it is what L2 delivers that counts,
-and how long products take, so the activations of a block serve as many rows as there are registers
-for sums, and there are as many warps as can be to decode meanwhile. A unit is one tile along the
-inputs of a row block. Units are in the order of memory, and every program takes as many as the
-others, from wherever the one before it ends. A row block that several programs share is added up by
+A row block has a row tile for every warp. From 64 tokens on, the limits are the bandwidth of L2 and
+the time of the products. So the activations of a block are used for as many rows as there are
+registers for sums, and as many warps as possible decode meanwhile. A unit is one tile along the
+inputs of a row block. Units are in the order of memory; all programs take equally many, and each
+begins where the one before it ends. A row block that several programs share is added up by
 :mod:`qamw_kernels.ops.gluon.sums_kernels`, in the order of its inputs, so that a result does not
-depend on who was first.
+depend on which program ends first.
 
 Both kernels may begin before the one that they depend on is complete (programmatic dependent
 launch), and wait for it when they need what it wrote.
 
-These go together through the functions below:
+These tuples are passed to the functions below:
 
 - ``place``: (input tiles, number of the row block, number of the tile along the inputs).
-- ``weight``: (at the tiles of the first one, row tiles before this one's, N).
+- ``weight``: (pointer to the tiles of the first weight, row tiles before those of this one, N).
 - ``lookup``: (the table in shared memory, the bank in it of every slot).
-- ``SHAPE``: ((index bits, entry bits), warps).
+- ``SHAPE``: ((index bits, entry bits, copies of every entry), warps).
 """
 
 from triton.experimental import gluon
@@ -64,7 +64,7 @@ def words_layout(WARPS):
 
 @gluon.constexpr_function
 def sums_layout(WARPS, COLUMNS):
-    """Of a warpgroup product: a warp has 16 rows."""
+    """The layout of the sums of a warpgroup product: a warp has 16 rows."""
     return gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, COLUMNS, 16]
     )
@@ -72,17 +72,17 @@ def sums_layout(WARPS, COLUMNS):
 
 @gluon.jit
 def anew(x):
-    """x, int32. The compiler cannot know it before, and so keeps nothing that depends on it in
-    registers throughout a loop."""
+    """x, int32, moved so that the compiler does not know its value. So the compiler does not keep
+    what depends on it in registers throughout a loop."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
 def wait_for_all_but_one_stage(x):
-    """Until a warpgroup's products of all stages but the last are complete; x is any int32.
+    """Wait until a warpgroup's products of all stages but the last are complete; x is any int32.
 
-    Triton's own wait has a barrier of the whole program behind it: then no warpgroup would decode
-    while another one multiplies.
+    Triton's own wait is followed by a barrier of the whole program: with it no warpgroup would
+    decode while another one multiplies.
     """
     gl.inline_asm_elementwise(
         "{ wgmma.wait_group.sync.aligned 1; mov.b32 $0, $1; }", "=r,r", [x], gl.int32, False, 1
@@ -93,8 +93,8 @@ def wait_for_all_but_one_stage(x):
 def flip_signs(words, signs):
     """words ^ (signs & 0x80008000).
 
-    It is one instruction here. Left to itself, the compiler makes two of it where it moves the
-    signs ahead.
+    As inline assembly it is one instruction; the compiler would make two of it where it computes
+    the signs ahead.
     """
     return gl.inline_asm_elementwise(
         "lop3.b32 $0, $1, $2, 0x80008000, 0x78;", "=r,r,r", [words, signs], gl.int32, True, 1
@@ -139,7 +139,8 @@ def first_quarter(WORD, ENTRY_BITS):
 
 @gluon.jit
 def signs_of_stage(signs, words, STAGE: gl.constexpr, RATE: gl.constexpr):
-    """``signs`` of a tile: those of the trellis are made once, the others are loaded meanwhile."""
+    """The signs for a stage: the trellis has its signs made once per tile, in stage 0; those of the
+    plain code are words of the tile, which are loaded meanwhile."""
     if STAGE == 0 or not is_trellis(RATE):
         signs = sign_words(words, RATE[1], RATE)
     return signs
@@ -156,7 +157,7 @@ def no_words(like, SHAPE: gl.constexpr):
 
 @gluon.jit
 def renew_words(words, p_words, m_tile, QUARTER: gl.constexpr, SHAPE: gl.constexpr):
-    """``words``, those that a quarter is the first to need loaded from a tile, if ``m_tile``."""
+    """``words``, with those that QUARTER is the first to need loaded from a tile, if ``m_tile``."""
     renewed = ()
     for j in gl.static_range(len(words)):
         if first_quarter(j, SHAPE[0][1]) == QUARTER:
@@ -169,7 +170,7 @@ def renew_words(words, p_words, m_tile, QUARTER: gl.constexpr, SHAPE: gl.constex
 
 @gluon.jit
 def next_place(place):
-    """That of the unit after this one."""
+    """The place of the next unit."""
     input_tiles, row_block, tile = place
     ends = (tile + 1 == input_tiles).to(gl.int32)
     return input_tiles, row_block + ends, (tile + 1) * (1 - ends)
@@ -177,7 +178,7 @@ def next_place(place):
 
 @gluon.jit
 def tile_pointers(weight, place, warp, SHAPE: gl.constexpr):
-    """At the tiles of a unit that warps have.
+    """Pointers to the tiles of a unit, one for each warp.
 
     Rows past the end are read again, and not written.
     """
@@ -189,14 +190,14 @@ def tile_pointers(weight, place, warp, SHAPE: gl.constexpr):
 
 @gluon.jit
 def word_pointers(weight, place, warp, word, SHAPE: gl.constexpr):
-    """At a unit's words of a thread: compilers cannot see that they are 16 bytes in a row."""
+    """Pointers to a thread's words of a unit, with what compilers cannot see: 16 bytes in a row."""
     p_words = tile_pointers(weight, place, warp, SHAPE) + word
     return gl.max_contiguous(gl.multiple_of(p_words, 16), 4)
 
 
 @gluon.jit
 def prefetch_unit(weight, place, wanted, SHAPE: gl.constexpr):
-    """The tiles of a unit, if it is ``wanted``."""
+    """Prefetch the tiles of a unit, if it is ``wanted``."""
     LANES: gl.constexpr = gl.BlockedLayout([1], [32], [SHAPE[1]], [0])
     thread = anew(gl.arange(0, 32 * SHAPE[1], LANES))
     p_tile = tile_pointers(weight, place, thread // 32, SHAPE)
@@ -209,8 +210,8 @@ def words_ahead(
 ):
     """``words``, with those that a stage loads: a quarter of a tile before they are needed.
 
-    All at once: whoever waits for one waits for all. The last ones are the next tile's, if there
-    is ``more``.
+    The words of a quarter are loaded at once, because waiting for one is waiting for all. The last
+    loads are those of the next tile, if there is ``more``.
     """
     if STAGE == 12:
         p_next = word_pointers(following[0], following[1], warp, word, SHAPE)
@@ -226,9 +227,9 @@ def multiply_unit(
 ):
     """acc + a tile per warp times its activations.
 
-    Returned are also the words of the next tile, and what is left of ``copies``.
+    Returns acc, the words of the next tile's first quarter, and what is left of ``copies``.
 
-    words: of the tile, those of its first quarter.
+    words: of the tile; only those of its first quarter are loaded yet.
     here, following: (weight, place) of this unit and of the one after it.
     more: whether there is a unit after it.
     unit: its number among those of the program.
@@ -237,7 +238,7 @@ def multiply_unit(
     MMA: gl.constexpr = acc.type.tensor_type.layout
     PLACES: gl.constexpr = places.shape[0]
     STAGES: gl.constexpr = places.shape[2] // 32  # of a block
-    ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, with a tile
+    ROUNDS: gl.constexpr = 16 // STAGES // PLACES  # of the ring, for a tile
     index = gl.arange(0, SHAPE[1] * 128, lookup[1].type.layout)
     warp, word = anew(index // 128), index % 128
     p_words = word_pointers(here[0], here[1], warp, word, SHAPE)
@@ -245,7 +246,7 @@ def multiply_unit(
     for stage in gl.static_range(16):
         if stage % STAGES == 0:
             wait_for(ring, stage // STAGES % PLACES, unit * ROUNDS + stage // STAGES // PLACES)
-            # Or older compilers keep where every stage's activations are, in registers or worse.
+            # anew(): or older compilers keep the addresses for all stages in registers, or spill.
             block = places.index(anew(gl.to_tensor(stage // STAGES % PLACES)))
         words = words_ahead(words, p_words, following, more, warp, word, stage, SHAPE)
         signs = signs_of_stage(signs, words, stage, SHAPE[0])
@@ -261,7 +262,7 @@ def multiply_unit(
 
 @gluon.jit
 def write_rows(acc, row_block, token, output, DTYPE: gl.constexpr):
-    """y of a whole row block; ``output``: the kernel's arguments of these names."""
+    """Write y of a whole row block; ``output``: (p_row_norms, p_bias, p_y, M, N, has_bias)."""
     p_row_norms, p_bias, p_y, M, N, has_bias = output
     ROWS: gl.constexpr = acc.shape[0]
     n = row_block * ROWS + anew(gl.arange(0, ROWS, gl.SliceLayout(1, acc.type.layout)))
@@ -303,7 +304,7 @@ def wide_gemm_kernel(
         its ends.
     p_sums: float32, see :mod:`qamw_kernels.ops.gluon.sums_kernels`.
     grain: a program's units are a multiple of it, 1 or all of a row block.
-    PLACES: for blocks of activations; it divides the blocks of 512 inputs.
+    PLACES: number of places for blocks of activations; it divides the number of blocks of a tile.
     """
     SHAPE: gl.constexpr = ((INDEX_BITS, ENTRY_BITS, COPIES), WARPS)
     ROWS: gl.constexpr = WARPS * 16

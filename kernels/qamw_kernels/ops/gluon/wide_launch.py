@@ -16,9 +16,9 @@ from qamw_kernels.ops.tiling import TILE_INPUTS, TILE_ROWS
 from qamw_kernels.ops.weight import Rate, TiledWeight
 
 MAX_TOKENS = 1024
-"""With so many, the layers of a block of Llama-3-8B take an H100 763 us, and about 921 us where
+"""With so many, the layers of a block of Llama-3-8B take 763 us on an H100, and about 921 us if the
 weights are decoded first; see benchmarks/kernels/results/h100.json."""
-RESERVED = 1024  # bytes of shared memory of every program that the driver has
+RESERVED = 1024  # bytes of shared memory that the driver takes for every program
 PLACES = 2  # in shared memory for blocks of activations: one is multiplied, the other arrives
 ADDED_ROWS = 32  # by a program of the kernel that adds up
 
@@ -44,14 +44,14 @@ TILES = {
 }
 """By the tokens that a program has: the fastest of those that were measured on an H100.
 
-All 16 warps of a multiprocessor have 128 registers for a thread. Where that is little, compilers
-spill what they read once a tile or less often.
+With 16 warps on a multiprocessor, a thread has 128 registers. Where these are too few, compilers
+spill values that are read once per tile or less often.
 """
 
 SPILLING = (12, 128)
 """Bits of an index, and tokens, with which 16 warps would spill what every stage of a tile reads.
 
-A thread has 12 words beside 64 sums there. Half of the warps have twice the registers.
+There a thread has 12 words beside 64 sums. With half as many warps it has twice the registers.
 """
 
 ADDING_UNITS = 1
@@ -85,11 +85,11 @@ class Share(NamedTuple):
 
 @functools.cache
 def share_out(row_blocks: int, input_tiles: int, programs: int) -> Share:
-    """The share that lets the busiest of at most ``programs`` programs end first."""
+    """The share with which the busiest of at most ``programs`` programs ends earliest."""
     most = cdiv(row_blocks * input_tiles, programs)  # units of a program
     if cdiv(row_blocks, programs) * input_tiles <= most + ADDING_UNITS:
         return Share(min(programs, row_blocks), input_tiles)
-    return Share(cdiv(row_blocks * input_tiles, most), 1)  # no more than that takes
+    return Share(cdiv(row_blocks * input_tiles, most), 1)  # no more programs than needed
 
 
 class Grid(NamedTuple):
@@ -109,12 +109,12 @@ class Grid(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """Of a program.
+    """The shape of a program.
 
     Attributes:
         tile: how it multiplies.
         rows: of a row block.
-        block_inputs: of the blocks of activations, half of a tile's or fewer.
+        block_inputs: inputs of a block of activations, half of a tile's or fewer.
     """
 
     tile: Tile
@@ -144,7 +144,7 @@ def shape_of(rate: Rate, tokens: int, shared_memory: int) -> Shape:
 
 
 def _inputs_beside_table(rate: Rate, tokens: int, programs: int, shared_memory: int) -> int:
-    """Inputs whose activations fit beside the table, a power of 2, where programs share memory."""
+    """Inputs, a power of 2, whose activations fit beside the table if ``programs`` share memory."""
     free = (shared_memory + RESERVED) // programs - RESERVED
     free -= table.table_bytes(rate, shared_memory) + 8 * PLACES
     return 1 << max(free // (2 * tokens), 1).bit_length() - 1
@@ -208,7 +208,7 @@ def fits(
     rate: Rate,
     processor: Processor | None,
 ) -> bool:
-    """Whether the kernel can multiply on a processor: any number of tokens and inputs."""
+    """Whether the kernel runs on a processor; it takes any number of tokens and inputs."""
     hopper = processor is not None and processor.compute_capability == 90
     return hopper and kernels is not None and table.fits(dtype, rate, processor)
 

@@ -3,10 +3,10 @@
 
 All readers of packed weights decode through :func:`decode_chunk`, except those in
 :mod:`qamw_kernels.ops.gluon`. Shapes: M tokens, N rows, K inputs (a multiple of 64),
-B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`, with
-ENTRY_BITS of the INDEX_BITS for the codebook entry, and with two bits more of the plain code or one
-more of the trellis; a chunk is 32 inputs. Sizes are not specialized on, so that
-:mod:`qamw_kernels.ops.warm_up` can compile everything that a model will ever launch.
+B = rotation_block_size, G = K / B. ``tiles`` are those of :mod:`qamw_kernels.ops.tiling`. Of the
+INDEX_BITS, ENTRY_BITS are for the codebook entry; the plain code has two more, the trellis one. A
+chunk is 32 inputs. Kernels are not specialized on sizes, so that :mod:`qamw_kernels.ops.warm_up`
+can compile everything that a model will ever launch.
 """
 
 import triton
@@ -232,10 +232,10 @@ def routed_gemm_kernel(
 def combine_kernel(
     p_y, p_shares, p_out, units, k, UNIT: tl.constexpr, BLOCK_N: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """out [M, N] = the sum over y [M, k, N] * shares [M, k], one slot of a token after the other.
+    """out [M, N] = the sum over k of y [M, k, N] * shares [M, k], one slot after the other.
 
-    Program (i, j) has token i and the rows BLOCK_N * j and on. N is UNIT * ``units``: what UNIT is
-    tells the compiler how much lies side by side.
+    Program (i, j) has token i and BLOCK_N rows from BLOCK_N * j on. N is UNIT * ``units``: so the
+    compiler knows that N is a multiple of UNIT, and loads several elements at once.
     """
     N = units * UNIT
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -294,7 +294,7 @@ def dequantize_kernel(
             tl.bfloat16,
         )
         product = dot(coordinates, hadamard, tl.zeros([ROW_TILES * 16, WIDTH], dtype=tl.float32))
-        # the bits of both indices above the tile's
+        # the sign that the bits of the input's number above the chunk's contribute
         acc += product * hadamard_sign((32 * chunk) & (j0 + j))[None, :]
     k = tl.program_id(1) * WIDTH + j
     m_n = n < N

@@ -152,7 +152,7 @@ def multiply_dequantized(
     """:func:`linear` for many tokens: decode the weight, and let the vendor's GEMM multiply.
 
     Args:
-        weights_at_once: size of the workspace that they are decoded into, in whole row tiles.
+        weights_at_once: how many weights the workspace holds, in whole row tiles.
     """
     y = torch.empty(len(x), weight.num_rows, dtype=x.dtype, device=x.device)
     rows_at_once = max(weights_at_once // x.shape[1] // TILE_ROWS, 1) * TILE_ROWS

@@ -2,8 +2,8 @@
 # ruff: noqa: RUF005  (Triton knows no starred tuples)
 """The Triton kernels that rotate activations; see :mod:`qamw_kernels.ops.triton.rotate_launch`.
 
-Shapes: M tokens, K inputs (a multiple of 64), B = rotation_block_size, G = K / B. Sizes are not
-specialized on, as in :mod:`qamw_kernels.ops.triton.kernels`.
+Shapes: M tokens, K inputs (a multiple of 64), B = rotation_block_size, G = K / B. As in
+:mod:`qamw_kernels.ops.triton.kernels`, kernels are not specialized on sizes.
 """
 
 import triton
@@ -17,8 +17,8 @@ from qamw_kernels.ops.triton.arithmetic import cast, dot, hadamard_sign
 def hadamard_tile(WIDTH: tl.constexpr, DTYPE: tl.constexpr):
     """The +1/-1 Sylvester matrix [WIDTH, WIDTH].
 
-    The tile at (i0, j0) of a larger one is this times hadamard_sign(i0 & j0): the bits of the index
-    split.
+    The tile at (i0, j0) of a larger one is this times hadamard_sign(i0 & j0), because the low
+    and the high bits of the indices contribute to the sign separately.
     """
     i = tl.arange(0, WIDTH)
     return cast(hadamard_sign(i[:, None] & i[None, :]), DTYPE)
@@ -51,29 +51,29 @@ def rotate_kernel(
     alone already fills a tensor-core tile.
 
     SWAPPED: write the inputs in the order of :mod:`qamw_kernels.ops.gluon.wide_kernels`.
-    EARLY: the next kernel may begin, and waits for this one by itself.
+    EARLY: the next kernel may begin before this one is complete, and itself waits for it.
     """
     if EARLY:
         gdc_launch_dependents()
     r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     j0 = tl.program_id(1) * WIDTH
     m_r = r < R
-    # The pieces of a block are added up before they are multiplied, with the signs of the tile of
-    # the matrix that is theirs: everything is loaded at once, and there is one product.
+    # The pieces of a block, each with the sign of its tile of the matrix, are added up before they
+    # are multiplied: everything is loaded at once, and there is only one product.
     piece = tl.arange(0, B // WIDTH) * WIDTH
     o_i = piece[None, :, None] + tl.arange(0, WIDTH)[None, None, :]
     m_i = m_r[:, None, None]
     x = tl.load(p_x + r.to(tl.int64)[:, None, None] * B + o_i, mask=m_i, other=0.0)
     input_scales = tl.load(p_input_scales + (r % G)[:, None, None] * B + o_i, mask=m_i, other=0.0)
-    # scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only where some
-    # output does too.
+    # Multiplied with scale = B ** -0.5 before the rounding to DTYPE: then an operand overflows only
+    # where some output does too.
     signs = (scale * hadamard_sign(piece & j0))[None, :, None]
     operand = tl.sum(x.to(tl.float32) * input_scales.to(tl.float32) * signs, 1)
     acc = tl.zeros([BLOCK_R, WIDTH], dtype=tl.float32)
     acc = dot(cast(operand, DTYPE), hadamard_tile(WIDTH, DTYPE), acc)
     if SWAPPED:
-        # K is a multiple of 32, so these bits of the pair are those of the input. The two of a pair
-        # stay together, and are stored at once.
+        # K is a multiple of 32, so a pair's number in x and its number in its token have the same
+        # low bits. The two inputs of a pair stay together, and are stored at once.
         o_pair = r.to(tl.int64)[:, None] * (B // 2) + (j0 // 2 + tl.arange(0, WIDTH // 2))[None, :]
         o_out = swapped(o_pair)[:, :, None] * 2 + tl.arange(0, 2)[None, None, :]
         out = cast(acc, DTYPE).reshape([BLOCK_R, WIDTH // 2, 2])
@@ -85,7 +85,7 @@ def rotate_kernel(
 
 @triton.jit
 def butterfly(pieces, STEP: tl.constexpr):
-    """One step of the Hadamard transform of some tensors, those whose numbers differ by STEP."""
+    """One step of the Hadamard transform: combines the tensors whose numbers differ by STEP."""
     out = ()
     for i in tl.static_range(len(pieces)):
         if i & STEP:
@@ -99,7 +99,7 @@ def butterfly(pieces, STEP: tl.constexpr):
 def rotate_tokens(p_x, o_x, m_x, factors, hadamard, DTYPE: tl.constexpr):
     """Hadamard transform of a span of inputs of some tokens: pieces [tokens, 64] in DTYPE.
 
-    o_x, m_x: [tokens, 64], where the first piece of the span is.
+    o_x, m_x: [tokens, 64], offsets and mask of the first piece of the span.
     factors: [64] for each piece.
     hadamard: [64, 64] in DTYPE.
     """
@@ -136,10 +136,10 @@ def rotate_many_kernel(
 ):
     """The same as :func:`rotate_kernel`, swapped, for many tokens.
 
-    Program (i, j) has span j of the inputs, a rotation block or all blocks of 64 inputs, of every
-    so many blocks of tokens: it makes the matrix once.
+    Program (i, j) has span j of the inputs (a rotation block, or 64 inputs with all their blocks)
+    of every num_programs-th block of tokens, so that it makes the matrix only once.
 
-    SORTED: out [sorted slots, K] has the tokens of slots in their order, see
+    SORTED: out [sorted slots, K] has the tokens in the order of the sorted slots, see
         :mod:`qamw_kernels.ops.routing`; slot s has token s // slots_per_token. Padding is not
         written. Otherwise it has the tokens [num_slots, K] as they are.
     """
@@ -170,7 +170,7 @@ def rotate_many_kernel(
         out = rotate_tokens(p_x, o_x, m_token[:, None], factors, hadamard, DTYPE)
         o_out = place.to(tl.int64)[:, None] * (spans * SPAN) + column
         for piece in tl.static_range(SPAN // 64):
-            # Inputs are (16 pairs, bits 2 and 3 of the pair, bits 0 and 1, half).
+            # Dimensions of inputs: (which 16 pairs, bits 2 and 3 of the pair, bits 0 and 1, half).
             pairs = out[piece].reshape([BLOCK_M, 2, 4, 4, 2]).permute(0, 1, 3, 2, 4)
             pairs = pairs.reshape([BLOCK_M, 64])
             tl.store(p_out + o_out + piece * 64, pairs, mask=m_token[:, None])

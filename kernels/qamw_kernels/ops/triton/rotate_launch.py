@@ -14,8 +14,8 @@ from qamw_kernels.ops.weight import TiledWeight
 
 WIDTH = 64  # the Hadamard matrix is built and multiplied in pieces of at most this many inputs
 MANY_INPUTS = 3072 * 128
-"""Inputs of all tokens, beyond which the kernel for many is the faster one, by the model of an
-H100; it only swaps."""
+"""Inputs of all tokens together above which the kernel for many tokens is faster, by the model of
+an H100; that kernel writes the swapped order only."""
 MANY_PROGRAMS = 2  # of that kernel, on a multiprocessor
 
 
@@ -58,7 +58,7 @@ def rotate_many_constants(
 
     Args:
         by_expert: see :func:`rotate_many`.
-        early: as of :func:`rotate_constants`.
+        early: see :func:`rotate_constants`.
     """
     return {
         "B": rotation_block_size,
@@ -74,7 +74,7 @@ def rotate_many_constants(
 def many_grid(
     num_tokens: int, num_inputs: int, constants: dict[str, Any], multiprocessors: int
 ) -> tuple[int, int]:
-    """Programs of ``rotate_many_kernel``: for each span of inputs, and spans."""
+    """The grid of ``rotate_many_kernel``: programs for each span of inputs, and number of spans."""
     spans = num_inputs // max(constants["B"], UNIT_INPUTS)
     most = max(MANY_PROGRAMS * multiprocessors // spans, 1)
     return min(cdiv(num_tokens, constants["BLOCK_M"]), most), spans
@@ -87,7 +87,7 @@ def rotate(
     launcher: Launcher = ON_DEVICE,
     swapped: bool = False,
 ) -> torch.Tensor:
-    """x [M, K] times ``input_scales`` [K], each block transformed: what products multiply.
+    """x [M, K] times ``input_scales`` [K], each block transformed: the operand of the products.
 
     Args:
         swapped: in the order that :mod:`qamw_kernels.ops.gluon.wide_kernels` wants.
@@ -120,7 +120,7 @@ def rotate(
 
 
 def _next_begins_early(launcher: Launcher, x: torch.Tensor) -> bool:
-    """Whether the kernel behind a rotation may begin before it is complete."""
+    """Whether the kernel after a rotation may begin before the rotation is complete."""
     processor = launcher.processor(x.device)
     return processor is not None and narrow_launch.begins_early(processor)
 
@@ -134,7 +134,7 @@ def rotate_sorted(
 ) -> torch.Tensor:
     """:func:`rotate`, swapped, for the tokens of sorted slots: [sorted slots, K].
 
-    What belongs to no slot is left as it is.
+    Rows that are padding are not written, and so are undefined.
     """
     out = torch.empty(len(routing.slots), x.shape[1], dtype=x.dtype, device=x.device)
     size = weight.rotation_block_size
@@ -151,7 +151,7 @@ def rotate_many(
     num_slots: int = 0,
     launcher: Launcher = ON_DEVICE,
 ) -> None:
-    """Launch the kernel for many tokens, which are swapped.
+    """Launch the kernel for many tokens, which writes their inputs swapped.
 
     Args:
         out: [M, K]; with ``routing`` [sorted slots, K].
