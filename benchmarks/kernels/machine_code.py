@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -273,7 +274,8 @@ def rows_of_version(version: str | None, directory: Path) -> list[dict[str, Any]
 def main() -> None:
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
-        for version in (*TRITONS, None):
+        other = [None] if metadata.version("triton") not in TRITONS else []
+        for version in (*TRITONS, *other):
             found += rows_of_version(version, Path(directory))
             print(f"Triton {found[-1]['triton']}: {len(found)} rows", flush=True)
     RESULTS.mkdir(exist_ok=True)

@@ -137,7 +137,7 @@ def rows(all_tokens: Sequence[int]) -> list[dict[str, Any]]:
         for rate in RATES
         for name in SHAPES
     ]
-    # Everything is compiled before, by one thread: Triton's compiler is not made for more.
+    # Everything is compiled before, by one thread: those of `replay` may want the same kernel.
     for name, tokens, rate, _ in keys:
         if tokens <= wide.MAX_TOKENS:
             packed_launch(SHAPES[name], tokens, rate, TYPICAL)

@@ -33,7 +33,7 @@ bool Launch::read() {
     block.resize(size);
     for (Instruction& i : block)
       if (!numbers(i.unit, i.stall, i.write_barrier, i.read_barrier, i.waits, i.source, i.bytes,
-                   i.pipe, i.latency, i.part, i.chunk, i.ahead, i.bypass))
+                   i.pipe, i.latency, i.chunk, i.ahead, i.bypass))
         return false;
   }
   paths_.resize(paths);
@@ -303,7 +303,7 @@ Time Launch::activations(Multiprocessor& sm, const Warp& w, const Instruction& i
   if (step.offset < 0) return done;
   int before = -1;
   for (int k = 0; k < 8; k++) {
-    const int token = std::min(programs_[w.program].first_token + 8 * i.part + k, p_.tokens - 1);
+    const int token = std::min(programs_[w.program].first_token + k, p_.tokens - 1);
     if (token == before) break;  // tokens past the end are the last one again
     before = token;
     const uint64_t address =

@@ -21,7 +21,7 @@ struct Instruction {
   int source, bytes;  // what a warp reads or writes of global memory
   int pipe;           // cycles of the unit that it takes
   int latency;        // cycles from the pipe's end to the result, without global memory
-  int part, chunk;    // of the activations: 8 tokens, 32 inputs
+  int chunk;          // of the activations: 32 inputs
   int ahead;          // turns of the main loop between this and the use of the words
   int bypass;         // 1: takes no room in L1
 };

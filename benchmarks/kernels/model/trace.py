@@ -1,7 +1,6 @@
 """What an instruction costs, and what it requests from memory."""
 
 import re
-from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -26,21 +25,17 @@ class Request(NamedTuple):
 
     Attributes:
         bytes: of a warp, or of a copy that one thread starts.
-        part, chunk: which 8 tokens, and which 32 inputs, of the activations.
+        chunk: which 32 inputs of the activations.
         ahead: turns of the main loop from here to the use of the words.
         bypass: takes no room in L1.
     """
 
     source: Source
     bytes: int = 0
-    part: int = 0
     chunk: int = 0
     ahead: int = 0
     bypass: bool = False
 
-
-Classify = Callable[[Instruction], Request]
-"""What an instruction requests from global memory; this depends on the kernel."""
 
 NOTHING = Request(Source.NOWHERE)
 NEVER = 1 << 20
@@ -78,7 +73,6 @@ class Record(NamedTuple):
     bytes: int
     pipe: int
     latency: int
-    part: int
     chunk: int
     ahead: int
     bypass: int
@@ -162,7 +156,6 @@ def record(instruction: Instruction, request: Request, machine: Machine) -> Reco
         request.bytes,
         pipe,
         latency,
-        request.part,
         request.chunk,
         request.ahead,
         int(request.bypass),
