@@ -100,8 +100,8 @@ def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
         reason = f"those in Gluon do not know {dtype}"
     else:
         return (
-            "They stay packed; Gluon kernels decode them for few tokens (experts from compute "
-            "capability 9.0 on), and plain Triton kernels all else"
+            "They stay packed, for kernels in Gluon; plain Triton kernels do what those do not "
+            "(such as experts before compute capability 9.0)"
         )
     return f"They stay packed; plain Triton kernels decode them, because {reason}"
 

@@ -66,8 +66,9 @@ class QamwMoEMethod(FusedMoEMethodBase):
         backend: None for that of this machine, see :func:`choose_backend`.
 
     Raises:
-        FormatError: see :func:`check_supported` and :func:`check_exchange`.
-        BackendError: vLLM is too old, or would put adapters on packed experts.
+        FormatError: see :func:`check_supported`.
+        BackendError: vLLM is too old, would put adapters on packed experts, or cannot send tokens
+            to them.
     """
 
     def __init__(

@@ -357,9 +357,11 @@ def install() -> None:
     registry = logging.getLogger("vllm.model_executor.model_loader")
     level = registry.level
     registry.setLevel(logging.ERROR)
-    for name, ours in plain.items():
-        register_model_loader(name)(ours)
-    registry.setLevel(level)
+    try:
+        for name, ours in plain.items():
+            register_model_loader(name)(ours)
+    finally:
+        registry.setLevel(level)
 
 
 def _loader_class(load_format: str) -> type | None:

@@ -6,8 +6,8 @@ import torch
 from vllm.config import get_current_vllm_config_or_none
 from vllm.distributed import parallel_state
 
-from qamw_kernels.errors import FormatError
 from qamw_kernels.format.sharding import attention_heads, possible_tensor_parallel_sizes
+from qamw_vllm.backend import BackendError
 
 
 def tensor_parallel_sizes_of_model() -> list[int]:
@@ -45,10 +45,10 @@ def check_exchange(parallel: Any, prefix: str) -> None:
     Args:
         parallel: vLLM's ``FusedMoEParallelConfig``.
     Raises:
-        FormatError: they cannot.
+        BackendError: they cannot.
     """
     if parallel.use_all2all_kernels and parallel.all2all_backend not in EXCHANGES:
-        raise FormatError(
+        raise BackendError(
             f"{prefix}: all2all_backend={parallel.all2all_backend!r} does not know packed experts, "
             f"expected {EXCHANGES[0]!r}"
         )

@@ -6,6 +6,8 @@ every tensor of a module, even input scales, which have no rows: the weights wou
 an error.
 """
 
+import hashlib
+
 import torch
 
 from qamw_kernels.errors import TensorError
@@ -20,33 +22,42 @@ class Reading:
 
     def __init__(self) -> None:
         self.name = ""
-        self._tensor: torch.Tensor | None = None
-
-    def note(self, name: str, tensor: torch.Tensor) -> None:
-        """Record a tensor that is handed to vLLM's model next."""
-        self.name, self._tensor = name, tensor if name.endswith(".input_scales") else None
-
-    def finish(self) -> None:
-        """All tensors were handed over; the name of the last one stays for error messages."""
-        self._tensor = None
+        self._input_scales: set[bytes] = set()
 
     def start(self) -> None:
         """No tensor has been handed over yet."""
-        self.name, self._tensor = "", None
+        self.name = ""
+        self._input_scales.clear()
+
+    def note(self, name: str, tensor: torch.Tensor) -> None:
+        """Record a tensor that is handed to vLLM's model next."""
+        self.name = name
+        if name.endswith(".input_scales"):
+            self._input_scales.add(_digest(tensor))
+
+    def finish(self) -> None:
+        """All tensors were handed over; the name of the last one stays for error messages."""
+        self._input_scales.clear()
 
     def check_input_scales(self, loaded: torch.Tensor) -> None:
-        """Refuse input scales [K] that differ from those that were read.
+        """Refuse input scales [K] that are none of those that were read.
 
-        Tensors that vLLM's model has kept for later cannot be checked.
+        Model classes may load a module's scales after those of other modules. Scales that they load
+        after all tensors were read are not checked: they may come from elsewhere.
 
         Raises:
-            TensorError: names the tensor.
+            TensorError: names the tensor that was read last.
         """
-        if self._tensor is not None and not torch.equal(loaded, self._tensor.to(loaded.device)):
+        if self._input_scales and _digest(loaded) not in self._input_scales:
             raise TensorError(
                 f"{self.name}: vLLM's model class reorders it, so it cannot serve this module "
                 "quantized"
             )
+
+
+def _digest(scales: torch.Tensor) -> bytes:
+    """SHA-256 of the values of input scales."""
+    return hashlib.sha256(scales.cpu().contiguous().numpy().tobytes()).digest()
 
 
 READING = Reading()

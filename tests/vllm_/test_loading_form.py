@@ -206,7 +206,9 @@ def test_input_scales_that_vllm_reorders_are_refused(rank: Rank) -> None:
     try:
         READING.note("h.0.dense.input_scales", scales)
         load_scales(layer.input_scales, scales.clone())
-        with pytest.raises(TensorError, match=r"h\.0\.dense\.input_scales: .* reorders it"):
+        READING.note("h.1.dense.input_scales", 2 * scales)
+        load_scales(layer.input_scales, scales)  # kept until others were read
+        with pytest.raises(TensorError, match=r"h\.1\.dense\.input_scales: .* reorders it"):
             load_scales(layer.input_scales, scales.view(4, -1).T.reshape(-1))
     finally:
         READING.finish()

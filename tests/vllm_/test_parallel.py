@@ -9,7 +9,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed import parallel_state
 
-from qamw_kernels.errors import FormatError
+from qamw_vllm.backend import BackendError
 from qamw_vllm.parallel import (
     check_exchange,
     num_ranks,
@@ -37,7 +37,7 @@ def test_ranks_of_vllm_sum_and_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_exchanges_with_kernels_of_their_own_are_refused() -> None:
     parallel = SimpleNamespace(use_all2all_kernels=True, all2all_backend="deepep_low_latency")
     message = r"mlp\.experts: all2all_backend='deepep_low_latency' .* 'allgather_reducescatter'"
-    with pytest.raises(FormatError, match=message):
+    with pytest.raises(BackendError, match=message):
         check_exchange(parallel, "mlp.experts")
     parallel.all2all_backend = "allgather_reducescatter"
     check_exchange(parallel, "mlp.experts")
