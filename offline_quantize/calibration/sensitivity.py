@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
-from offline_quantize.encoding.feedback import DAMPING, factor, shrink
+from offline_quantize.encoding.feedback import DAMPING, factor, pair_blocks, shrink
 from offline_quantize.errors import QuantizeError, is_out_of_memory
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import text_decoder
@@ -90,8 +90,7 @@ def feedback_cost(hessian: torch.Tensor, num_tokens: int) -> float:
     if not hessian.any():
         return 0.0
     root = factor(shrink(hessian, num_tokens).double(), DAMPING)
-    pairs = root.view(len(root) // 2, 2, -1, 2).diagonal(dim1=0, dim2=2)  # [2, 2, P]
-    return float(pairs.square().sum())
+    return float(pair_blocks(root).square().sum())
 
 
 def measure_sensitivities(

@@ -65,8 +65,8 @@ def calibration_windows(
         )
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = _windows_of(num_tokens if at_least is None else at_least, window_tokens)
-    if len(tokens) < needed * (window_tokens - len(bos)):
-        count = f"{len(tokens)} tokens, at least {needed * window_tokens} are needed"
+    if len(tokens) < (least := needed * (window_tokens - len(bos))):
+        count = f"{len(tokens)} tokens, at least {least} are needed"
         if at_least is None:
             raise QuantizeError(f"{text_file}: {count}")
         unless = (", unless ", Option("calibration_tokens"), " asks for less")

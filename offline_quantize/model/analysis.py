@@ -38,6 +38,8 @@ from qamw_kernels.format.packing import UNIT_INPUTS
 from qamw_kernels.format.sharding import attention_heads, differs, shared_setting
 from qamw_kernels.format.stacks import Stack
 
+TRACED_TOKENS = 4
+
 
 def find_structure(checkpoint: Checkpoint) -> Structure:
     """Analyze the model of a plain or QAM-W checkpoint; no tensor is read.
@@ -77,6 +79,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         {name: tensor_map.tensor_of(name) for name in needed},
         tensor_map.stored_twice(),
         type(model).__name__,
+        calls[0].hidden.numel() // TRACED_TOKENS,
         tensor_map.expected,
         tensor_map.stacks,
         unwanted(model, tensor_map),
@@ -85,7 +88,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
 
 
 def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[LayerCall]:
-    """How the model calls its decoder layers, which are on the meta device, with four tokens.
+    """How the model calls its decoder layers, which are on the meta device, with a few tokens.
 
     Raises:
         QuantizeError: the model cannot be called with decoder layers that pass their input
@@ -95,7 +98,7 @@ def _layer_calls(model: Any, layers_name: str, layers: nn.ModuleList) -> list[La
     set_parameters(
         model, lambda name, p: torch.zeros((), dtype=p.dtype).expand(p.shape), skip=layers_name
     )
-    calls = record_layer_calls(model, layers, torch.zeros(1, 4, dtype=torch.long))
+    calls = record_layer_calls(model, layers, torch.zeros(1, TRACED_TOKENS, dtype=torch.long))
     if model.get_output_embeddings() is not None:
         head_input(model, layers, calls, calls[-1].hidden)
     layers.to("meta")

@@ -41,8 +41,11 @@ def compressed_tensors(
         ) from None
     with explained(f"{CONFIG}: quantization_config"):
         config = QuantizationConfig.model_validate(dict(quantization))
-        # A module in two groups belongs to the one that names it; a group of all "Linear" is last.
-        schemes = sorted(config.config_groups.values(), key=lambda x: "Linear" in x.targets)
+        # A module in two groups belongs to the one that names it; a group of all comes last.
+        schemes = sorted(
+            config.config_groups.values(),
+            key=lambda x: not x.targets or not {"Linear", "re:.*"}.isdisjoint(x.targets),
+        )
         seen: set[str] = set()
         for scheme in schemes:
             if scheme.weights is None:

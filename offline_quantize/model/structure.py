@@ -171,6 +171,8 @@ class Structure:
             where only the head has one -> the tensor of another parameter that they use.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
+        state_width: numbers of the hidden states of one token at a layer's input; more than the
+            hidden size where a token has several states (Gemma 3n, DeepSeek-V4).
         expected: name -> shape of every tensor that a checkpoint must have.
         stacks: name -> those of them that hold several matrices or biases, or a transposed matrix;
             a QAM-W checkpoint has the matrices apart.
@@ -190,6 +192,7 @@ class Structure:
     tied: Mapping[str, str]
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
+    state_width: int
     expected: Mapping[str, tuple[int, ...]]
     stacks: Mapping[str, Stack]
     unwanted: tuple[str, ...]

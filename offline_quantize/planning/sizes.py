@@ -136,8 +136,7 @@ def explained_memory_errors(
 
 def state_bytes(plan: Plan, calibration_tokens: int) -> int:
     """Hidden states of all calibration tokens at the input of one layer."""
-    hidden_size = max(layer.groups[0].num_inputs for layer in plan.layers if layer.groups)
-    return HIDDEN_STATE_BYTES * calibration_tokens * hidden_size
+    return HIDDEN_STATE_BYTES * calibration_tokens * plan.structure.state_width
 
 
 def scratch_bytes(plan: Plan, calibration_tokens: int) -> int:

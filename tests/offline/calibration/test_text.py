@@ -58,7 +58,7 @@ def test_windows_of_a_long_text_are_whole() -> None:
     [
         (None, "text: No such file or directory"),
         (b"\xff\xfe", "text: 'utf-8' codec can't decode byte 0xff"),
-        (b"too short", r"text: \d tokens, at least 1024 are needed$"),
+        (b"too short", r"text: \d tokens, at least 1022 are needed$"),
     ],
 )
 def test_texts_that_cannot_be_used(

@@ -1,6 +1,7 @@
 """Estimates of memory and disk."""
 
 import errno
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from offline_quantize.planning.sizes import (
     estimate_memory,
     explained_memory_errors,
     scratch_bytes,
+    state_bytes,
 )
+from tests.architectures.build import build
 
 
 def test_disk_is_checked_for_what_is_needed(tmp_path: Path, tiny_llama: Path) -> None:
@@ -32,6 +35,16 @@ def test_disk_is_checked_for_what_is_needed(tmp_path: Path, tiny_llama: Path) ->
         with pytest.raises(QuantizeError, match="GB needed"):
             check_disk(other, out, tokens, free)
     check_disk(plan, out, 512, free + scratch_bytes(plan, 512))
+
+
+@pytest.mark.parametrize(("architecture", "states"), [("gemma3n_text", 4), ("deepseek_v4", 4)])
+def test_tokens_with_several_states_take_more(
+    architecture: str, states: int, tmp_path: Path
+) -> None:
+    model = build(tmp_path / "model", architecture)
+    plan = make_plan(model)
+    hidden_size = json.loads((model / "config.json").read_text())["hidden_size"]
+    assert state_bytes(plan, 512) == 2 * 512 * states * hidden_size
 
 
 def test_finished_shards_count_as_written(tmp_path: Path, tiny_llama: Path) -> None:
