@@ -1,4 +1,9 @@
-"""Input scales of an input group: rotation signs divided by activation-aware channel scales."""
+"""Input scales of an input group: rotation signs divided by channel scales.
+
+Nearest codewords have activation-aware channel scales (:func:`searched_scales`). Error feedback
+knows the activations from the Hessian, and has scales that balance the weights instead
+(:func:`balanced_scales`).
+"""
 
 from collections.abc import Callable, Iterable
 
@@ -43,7 +48,8 @@ def balanced_scales(weights: Iterable[torch.Tensor]) -> torch.Tensor:
 
     They ignore the activation, which feedback knows from the Hessian. With feedback, the error is
     the same in every coordinate of a row, whatever the activation is, and grows with the row's
-    norm. Among scales with the same product, that norm is least where all columns are alike.
+    norm. Among scales with the same product, that norm is least where all columns are alike; these
+    scales go half of the way there.
 
     Args:
         weights: [N, K] each, with the same K.

@@ -198,7 +198,7 @@ def routed_narrow_launch(
     requests, nest = _requests(listing), _nest(listing)
     blocks = Blocks(listing, requests, machine)
     batch = narrow_launch.slots(rate, PROCESSOR.shared_memory)
-    assert shape[1] <= 256 * narrow_launch.WARPS, "several slices are not modelled"
+    assert shape[1] <= 256 * narrow_launch.WARPS, "several slices are not modeled"
 
     @functools.cache
     def warps(turns: tuple[int, ...]) -> list[tuple[BlockStep, ...]]:

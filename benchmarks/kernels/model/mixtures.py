@@ -24,7 +24,7 @@ ROTATION_BLOCK_SIZE = 128
 TOKENS = (1, 8, 32, 128, 512, 2048)
 KEYS = [(name, tokens, gpu) for tokens in TOKENS for gpu in GPUS for name in MIXTURE.shapes]
 INTRODUCTION = f"""\
-## Mixtures of experts, b = {RATE.index_bits}: modelled, not measured
+## Mixtures of experts, b = {RATE.index_bits}: modeled, not measured
 
 Qwen3-30B-A3B: every token is sent to {MIXTURE.top_k} of {MIXTURE.experts} experts, all equally
 likely. Gate and up are one product, down is another; rotations and gaps between launches

@@ -40,7 +40,7 @@ ROTATION_BLOCK_SIZE = 128
 INTRODUCTION = f"""\
 # What a model of an H100 and an H200 says of the kernels
 
-Written by `make kernels-model`, without a GPU: **modelled, not measured**. The compiled kernels are
+Written by `make kernels-model`, without a GPU: **modeled, not measured**. The compiled kernels are
 replayed instruction by instruction on a model of the multiprocessors and their memory
 (`benchmarks/kernels/model`, every assumption with its source in `assumptions.py`). bfloat16, the
 layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
@@ -160,7 +160,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
     for gpu in GPUS:
         for rate in RATES:
             lines += [
-                f"## {gpu.name}, b = {rate.index_bits}, {rate.code} code: modelled, not measured",
+                f"## {gpu.name}, b = {rate.index_bits}, {rate.code} code: modeled, not measured",
                 "",
                 f"Per cent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s) for each",
                 "layer, and the speed-up of all four over bf16.",
@@ -181,7 +181,7 @@ def main() -> None:
     found = rows([int(argument) for argument in sys.argv[1:]] or TOKENS)
     mixtures.compile_all()
     experts = replay(mixtures.row, mixtures.KEYS)
-    data = {"triton": triton.__version__, "modelled": True, "rows": found, "experts": experts}
+    data = {"triton": triton.__version__, "modeled": True, "rows": found, "experts": experts}
     text = json.dumps(data).replace('{"gpu"', '\n{"gpu"')
     (RESULTS / "model.json").write_text(text + "\n")
     (RESULTS / "model.md").write_text(markdown(found) + mixtures.markdown(experts))

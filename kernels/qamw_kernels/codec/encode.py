@@ -4,7 +4,7 @@
     indices = nearest codeword of each pair (U[n, 2p], U[n, 2p + 1]), or the best path of a trellis
     W^ = row_norms * unrotate(decoded indices) * input_scales
 
-``input_scales`` [K] holds rotation signs and activation-aware factors in one vector,
+``input_scales`` [K] holds rotation signs and channel scales in one vector,
 ``rotation_signs / channel_scales``. All layers that read the same activation share it, so the
 activation is scaled and rotated once.
 """
@@ -73,7 +73,7 @@ def make_input_scales(
     num_inputs: int,
     channel_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Random rotation signs over activation-aware factors: ``rotation_signs / channel_scales``.
+    """Random rotation signs divided by channel scales: ``rotation_signs / channel_scales``.
 
     The signs depend on ``num_inputs`` only, so layers that share an activation agree; they are
     stored, never drawn again.
