@@ -348,7 +348,7 @@ def install() -> None:
     loaders: dict[str, tuple[type, type[BaseModelLoader]]]
     loaders = dict.fromkeys(CHECKED_FORMATS, (DefaultModelLoader, QamwModelLoader))
     loaders[DUMMY_FORMAT] = DummyModelLoader, QamwDummyLoader
-    plain = {
+    unregistered = {
         load_format: ours
         for load_format, (theirs, ours) in loaders.items()
         if _loader_class(load_format) is theirs
@@ -358,7 +358,7 @@ def install() -> None:
     level = registry.level
     registry.setLevel(logging.ERROR)
     try:
-        for name, ours in plain.items():
+        for name, ours in unregistered.items():
             register_model_loader(name)(ours)
     finally:
         registry.setLevel(level)

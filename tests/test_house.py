@@ -15,12 +15,12 @@ from tests.helpers.house import (
     PACKAGES,
     ROOT,
     circle,
+    folder_graph,
     import_graph,
     importers,
     module_files,
     nested_targets,
     relative_imports,
-    room_graph,
     too_long,
     wrong_directions,
 )
@@ -61,7 +61,7 @@ def test_no_import_circles() -> None:
 
 
 def test_no_circles_between_rooms() -> None:
-    assert circle(room_graph(SOURCES)) == []
+    assert circle(folder_graph(SOURCES)) == []
 
 
 def test_imports_run_one_way() -> None:
@@ -79,8 +79,8 @@ def test_who_knows_vllm_and_transformers() -> None:
     assert elsewhere == {"offline_quantize.evaluation.vllm_engine"}
     transformers = importers(IN_PACKAGES, "transformers")
     in_kernels = {module for module in transformers if module.startswith("qamw_kernels.")}
-    rooms = {module.rpartition(".")[0] for module in in_kernels}
-    assert rooms == {"qamw_kernels.integrations"}
+    folders = {module.rpartition(".")[0] for module in in_kernels}
+    assert folders == {"qamw_kernels.integrations"}
 
 
 def test_files_and_functions_are_short() -> None:
@@ -146,8 +146,8 @@ def test_circles_between_rooms_are_found() -> None:
         "p.b.y": "def f():\n    from p.a.y import g",
     }
     assert not circle(import_graph(sources))
-    assert set(circle(room_graph(sources))) == {"p.a", "p.b"}
-    assert not circle(room_graph({**sources, "p.b.y": "import p.c.x", "p.c.x": ""}))
+    assert set(circle(folder_graph(sources))) == {"p.a", "p.b"}
+    assert not circle(folder_graph({**sources, "p.b.y": "import p.c.x", "p.c.x": ""}))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from qamw_kernels.format.config import LAYER_TENSORS, layer_tensors
-from qamw_vllm.loading.form import no_tensor, note_for_reload, room
+from qamw_vllm.loading.form import allocate, no_tensor, note_for_reload
 from qamw_vllm.state import LoadSummary
 
 MATRICES = {"w13": ("w1", "w3"), "w2": ("w2",)}
@@ -130,6 +130,6 @@ class ExpertsForm:
             self._add(f"{stem}_weight", (0, 0, 0), torch.get_default_dtype())
 
     def _add(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        parameter = Parameter(room(shape, dtype, self._device), requires_grad=False)
+        parameter = Parameter(allocate(shape, dtype, self._device), requires_grad=False)
         parameter.weight_loader = self._loader  # type: ignore[attr-defined]  # vLLM looks for it
         self._layer.register_parameter(name, parameter)

@@ -48,7 +48,7 @@ def no_tensor(name: str) -> tuple[tuple[int, ...], torch.dtype]:
     return tuple(0 for _ in shape), dtype
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Uninitialized memory for a parameter. An empty parameter is always on the CPU, where vLLM's
     offloading of weights leaves it alone.
     """
@@ -116,7 +116,7 @@ class LayerForm:
 
     def _register(self, name: str) -> None:
         shape, dtype = self._size(name)
-        data, loader = room(shape, dtype, self._device), self._loaders[name]
+        data, loader = allocate(shape, dtype, self._device), self._loaders[name]
         parameter: BasevLLMParameter
         if name == "weight":
             parameter = ModelWeightParameter(

@@ -77,9 +77,9 @@ def describe_unserved(model: torch.nn.Module, module: str, layers: Iterable[str]
 
 
 def _layers_without_config(model: torch.nn.Module) -> Iterator[str]:
-    ours = LinearBase | ParallelLMHead | RoutedExperts
+    quantizable = LinearBase | ParallelLMHead | RoutedExperts
     for name, layer in model.named_modules():
-        without = isinstance(layer, ours) and getattr(layer, "quant_config", None) is None
+        without = isinstance(layer, quantizable) and getattr(layer, "quant_config", None) is None
         if without or isinstance(layer, torch.nn.Linear):
             yield name
 

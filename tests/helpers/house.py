@@ -113,19 +113,23 @@ def import_graph(sources: Sources) -> Graph:
     return graph
 
 
-def room_of(module: str) -> str:
+def folder_of(module: str) -> str:
     """The sub-folder of a package that a module lies in, or the module where it lies in none."""
     return ".".join(module.split(".")[:2])
 
 
-def room_graph(sources: Sources) -> Graph:
-    """Which rooms the modules of a room import from, lazy imports included."""
-    graph: Graph = {room_of(module): set() for module in sources}
+def folder_graph(sources: Sources) -> Graph:
+    """Which folders the modules of a folder import from, lazy imports included."""
+    graph: Graph = {folder_of(module): set() for module in sources}
     for module, source in sources.items():
         for found in imports_of(source):
             target = resolve(found.target, sources)
-            if target is not None and not found.typing_only and room_of(target) != room_of(module):
-                graph[room_of(module)].add(room_of(target))
+            if (
+                target is not None
+                and not found.typing_only
+                and folder_of(target) != folder_of(module)
+            ):
+                graph[folder_of(module)].add(folder_of(target))
     return graph
 
 

@@ -236,8 +236,8 @@ def gemm(
     shape = shape_of(rate, tokens, processor.shared_memory)
     sums = weight.row_norms  # of the right type; nothing is written to it
     if adds:
-        room = (groups, share.programs, 2, tokens * shape.rows)
-        sums = torch.empty(room, dtype=torch.float32, device=y.device)
+        places = (groups, share.programs, 2, tokens * shape.rows)
+        sums = torch.empty(places, dtype=torch.float32, device=y.device)
     block_shape = (tokens, shape.block_inputs)
     layout = descriptor_layout(block_shape, rotated.dtype)
     launcher.launch(
