@@ -93,9 +93,11 @@ def test_eight_states_are_those_of_the_codec(book: Grid) -> None:
 
 def test_output_errors_of_codes() -> None:
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(160, 128, generator=generator) for _ in range(2)]
+    weights = [torch.randn(192, 128, generator=generator) for _ in range(2)]
     inputs = torch.randn(256, 128, generator=generator) * torch.linspace(0.2, 3, 128)
     errors = dict(output_errors.output_errors(weights, inputs.T @ inputs, 64))
-    assert list(errors) == ["plain, feedback", "plain, beam", "trellis, feedback", "trellis, beam"]
+    ours = ["plain, feedback", "plain, beam", "trellis, feedback", "trellis, beam"]
+    assert list(errors) == [*ours, "scalar trellis, feedback"]
+    assert 0 < errors["scalar trellis, feedback"] < errors["plain, feedback"]
     assert errors["plain, beam"] < errors["plain, feedback"]
     assert errors["trellis, beam"] < errors["trellis, feedback"] < errors["plain, feedback"]
