@@ -227,7 +227,7 @@ def test_ranks_read_plain_models_in_one_order(
     monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 1)
     loader.load_weights(Model(), settings(model, PLAIN))
     monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 2)
-    with pytest.raises(FormatError, match=r"with enable_multithread_load, .* order of its own"):
+    with pytest.raises(FormatError, match=r"with enable_multithread_load, .* in a different order"):
         loader.load_weights(Model(), settings(model, PLAIN))
     loader.load_weights(Model(), settings(model))
 

@@ -83,7 +83,7 @@ def test_vectors_with_scales_are_refused(
 ) -> None:
     change_tensor(fp8, WEIGHT, lambda _: torch.ones(shape).to(dtype))
     change_tensor(fp8, SCALES, lambda _: torch.ones(()))
-    with pytest.raises(QuantizeError, match=f"{WEIGHT}: .* with a scale, but it is no matrix"):
+    with pytest.raises(QuantizeError, match=f"{WEIGHT}: .* with a scale, but it is not a matrix"):
         Checkpoint(fp8)
 
 
