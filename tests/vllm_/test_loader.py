@@ -112,7 +112,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     for differing, change in others.items():
         fields = {"index_bits": 11, "rotation_block_sizes": {256: 64}, **change}
         made_for = settings(whole, QamwFormat(**fields).to_dict())
-        with pytest.raises(FormatError, match=f"whole: .* but differs in {differing}: start"):
+        with pytest.raises(FormatError, match=f"whole: .* they differ in {differing}: start"):
             load(made_for)
     nested = SimpleNamespace(text_config=SimpleNamespace(quantization_config=PACKED))
     load(settings(whole, hf_config=nested))

@@ -20,7 +20,7 @@ def test_layers_with_and_without_a_report(tmp_path: Path, calibrated: Path) -> N
     first = with_report[1].split()
     assert first[0] == "model.layers.0.mlp.down_proj" and len(first) == 8
     assert with_report[-2].startswith("14 layers, ")
-    assert "values were not checked: verify does" in with_report[-1]
+    assert "qamw verify also checks bytes and values" in with_report[-1]
     copy = copy_model(calibrated, tmp_path / "copy")
     (copy / REPORT).unlink()
     without = inspect(copy).split("\n")
