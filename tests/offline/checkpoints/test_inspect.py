@@ -35,8 +35,8 @@ def test_layers_with_and_without_a_report(tmp_path: Path, calibrated: Path) -> N
         ("[]", "expected a JSON object, got list"),
         ("{}", "layers must be an array, got NoneType"),
         ('{"layers": 3}', "layers must be an array, got int"),
-        ('{"layers": [3]}', r"layers\[0\] must be an object with a name"),
-        ('{"layers": [{"name": ["x"]}]}', r"layers\[0\] must be an object with a name"),
+        ('{"layers": [3]}', r"layers\[0\] must be an object with a unique name"),
+        ('{"layers": [{"name": ["x"]}]}', r"layers\[0\] must be an object with a unique name"),
         ('{"layers": [{"name": "x"}, {"name": "x"}]}', r"layers\[1\] .* a unique name"),
         *(
             (f'{{"layers": [{{"name": "x", "sqnr_db": {value}}}]}}', "sqnr_db of x must be a numb")
