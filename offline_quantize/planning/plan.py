@@ -287,5 +287,5 @@ def _check_budget(plan: Plan) -> None:
             f": expected at least {effective:.3f}: {least:g} for indices and the rest for norms, "
             "scales and codebooks; ",
             Option("bpw", least),
-            " counts only the indices, and needs exactly that much",
+            " counts only the indices, and gives exactly this rate",
         )

@@ -48,8 +48,8 @@ def check_load_format(load_format: str) -> None:
     if load_format in (*CHECKED_FORMATS, DUMMY_FORMAT):
         return
     raise FormatError(
-        f"load_format={load_format!r}: its loader does not support packed weights, and ignores "
-        f"missing weights; expected one of {', '.join((*CHECKED_FORMATS, DUMMY_FORMAT))}"
+        f"load_format={load_format!r}: its loader does not support packed weights, and does "
+        f"not notice missing ones; expected one of {', '.join((*CHECKED_FORMATS, DUMMY_FORMAT))}"
     )
 
 
