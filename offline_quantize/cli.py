@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.debug or error.name not in OF_EXTRAS:
             raise
-        print(f"qamw: no module {error.name}: pip install '.[quantize]' has it", file=sys.stderr)
+        print(f"qamw: no module {error.name}; run: pip install '.[quantize]'", file=sys.stderr)
         return 2
     except Exception as error:
         if args.debug or not is_out_of_memory(error):
@@ -121,7 +121,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(
             "dequantize",
             commands.dequantize,
-            "write the plain checkpoint that CKPT stands for into the new directory OUT",
+            "decode CKPT to a plain checkpoint in the new directory OUT",
         )
     )
     _add_checkpoint(
@@ -141,7 +141,7 @@ def make_parser() -> argparse.ArgumentParser:
             "measure perplexity and KL divergence against the original model",
         )
     )
-    add("env", commands.environment, "show versions, devices and the plugin, for a report")
+    add("env", commands.environment, "show versions, devices and the plugin, for a bug report")
     return parser
 
 
@@ -187,7 +187,7 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
         "--tp-max",
         type=int,
         default=TP_MAX,
-        help=f"widest tensor parallelism to prepare for (default {TP_MAX})",
+        help=f"largest tensor-parallel size to prepare for (default {TP_MAX})",
     )
     add(
         "--ignore",
@@ -199,8 +199,8 @@ def _add_model_options(command: argparse.ArgumentParser) -> None:
     add(
         "--allow-partial",
         action="store_true",
-        help="go on where more than a tenth of the decoder's weights cannot be quantized; they "
-        "stay as they are",
+        help="continue even if more than a tenth of the decoder's weights cannot be quantized; "
+        "they stay as they are",
     )
     add(
         "--quantize-lm-head",
@@ -217,9 +217,9 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         "--calibration",
         default="default",
         metavar="FILE|none",
-        help="UTF-8 text like what the model will read, 16 thousand tokens or more; .jsonl has a "
-        '{"text": ...} or a chat, {"messages": ...}, on each line (default: articles, programs '
-        "and chats that come with qamw); none: less time, larger errors",
+        help="UTF-8 text similar to what the model will read, 16 thousand tokens or more; .jsonl "
+        'has a {"text": ...} or a chat, {"messages": ...}, on each line (default: articles, '
+        "programs and chats that come with qamw); none: less time, larger errors",
     )
     add(
         "--calibration-tokens",
@@ -254,7 +254,7 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         "--rates",
         choices=["mixed", "uniform"],
         help="mixed: layers whose errors cost more get more bits, and tokens whose errors cost "
-        "more count more, as measured by a pass forwards and backwards (default with calibration); "
+        "more count more, as measured by a forward and a backward pass (default with calibration); "
         "uniform: the same for all, in half the time",
     )
 
@@ -276,7 +276,7 @@ def _add_dequantize_options(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["bfloat16", "float16", "float32"],
         default="bfloat16",
-        help="of the weights that were quantized (default bfloat16)",
+        help="dtype for the weights that were quantized (default bfloat16)",
     )
 
 
@@ -285,7 +285,7 @@ def _add_verify_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--sign",
         action="store_true",
-        help="write a new manifest after files were changed on purpose, if all else is correct",
+        help="write a new manifest after you changed files on purpose, if all else is correct",
     )
 
 
@@ -324,7 +324,7 @@ def _add_eval_options(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=["bfloat16", "float32"],
         default="bfloat16",
-        help="of the models; logits are always float32",
+        help="dtype of the models; logits are always float32",
     )
     add(
         "--engine",

@@ -169,7 +169,7 @@ def kept_after_interruption(args: argparse.Namespace) -> str:
     if not (args.out / PROGRESS).exists():
         return "; nothing is kept"
     finished = len(list(args.out.glob("*.safetensors")))
-    return f"; --resume goes on after {finished} finished shards"
+    return f"; --resume continues after {finished} finished shards"
 
 
 def _request(args: argparse.Namespace) -> "QuantizeRequest":
@@ -202,8 +202,8 @@ def _print_report(report: "Report", out: Path, request: "QuantizeRequest") -> No
     if missed := report.not_reached:
         more = f" ... (all in {out / REPORT})" if len(missed) > NUM_NAMES_SHOWN else ""
         show(
-            f"{len(missed)} layers were quantized without calibration, because none of its tokens "
-            f"reached them, or none mattered: {', '.join(missed[:NUM_NAMES_SHOWN])}{more}"
+            f"{len(missed)} layers were quantized without calibration, because no token of the "
+            f"text reached them or had an effect there: {', '.join(missed[:NUM_NAMES_SHOWN])}{more}"
         )
     show("largest errors:", *(f"  {line}" for line in report.worst_layers))
     show(f"serve it with: vllm serve {shlex.quote(str(out))} --quantization qamw")
@@ -246,7 +246,7 @@ def _print_sizes(made: "Plan", processes: int) -> None:
         f"instead of {made.checkpoint.source_bytes / 1e6:.1f} MB{scratch}"
     )
     if made.checkpoint.encoding:
-        show(f"the model is quantized already, {made.checkpoint.encoding}: decoded when it is read")
+        show(f"the model is already quantized ({made.checkpoint.encoding}), and is decoded first")
     gibibytes = estimate_memory(made, tokens, processes).total / 2**30
     each = f" in each of {processes} processes" if processes > 1 else ""
     read = f", for {tokens} tokens of calibration text" if tokens else ""

@@ -113,7 +113,7 @@ def _read_tokens(plan: Plan) -> torch.Tensor | None:
     )
     if tokens.max() >= plan.vocabulary:
         raise QuantizeError(
-            f"{directory}: its tokenizer makes token {tokens.max()} of the text, "
+            f"{directory}: its tokenizer produces token id {tokens.max()} from the text, "
             f"but {plan.structure.head_source} has {plan.vocabulary} rows; use ",
             Option("calibration", None),
         )

@@ -54,9 +54,9 @@ def check_finished(directory: Path, known: str = "") -> None:
     """
     if (directory / PROGRESS).is_file():
         raise QuantizeError(
-            f"{directory}: {known}unfinished: qamw quantize continues with ",
+            f"{directory}: {known}unfinished: continue qamw quantize with ",
             Option("resume", True),
-            ", qamw dequantize only in a new directory",
+            ", or start qamw dequantize again in a new directory",
         )
 
 

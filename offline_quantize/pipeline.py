@@ -111,7 +111,7 @@ def quantize(
     """
     model, out = Path(model), Path(out)
     if ranks.count > 1 and device.startswith("cuda:"):
-        message = ": several processes have a GPU each, expected auto, cpu or cuda"
+        message = ": each of several processes has its own GPU, expected auto, cpu or cuda"
         raise QuantizeError(Option("device", device), message)
     torch_device = usable_device(device, ranks.local)
     if ranks.decide(lambda: torch_device.type) != torch_device.type:

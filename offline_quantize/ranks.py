@@ -148,7 +148,7 @@ def joined() -> Iterator[Ranks]:
         store, index, count = next(rendezvous("env://", timeout=TIMEOUT))
     except ValueError as error:
         raise QuantizeError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: torchrun starts several processes ({error})"
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: start the processes with torchrun ({error})"
         ) from None
     nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if nccl else "gloo"

@@ -77,9 +77,9 @@ def check_adapters(prefix: str) -> None:
     lora = config and config.lora_config
     if lora and lora.target_modules is None:
         raise BackendError(
-            f"{prefix}: vLLM's LoRA cannot be put on packed experts, and without a list of modules "
-            "it is put on all: give --lora-target-modules those that the adapters have, such as "
-            "q_proj k_proj v_proj o_proj"
+            f"{prefix}: vLLM's LoRA does not support packed experts, but without a list of modules "
+            "it is applied to all: name the modules that the adapters have, such as "
+            "--lora-target-modules q_proj k_proj v_proj o_proj"
         )
 
 
@@ -95,12 +95,12 @@ def describe_backend(backend: Backend, dtype: torch.dtype) -> str:
     from qamw_kernels.ops.gluon import table
 
     if not table.HAS_GATHER:
-        reason = "this Triton has no shared-memory gather (3.7.1 has)"
+        reason = "this Triton has no shared-memory gather (Triton 3.7.1 has it)"
     elif dtype not in table.DTYPES:
-        reason = f"those in Gluon do not know {dtype}"
+        reason = f"the kernels in Gluon do not support {dtype}"
     else:
         return (
-            "They stay packed, for kernels in Gluon; plain Triton kernels do what those do not "
+            "They stay packed, for kernels in Gluon; plain Triton kernels do the rest "
             "(such as experts before compute capability 9.0)"
         )
     return f"They stay packed; plain Triton kernels decode them, because {reason}"

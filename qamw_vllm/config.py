@@ -122,8 +122,8 @@ class QamwConfig(QuantizationConfig):
             return cls(plan=OnlinePlan(config["bits_per_weight"], config.get("code", PLAIN)))
         if "format_version" not in config:
             raise FormatError(
-                "quantization_config: neither a format_version, as in a QAM-W checkpoint, nor just "
-                "quant_method, bits_per_weight and perhaps code, as for a plain one; "
+                "quantization_config: expected a format_version, as in a QAM-W checkpoint, or, for "
+                "a plain checkpoint, only quant_method, bits_per_weight and optionally code; "
                 f"got {sorted(config)}"
             )
         return cls(QamwFormat.from_dict(config))

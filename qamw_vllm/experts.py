@@ -355,9 +355,9 @@ def check_supported(layer: Any, prefix: str) -> None:
         FormatError: names what is not implemented.
     """
     if not layer.moe_config.is_act_and_mul:
-        raise FormatError(f"{prefix}: qamw does not know experts without a gate")
+        raise FormatError(f"{prefix}: qamw does not support experts without a gate")
     if layer.swiglu_limit and not hasattr(vllm_activation, "ApplyMoEActivationConfig"):
-        raise FormatError(f"{prefix}: this vLLM does not tell the limits of the activation")
+        raise FormatError(f"{prefix}: this vLLM does not give the limits of the activation")
 
 
 def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:
@@ -368,7 +368,7 @@ def names_of_matrices(layer: Any, prefix: str) -> dict[str, str]:
     """
     if not hasattr(layer, "ckpt_gate_proj_name"):
         raise BackendError(
-            f"{prefix}: experts need vLLM 0.25 or newer, which tells what their matrices are called"
+            f"{prefix}: experts need vLLM 0.25 or newer, which gives the names of their matrices"
         )
     return {
         "w1": layer.ckpt_gate_proj_name,

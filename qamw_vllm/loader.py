@@ -120,7 +120,7 @@ class QamwModelLoader(DefaultModelLoader):
             command = "verify" if is_packed_model(model_config) else "plan"
             raise TensorError(
                 f"{model_config.model}: vLLM cannot load {where} "
-                f"({type(error).__name__}: {error}); 'qamw {command}' says what does not fit"
+                f"({type(error).__name__}: {error}); 'qamw {command}' shows what is wrong"
             ) from error
 
     def _check_order(self) -> None:
@@ -128,9 +128,9 @@ class QamwModelLoader(DefaultModelLoader):
         option = "enable_multithread_load"
         if self.load_config.model_loader_extra_config.get(option) and num_ranks() > 1:
             raise FormatError(
-                f"model_loader_extra_config: with {option}, every rank reads the files in an order "
-                "of its own, and a model that is quantized while loading needs one order: leave "
-                "it out, or run qamw quantize first"
+                f"model_loader_extra_config: with {option}, each rank reads the files in a "
+                "different order, but quantizing a model while loading needs the same order on all "
+                "ranks: leave this option out, or run qamw quantize first"
             )
 
     def track_weights_loading(
@@ -166,8 +166,8 @@ class QamwModelLoader(DefaultModelLoader):
                 if layers := [layer for layer in layers if f"'{layer}." in str(error)]:
                     raise TensorError(describe_unserved(model, module, layers)) from None
             raise TensorError(
-                f"{error}. They would hold what happened to be in memory; {VERIFY_VARIABLE}=0 "
-                "serves the model all the same"
+                f"{error}. They would have random values from memory; {VERIFY_VARIABLE}=0 serves "
+                "the model without them"
             ) from None
 
     def _named(
@@ -224,9 +224,9 @@ class QamwModelLoader(DefaultModelLoader):
             return Path(hf_hub_download(repo, MANIFEST, revision=revision, cache_dir=cache)).parent
         except EntryNotFoundError as error:
             raise FileError(
-                f"{repo}: no {MANIFEST}, so nobody can tell whether it is what was quantized "
-                f"({error}). Its author makes one with 'qamw verify --sign'; {VERIFY_VARIABLE}=0 "
-                "serves it unchecked"
+                f"{repo}: no {MANIFEST}, so changes since the quantization cannot be noticed "
+                f"({error}). Its author can make one with 'qamw verify --sign'; "
+                f"{VERIFY_VARIABLE}=0 serves it unchecked"
             ) from None
 
 
@@ -313,7 +313,7 @@ def check_same_format(directory: Path, served: QamwFormat) -> None:
         differing = [key for key in keys if found.get(key) != expected.get(key)]
         raise FormatError(
             f"{directory}: the quantization_config of its config.json is not the one that vLLM has "
-            f"made the model for, but differs in {', '.join(differing)}: start vLLM with this "
+            f"built the model with; they differ in {', '.join(differing)}: start vLLM with this "
             "checkpoint, without --hf-overrides of its quantization_config"
         )
 

@@ -49,6 +49,6 @@ def check_exchange(parallel: Any, prefix: str) -> None:
     """
     if parallel.use_all2all_kernels and parallel.all2all_backend not in EXCHANGES:
         raise BackendError(
-            f"{prefix}: all2all_backend={parallel.all2all_backend!r} does not know packed experts, "
-            f"expected {EXCHANGES[0]!r}"
+            f"{prefix}: all2all_backend={parallel.all2all_backend!r} does not support packed "
+            f"experts, expected {EXCHANGES[0]!r}"
         )

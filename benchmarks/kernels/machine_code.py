@@ -36,12 +36,12 @@ Loop = collections.Counter[str]
 INTRODUCTION = """\
 # Machine code of the kernels
 
-Written by `make kernels-report`, without a GPU: compiled ahead of time, disassembled, counted.
-bfloat16. The loop is the innermost one that decodes; its instructions include loads, matrix
-instructions and its own control. An H200 at its memory's speed has time for 9.5 instructions per
-pair at b = 11. How many lanes of a look-up wait for each other is checked by
-`tests/kernels_/ops/test_decode.py` and `test_wide.py`, which execute the PTX. Matrix instructions
-counted are HMMA and HGMMA.
+Written by `make kernels-report`, without a GPU: the kernels, for bfloat16, are compiled ahead of
+time and disassembled, and their instructions are counted. "The loop" is the innermost loop that
+decodes; its instructions include loads, matrix instructions and its own control. If an H200 reads
+weights at the full speed of its memory, it has time for 9.5 instructions per pair at b = 11. How
+many lanes of a look-up wait for each other is checked by `tests/kernels_/ops/test_decode.py` and
+`test_wide.py`, which execute the PTX. The matrix instructions that are counted are HMMA and HGMMA.
 """
 COLUMNS = (
     "kernel",

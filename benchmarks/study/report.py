@@ -275,8 +275,8 @@ def claims(rows: list[Row]) -> str:
     points = [saved for _, _, saved, _ in comparisons]
     lines = [
         "- *At equal rate, the joint codebook beats polar coding by 2 to 15 points of perplexity "
-        f"change.* Its order holds in {sum(p > 0 for p in points)} of {len(points)} comparisons, "
-        f"its size in {sum(2 <= p <= 15 for p in points)}:"
+        f"change.* It is better in {sum(p > 0 for p in points)} of {len(points)} comparisons, "
+        f"by 2 to 15 points in {sum(2 <= p <= 15 for p in points)} of them:"
     ]
     lines += [
         f"  - {model}, {rate:g} bpw: {saved:.2f} points; its KL is {ratio:.2f} times smaller"
@@ -372,9 +372,9 @@ def results_page(rows: list[Row], codes: list[Row]) -> str:
     parts += [
         "## Codes of the unit normal",
         "Signal to noise ratio in dB, written by `python -m benchmarks.study.trellis`; standard "
-        f"errors up to {max(row['sqnr_db_se'] for row in codes):.2f} dB. A word is 32 pairs, a row "
-        "in which words go on 32 words, a sequence of the scalar trellis 256 weights; bits that "
-        "are not whole take turns there.",
+        f"errors up to {max(row['sqnr_db_se'] for row in codes):.2f} dB. A word has 32 pairs; a "
+        "row in which words go on has 32 words; a sequence of the scalar trellis has 256 weights, "
+        "which alternate between the whole numbers of bits below and above a rate in half bits.",
         sqnr_table(codes),
     ]
     return "\n\n".join(parts) + "\n"

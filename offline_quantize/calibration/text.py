@@ -61,7 +61,7 @@ def calibration_windows(
     tokens = torch.tensor(list(chain.from_iterable(encoded["input_ids"])), dtype=torch.long)
     if any(texts) and not len(tokens):
         raise QuantizeError(
-            f"{directory}: its tokenizer makes no token of {text_file}: is its vocabulary empty?"
+            f"{directory}: its tokenizer finds no tokens in {text_file}: is its vocabulary empty?"
         )
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     needed = _windows_of(num_tokens if at_least is None else at_least, window_tokens)
@@ -69,7 +69,7 @@ def calibration_windows(
         count = f"{len(tokens)} tokens, at least {least} are needed"
         if at_least is None:
             raise QuantizeError(f"{text_file}: {count}")
-        unless = (", unless ", Option("calibration_tokens"), " asks for less")
+        unless = (", unless ", Option("calibration_tokens"), " has a smaller value")
         raise QuantizeError(f"{text_file}: {count}", *unless)
     windows = spread_windows(tokens, bos, _windows_of(num_tokens, window_tokens), window_tokens)
     num_batches = -(-len(windows) // BATCH)

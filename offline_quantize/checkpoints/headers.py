@@ -81,7 +81,7 @@ def _tensor_faults(info: TensorInfo, ignored: frozenset[str], modules: Modules) 
     if suffix in LAYER_TENSORS and module not in modules:
         yield f"{info.file}: {info.name} belongs to no quantized layer: {module}.qweight is missing"
     if suffix == "qweight" and module in ignored:
-        yield f"{info.file}: {info.name} is in the way: config.json's ignore list has {module}"
+        yield f"{info.file}: {info.name} is quantized, but config.json's ignore list has {module}"
     if suffix == "weight":
         if module in modules:
             yield f"{info.file}: {info.name} is stored beside {module}.qweight"

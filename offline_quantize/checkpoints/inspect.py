@@ -36,7 +36,7 @@ def inspect(directory: Path) -> str:
         f"{quantized.effective_bits_per_weight:.3f} effective bpw; {quantized.format.code} code; "
         f"not quantized: {', '.join(map(_shown, quantized.format.ignore))}"
     )
-    lines.append("headers and report as they are; bytes and values were not checked: verify does")
+    lines.append("only headers and the report were read; qamw verify also checks bytes and values")
     return "\n".join(lines)
 
 
@@ -52,9 +52,7 @@ def _report_entries(directory: Path) -> dict[str, dict[str, Any]]:
     for number, entry in enumerate(layers):
         name = entry.get("name") if isinstance(entry, dict) else None
         if not isinstance(name, str) or name in entries:
-            raise QuantizeError(
-                f"{path}: layers[{number}] must be an object with a name of its own"
-            )
+            raise QuantizeError(f"{path}: layers[{number}] must be an object with a unique name")
         for figure in ("sqnr_db", "output_nmse"):
             value = entry.get(figure)
             if value is not None and not _is_number(value):

@@ -37,9 +37,9 @@ def find_files(directory: Path) -> tuple[set[str], list[str]]:
 def _fault(path: Path, name: str) -> str:
     """What is wrong with a file itself, whatever its bytes are; empty where nothing is."""
     if not name.isprintable() or "\\" in name:  # also what is not UTF-8
-        return f"{str(path)!r}: a name that not every system can have"
+        return f"{str(path)!r}: a name that some operating systems do not allow"
     if name not in _NOT_LISTED and any(part.startswith(".") for part in name.split("/")):
-        return f"{path}: hidden, which no file of a checkpoint is"
+        return f"{path}: a hidden file, expected none in a checkpoint"
     try:
         open_regular(path).close()
     except FileError as error:

@@ -43,9 +43,9 @@ def verify(directory: Path, sign: bool = False) -> str:
     elif faults or changes:
         raise QuantizeError(
             "\n".join(faults + changes),
-            "\nwhat was changed on purpose, qamw verify with ",
+            f"\nif you changed files on purpose, qamw verify writes a new {MANIFEST} with ",
             Option("sign", True),
-            " lists anew, if all else is as it should be",
+            ", provided that everything else is correct",
         )
     quantized = open_quantized(directory)
     _refuse(_shard_faults(quantized, files))
@@ -56,7 +56,7 @@ def verify(directory: Path, sign: bool = False) -> str:
     _refuse([fault for group in groups for fault in _shared_scales_faults(quantized, group)])
     lines = [
         f"{directory}: {len(files)} files and {len(quantized.checkpoint.tensors)} tensors, "
-        f"{len(quantized.modules)} quantized layers: all as they should be"
+        f"{len(quantized.modules)} quantized layers: all are correct"
     ]
     if sign:
         lines += changes or [f"{MANIFEST}: nothing to change"]
@@ -129,9 +129,14 @@ def _architecture_faults(quantized: QuantizedCheckpoint, structure: Structure) -
             layer = quantized.modules[module]
             shape = layer.num_rows, layer.num_inputs
             if module not in linears:
-                faults.append(f"{info.file}: {held_by} is of no linear layer of config.json's")
+                faults.append(
+                    f"{info.file}: {held_by} belongs to no linear layer of config.json's "
+                    "architecture"
+                )
         elif name in structure.unwanted:
-            faults.append(f"{info.file}: {name} is of no parameter of config.json's architecture")
+            faults.append(
+                f"{info.file}: {name} belongs to no parameter of config.json's architecture"
+            )
         if wanted is not None and shape != wanted:
             faults.append(
                 f"{info.file}: {name} has shape {list(shape)}, expected {list(wanted)} by "

@@ -24,10 +24,10 @@ from offline_quantize.model.tokenizer import load_tokenizer
 from qamw_kernels.files import read_json
 
 BOS_RULE = (
-    "auto: BOS leads every window for the Gemma family, which needs it; otherwise it stands where "
-    "the tokenizer puts it by itself: nowhere, or at the start of the text and, as in llama.cpp, "
-    "of every llama.cpp-512 window. yes: it leads every window. no: nowhere. In lm-eval BOS, or "
-    "EOS where there is none, leads every page, as in the harness"
+    "auto: every window of the Gemma family, which needs it, begins with BOS; for other models it "
+    "stays where the tokenizer puts it: nowhere, or at the start of the text and, as in llama.cpp, "
+    "of every llama.cpp-512 window. yes: every window begins with it. no: there is none. With "
+    "lm-eval, every page begins with BOS, or with EOS if there is no BOS, as in the harness"
 )
 BOS_OPTIONS = ("auto", "yes", "no")
 DEFAULT_CONTEXT = 2048  # of a model whose config.json names none; as in lm-evaluation-harness
@@ -132,8 +132,8 @@ class Text:
         longest = max(len(window.token_ids) - 1 for window in windows)
         if longest > self.context:
             raise QuantizeError(
-                f"{convention} has the model read {longest} tokens at once, "
-                f"but its context is {self.context}: choose another ",
+                f"{convention} needs {longest} tokens of context, "
+                f"but the context of the model is {self.context}: choose another ",
                 Option("convention"),
             )
         return windows
@@ -212,7 +212,7 @@ def _lm_eval(text: Text) -> WindowGroups:
     if prefix is None:
         raise QuantizeError(
             f"lm-eval: the tokenizer of {tokenizer.name_or_path} has neither BOS nor EOS "
-            "to lead a page with"
+            "to begin a page with"
         )
     for page in pages(text.raw):
         num_words = len(re.split(r"\s+", page))  # before detokenizing

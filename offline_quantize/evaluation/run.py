@@ -83,7 +83,7 @@ def _check_tokens(reference: Path, windows: dict[str, list[Window]], vocab_size:
     largest = max(max(window.token_ids) for some in windows.values() for window in some)
     if largest >= vocab_size:
         raise QuantizeError(
-            f"{reference}: its tokenizer makes token {largest} of the text, "
+            f"{reference}: its tokenizer produces token id {largest} from the text, "
             f"but vocab_size in config.json is {vocab_size}"
         )
 
@@ -96,8 +96,8 @@ def _check_decodable(directory: Path) -> None:
     if method != QUANT_METHOD and not checkpoint.encoding:
         raise QuantizeError(
             f"{directory / CONFIG}: quant_method is {method!r}, but in transformers only "
-            f"{QUANT_METHOD}, plain checkpoints and such that are decoded are measured; "
-            "a checkpoint of another method with ",
+            f"{QUANT_METHOD}, plain checkpoints and those that qamw can decode are measured; "
+            "measure other checkpoints with ",
             Option("engine", "vllm"),
         )
 
@@ -114,7 +114,8 @@ def _check_same_tokens(
     same_vocabulary = text.tokenizer.get_vocab() == reference_text.tokenizer.get_vocab()
     if not same_vocabulary or text.encode(text.raw) != reference_text.encode(text.raw):
         raise QuantizeError(
-            f"{checkpoint}: its tokenizer makes other tokens of the text than that of {reference}"
+            f"{checkpoint}: its tokenizer splits the text into other tokens than that of "
+            f"{reference}"
         )
 
 

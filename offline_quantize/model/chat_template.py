@@ -56,7 +56,7 @@ def render_chats(
         written = run_limited(__name__, given, text_bytes, base_seconds)
     except EndedError as how:
         raise QuantizeError(
-            f"{path}: its chat template cannot write {len(chats)} chats: {how}"
+            f"{path}: its chat template fails on {len(chats)} chats: {how}"
         ) from None
     return [Rendered(*values) for values in json.loads(written.splitlines()[-1])]
 

@@ -132,7 +132,7 @@ class Checkpoint:
         others = sorted(p.name for p in self.directory.glob("*") if p.suffix in WEIGHT_SUFFIXES)
         shards = [name for name in others if name.endswith(".safetensors")]
         if shards:
-            return f"{message}; found {shards}, which are read with the index only"
+            return f"{message}; found {shards}, which can only be read with the index"
         if others:
             hint = "which are not read: convert them to safetensors first"
             return f"{message}; found {others}, {hint}"

@@ -80,5 +80,5 @@ def _check_link(path: Path, directory: Path) -> None:
     if not (os.path.isfile(target) and inside):
         raise QuantizeError(
             f"{path}: a link to {target}, which is not a file of the model; "
-            "replace it by a copy or remove it"
+            "replace it with a copy or remove it"
         )

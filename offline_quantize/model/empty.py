@@ -51,7 +51,7 @@ def transformers_config(checkpoint: Checkpoint) -> Any:
     if isinstance(model_type, str) and model_type not in transformers.CONFIG_MAPPING:
         raise QuantizeError(
             f"{unsupported}: model_type is {model_type!r}, expected one that transformers "
-            f"{transformers.__version__} knows; a newer transformers may"
+            f"{transformers.__version__} knows; a newer version may know it"
         )
     with explained(unsupported):
         return transformers.AutoConfig.from_pretrained(
@@ -77,7 +77,7 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
     if model_class is None:
         names = [config.model_type, *map(str, config.architectures or ())]
         raise QuantizeError(
-            f"{unsupported} {' '.join(names)}: expected one whose decoder reads text, and which "
+            f"{unsupported} {' '.join(names)}: expected an architecture with a text decoder that "
             "transformers knows"
         )
     with explained(unsupported), _BUILDING:

@@ -88,7 +88,7 @@ def _check(
     if quantization and not found:
         raise QuantizeError(
             f"{CONFIG}: quantization_config says {describe(quantization)}, but no tensor is "
-            "quantized so; if the weights are plain, remove it"
+            "quantized in this way; if the weights are not quantized, remove quantization_config"
         )
     plain = stored.keys() - dropped
     for tensor in found:

@@ -29,7 +29,7 @@ def compressed_tensors(
     if quantization.get("transform_config"):
         raise QuantizeError(
             f"{CONFIG}: quantization_config: transform_config says that weights are rotated, which "
-            "is not undone here; start from the unquantized model"
+            "qamw cannot undo; start from the unquantized model"
         )
     try:
         from compressed_tensors.quantization import QuantizationConfig

@@ -35,7 +35,7 @@ def fp8_tensors(
         if scale is None or info.dtype not in (*FLOAT8, torch.int8):
             continue
         if len(info.shape) < 2:
-            raise QuantizeError(f"{name}: {info.dtype} with a scale, but it is no matrix")
+            raise QuantizeError(f"{name}: {info.dtype} with a scale, but it is not a matrix")
         parts, shape, scales = {"weight": name, "scale": scale}, info.shape, stored[scale]
         if info.dtype == torch.int8:
             _check_exponents(name, scale, scales, (*shape[:-1], 2 * shape[-1] // _MXFP4_GROUP))
@@ -108,7 +108,7 @@ def decode_fp8(parts: Parts, block: tuple[int, int], dtype: torch.dtype) -> torc
         scales = scales.repeat_interleave(block[0], -2)[..., :rows, :]
         scales = scales.repeat_interleave(block[1], -1)[..., :inputs]
     if ((scales == 0) & (weight != 0)).any():
-        raise QuantizeError("a scale is zero, but not the weights that it is for")
+        raise QuantizeError("a scale is zero, but its weights are not")
     return (weight * scales).to(dtype)
 
 

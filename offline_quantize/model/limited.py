@@ -50,7 +50,7 @@ def run_limited(
         raise EndedError(f"it was stopped after {seconds:.0f} s") from None
     if code := done.returncode:
         ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-        memory = f"it had {num_bytes / 2**30:.1f} GiB of memory"
+        memory = f"it was allowed {num_bytes / 2**30:.1f} GiB of memory"
         raise EndedError(f"the process ended with {ended}; {memory}")
     return done.stdout
 

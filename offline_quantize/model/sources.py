@@ -57,7 +57,7 @@ class Sources:
             self._stamps.setdefault(file, Stamp.of(os.fstat(opened.fileno())))
             if opened.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise FileError(
-                    f"{path}: a git-lfs pointer, not the file itself; get that with: git lfs pull"
+                    f"{path}: a git-lfs pointer, not the file itself; run: git lfs pull"
                 )
 
     def hash_all(self, known: Mapping[str, SourceFile], progress: Progress = silent) -> None:
@@ -80,7 +80,7 @@ class Sources:
         if known and (differing := sorted(known.keys() ^ self.files.keys())):
             raise QuantizeError(
                 f"{self.directory / differing[0]}: was {'' if differing[0] in known else 'not '}"
-                "there when the run started; undo that, or start again in a new directory"
+                "there when the run started; restore that state, or start again in a new directory"
             )
 
     def check(self, file: str) -> None:
@@ -160,14 +160,14 @@ def _sha256(path: Path, stamp: Stamp, tell: Callable[[int], None] = lambda _: No
 
 def _other_content(path: Path) -> QuantizeError:
     return QuantizeError(
-        f"{path}: has other content than when the run started; the result would be of two models: "
+        f"{path}: has other content than when the run started; the result would mix two models: "
         "restore the file, or start again in a new directory"
     )
 
 
 def _changed_while_read(path: Path) -> QuantizeError:
     return QuantizeError(
-        f"{path}: was changed while it was being read; once nobody writes it, start again (",
+        f"{path}: was changed while it was being read; when no program writes to it, start again (",
         Option("resume", True),
         " keeps finished shards)",
     )

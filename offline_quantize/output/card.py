@@ -43,15 +43,14 @@ Largest errors (all layers in {REPORT} and {PLOT}):
 def _head(plan: Plan) -> str:
     if not plan.head:
         return ""
-    return (
-        f" The head has {nominal_bits_per_weight(HEAD_INDEX_BITS):g} bits per weight, beside that."
-    )
+    bits = nominal_bits_per_weight(HEAD_INDEX_BITS)
+    return f" In addition, the head has {bits:g} bits per weight."
 
 
 def _source(report: Report) -> str:
     if not report.source_encoding:
         return ""
-    return f" The model was quantized before, {report.source_encoding}, and was decoded first."
+    return f" The model was already quantized ({report.source_encoding}), and was decoded first."
 
 
 def _calibration(report: Report) -> str:
@@ -71,6 +70,6 @@ def _not_reached(report: Report) -> str:
     if not missed:
         return ""
     return (
-        f"\nNo calibration token reached {missed} of the layers, or mattered to them: "
+        f"\nNo calibration token reached {missed} of the layers, or had an effect there: "
         "they were quantized without calibration.\n"
     )

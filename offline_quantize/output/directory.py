@@ -172,7 +172,7 @@ class Output:
         """Go on with the finished files whose bytes are still what they were."""
         if unfinished.state != self.journal.state:
             logger.warning(
-                "%s: what was measured is not the same again, all shards are written again",
+                "%s: measurements differ from the first run, so all shards are written again",
                 self.directory,
             )
             return
@@ -205,7 +205,7 @@ class Output:
     def _way_out(self) -> tuple[str | Option, ...]:
         if not (self._resumable and (self.directory / PROGRESS).exists()):
             return ()
-        return "; once that is mended, ", Option("resume", True), " goes on"
+        return "; when this is fixed, ", Option("resume", True), " continues the run"
 
 
 def _forget_start(directory: Path) -> None:
@@ -229,7 +229,7 @@ def _is_blank(directory: Path) -> bool:
 
 def _check_new(directory: Path) -> None:
     if directory.is_symlink() and not directory.exists():
-        raise QuantizeError(f"{directory}: a link to {directory.readlink()}, which is not there")
+        raise QuantizeError(f"{directory}: a link to {directory.readlink()}, which does not exist")
     if not directory.exists() or _is_blank(directory):
         return
     check_finished(directory, "already exists; it is ")
@@ -244,5 +244,5 @@ def _check_resumable(directory: Path) -> None:
     elif directory.is_dir():
         state = "holds no unfinished run"
     else:
-        state = "is not there"
+        state = "does not exist"
     raise QuantizeError(f"{directory}: nothing to resume, the directory {state}")

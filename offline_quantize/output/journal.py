@@ -65,7 +65,7 @@ class Journal:
         try:
             content = read_json(path)
             if content.pop("sha256", None) != _checksum(content):
-                raise FileError(f"{path}: its content does not have the checksum in it")
+                raise FileError(f"{path}: its content does not match the checksum in it")
             return Journal(
                 dict(content["request"]),
                 {name: _source_file(source) for name, source in content["sources"].items()},
@@ -75,9 +75,9 @@ class Journal:
             )
         except (FileError, KeyError, TypeError, AttributeError) as error:
             raise QuantizeError(
-                f"{error}: no run can go on from this; start again in a new directory"
+                f"{error}: the run cannot continue from this file; start again in a new directory"
                 if isinstance(error, FileError)
-                else f"{path}: of another version; start again in a new directory"
+                else f"{path}: written by another version of qamw; start again in a new directory"
             ) from None
 
     def require(self, directory: Path, request: Mapping[str, str]) -> None:
@@ -99,7 +99,7 @@ class Journal:
             message += [", " if i else ": ", Option(name) if name.isidentifier() else name]
             old, new = (shortened(of[name], SHOWN) for of in (self.request, request))
             message.append(f" was {old} and is {new}" if values else " is not the same")
-        message.append("; resume with that of the first run, or start again in a new directory")
+        message.append("; use the same request as the first run, or start again in a new directory")
         raise QuantizeError(*message)
 
     def read_state(self, directory: Path) -> dict[str, torch.Tensor] | None:

@@ -32,7 +32,8 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        raise QuantizeError(f"{directory}: {_holder(file)} writes it; wait until it ends") from None
+        message = f"{directory}: {_holder(file)} is writing to it; wait until it ends"
+        raise QuantizeError(message) from None
     own = file.stat().st_ino
     try:
         with suppress(OSError):  # a full disk: it is held all the same

@@ -262,7 +262,7 @@ def _check_decodable(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization and not checkpoint.encoding:
         raise QuantizeError(
             f"{checkpoint.directory}: already quantized with {describe(checkpoint.quantization)}, "
-            "which is not decoded here; "
+            "which qamw cannot decode; "
             f"start from the unquantized model{checkpoint.base_model()}"
         )
 
@@ -284,8 +284,8 @@ def _check_budget(plan: Plan) -> None:
         effective = least + plan.effective_bits_per_weight - plan.nominal_bits_per_weight
         raise QuantizeError(
             Option("bpw", plan.request.bpw),
-            f": the least is {effective:.3f}, {least:g} for indices and the rest for norms, scales "
-            "and codebooks; ",
+            f": expected at least {effective:.3f}: {least:g} for indices and the rest for norms, "
+            "scales and codebooks; ",
             Option("bpw", least),
-            " is nominal, and takes just that",
+            " counts only the indices, and gives exactly this rate",
         )

@@ -157,7 +157,7 @@ class QuantizeRequest:
         if self.rates == "uniform" and not is_nominal(self.bpw):
             raise QuantizeError(
                 Option("bpw", self.bpw),
-                ": uniform rates come in halves, 3, 3.5 ... 6; others need ",
+                ": uniform rates must be multiples of 0.5, from 3 to 6; others need ",
                 Option("rates", "mixed"),
                 ", which needs a calibration text",
             )

@@ -31,7 +31,7 @@ def check_complete(checkpoint: Checkpoint, structure: Structure) -> None:
         _check_shape(checkpoint.tensors[name], shape)
     if structure.unwanted:
         raise QuantizeError(
-            f"{checkpoint.directory}: nothing of the architecture of config.json has the tensors "
+            f"{checkpoint.directory}: the architecture of config.json does not use the tensors "
             f"{', '.join(structure.unwanted[:3])}: vLLM would not load them"
         )
     for name, tensor in sorted(structure.tied.items()):

@@ -122,12 +122,12 @@ def explained_memory_errors(
         less: tuple[str | Option, ...] = ()
         if calibration_tokens:
             fewer, none = Option("calibration_tokens"), Option("calibration", None)
-            less = ("; a smaller value for ", fewer, ", or ", none, ", takes less")
+            less = ("; a smaller value for ", fewer, ", or ", none, ", needs less")
         kept: tuple[str | Option, ...] = ()
         if (out / files.PROGRESS).exists():
-            kept = ("; with more memory, ", Option("resume", True), " goes on")
+            kept = ("; with more memory, ", Option("resume", True), " continues the run")
         raise QuantizeError(
-            f"{out}: not enough memory, the run takes about {gibibytes:.1f} GiB{each} "
+            f"{out}: not enough memory, the run needs about {gibibytes:.1f} GiB{each} "
             f"({shortened(error)})",
             *less,
             *kept,

@@ -112,4 +112,4 @@ def _write(path: Path, directory: Path, known: dict[str, Any]) -> None:
 
 
 def _warn(path: Path, error: OSError) -> None:
-    logger.warning("QAM-W: %s: %s, so files are hashed with every start", path, error.strerror)
+    logger.warning("QAM-W: %s: %s, so files are hashed again at every start", path, error.strerror)

@@ -160,7 +160,7 @@ class ExpertsLoader:
         if known:
             matrices = " and ".join(self.names[shard] for shard in shards)
             raise TensorError(
-                f"{name} has {found} index bits, but {matrices} that arrived before have "
+                f"{name} has {found} index bits, but {matrices} that were loaded before have "
                 f"{expected}: vLLM serves them together, so they must have one rate"
             )
         self.form.change_rate(stem, found)

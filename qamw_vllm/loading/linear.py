@@ -150,7 +150,7 @@ class LayerLoader:
         if chosen.min() < 0 or chosen.max() >= num_rows:
             raise TensorError(
                 f"{self.names[0]}: vLLM's model class does not load whole rows of its weight on "
-                f"rank {self.layer.tp_rank}, so packed rows cannot follow: quantize again with "
+                f"rank {self.layer.tp_rank}, so packed rows cannot be loaded: quantize again with "
                 f"--ignore '*.{self.names[0].rpartition('.')[2]}'"
             )
         param.data.copy_(loaded.index_select(dim, chosen.flatten().to(loaded.device)))
@@ -280,7 +280,7 @@ def check_source(name: str, loaded: torch.Tensor, dtype: torch.dtype) -> None:
         most = max(map(abs, map(float, loaded.aminmax())))
         if torch.finfo(dtype).max < most < torch.inf:
             raise TensorError(
-                f"{name} has {most:g}, which {dtype} does not hold; bfloat16 and float32 have a "
+                f"{name} has {most:g}, too large for {dtype}; bfloat16 and float32 have a "
                 "wider range"
             )
 

@@ -42,14 +42,14 @@ def check_load_format(load_format: str) -> None:
     """
     if load_format in _STATES:
         raise FormatError(
-            f"load_format={load_format!r}: qamw loads checkpoints, not layers as vLLM stored them; "
+            f"load_format={load_format!r}: qamw loads checkpoints, not layers that vLLM saved; "
             "leave the option out"
         )
     if load_format in (*CHECKED_FORMATS, DUMMY_FORMAT):
         return
     raise FormatError(
-        f"load_format={load_format!r}: its loader does not know of packed weights, nor notice what "
-        f"a checkpoint lacks; expected one of {', '.join((*CHECKED_FORMATS, DUMMY_FORMAT))}"
+        f"load_format={load_format!r}: its loader does not support packed weights, and does "
+        f"not notice missing ones; expected one of {', '.join((*CHECKED_FORMATS, DUMMY_FORMAT))}"
     )
 
 

@@ -55,10 +55,9 @@ class Checked:
     seconds: float
 
     def __str__(self) -> str:
-        how = f"{self.seconds:.1f} s" if self.num_hashed else "known from before"
+        how = f"{self.seconds:.1f} s" if self.num_hashed else "checked before"
         return (
-            f"{self.num_files} files, {self.num_bytes / 1e9:.2f} GB: "
-            f"as {MANIFEST} lists them ({how})"
+            f"{self.num_files} files, {self.num_bytes / 1e9:.2f} GB: they match {MANIFEST} ({how})"
         )
 
 
@@ -104,7 +103,7 @@ def check_checkpoint(directory: Path, cache: Path | None = None) -> Checked:
     start = time.perf_counter()
     if not (directory / MANIFEST).is_file():
         raise FileError(
-            f"{directory}: no {MANIFEST}, so nobody can tell whether it is what was quantized. "
+            f"{directory}: no {MANIFEST}, so changes since the quantization cannot be noticed. "
             f"{_way_out(directory)}"
         )
     listed = Manifest.read(directory).files
@@ -174,6 +173,6 @@ def _refuse(directory: Path, faults: list[str]) -> None:
 
 def _way_out(directory: Path) -> str:
     return (
-        f"If you trust it: 'qamw verify --sign {directory}' checks it and writes {MANIFEST} anew; "
-        f"{VERIFY_VARIABLE}=0 serves it unchecked"
+        f"If you trust it: 'qamw verify --sign {directory}' checks it and writes a new {MANIFEST}, "
+        f"or {VERIFY_VARIABLE}=0 serves it unchecked"
     )

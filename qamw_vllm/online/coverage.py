@@ -51,7 +51,7 @@ def check_not_offloaded() -> None:
     if not isinstance(offloader, NoopOffloader):
         raise FormatError(
             f"{type(offloader).__name__}: weights that are quantized while loading cannot be "
-            "offloaded to the CPU; run qamw quantize first, those of its checkpoints can"
+            "offloaded to the CPU; run qamw quantize first: its checkpoints can be offloaded"
         )
 
 
@@ -85,14 +85,14 @@ def _check_share(model: nn.Module, layers: list[_Layer], is_draft: bool) -> None
     names = first_few([layer.name for layer in left], _NAMES_SHOWN)
     if share < MIN_SHARE and not is_draft and (total or not _has_missing_layers(model)):
         reason = (
-            f"vLLM builds these without a quantization config, or they cannot pay: {names}"
+            f"vLLM builds these without a quantization config, or qamw cannot pack them: {names}"
             if layers
-            else "it has no repeated layers with linears"
+            else "it has no repeated layers with linear layers"
         )
         raise FormatError(
             f"{type(model).__name__}: only {share:.0%} of its linear weights would be quantized "
             f"while loading, at least {MIN_SHARE:.0%} are expected; {reason}. Serve it without "
-            "--quantization qamw, or a checkpoint that 'qamw quantize' makes of it"
+            "--quantization qamw, or make a checkpoint of it with 'qamw quantize'"
         )
     if left:
         logger.info(

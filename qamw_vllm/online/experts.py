@@ -72,7 +72,7 @@ class QamwOnlineMoEMethod(QamwMoEMethod):
         tp_size = self.moe.moe_parallel_config.tp_size
         if tp_size not in (1, num_ranks()):
             raise BackendError(
-                f"{self.prefix}: data parallelism cuts experts over more ranks than tensor "
+                f"{self.prefix}: data parallelism divides experts among more ranks than tensor "
                 "parallelism does: run qamw quantize first, or serve with --enable-expert-parallel"
             )
         self.params_dtype = params_dtype

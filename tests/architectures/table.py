@@ -23,21 +23,22 @@ COLUMNS = {
 """Column -> the stages behind it: the first one that did not pass is shown."""
 INTRODUCTION = """# Architectures
 
-A tiny random checkpoint of each, written by transformers; `make test-architectures` takes them
-through every stage on the CPU and writes this page.
+Each architecture is tested with a tiny random checkpoint, written by transformers.
+`make test-architectures` takes it through every stage on the CPU and writes this page.
 
 - offline: planned, quantized without calibration, verified, dequantized, read by transformers
 - calibrated: quantized with a few tokens, verified
-- transformers: `from_pretrained` of the quantized checkpoint computes what the dequantized one does
-- vLLM: the CPU engine computes with the quantized checkpoint what it does with the dequantized one;
-  models that read images get text alone, but qwen2_vl an image too
+- transformers: `from_pretrained` computes the same with the quantized checkpoint as with the
+  dequantized one
+- vLLM: the CPU engine computes the same with the quantized checkpoint as with the dequantized one;
+  models that read images are given only text, except that qwen2_vl is also given an image
 - tensor parallel: on each of two ranks, vLLM's model class loads from the quantized checkpoint, bit
   for bit, the weights that it loads from the dequantized one
 - while loading: the CPU engine quantizes the plain checkpoint, and computes the same as above
 
-"n/a": without this project it does not work either. "–": not reached, as an earlier stage did not
-pass. "not run": that stage was left out. 16 bits: the share of the
-weights in the decoder's matrices that are not quantized.
+"n/a": it does not work without this project either. "–": not reached, because an earlier stage did
+not pass. "not run": that stage was left out. "16 bits": the share of the weights in the decoder's
+matrices that are not quantized.
 
 """
 WORDS = {"passed": "yes", "refused": "refused", "failed": "**fails**", "not applicable": "n/a"}

@@ -72,7 +72,7 @@ def test_claims_are_computed_from_rows() -> None:
         row("qamw-plain-3.5", 0.5, 60),
     ]
     text = report.claims(rows)
-    assert "Its order holds in 1 of 2 comparisons, its size in 0" in text
+    assert "It is better in 1 of 2 comparisons, by 2 to 15 points in 0 of them" in text
     assert "On 0 of 1 models: one +0.50 ± 0.10 %" in text
 
 

@@ -39,7 +39,7 @@ def test_plan(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[st
     assert "Is a directory" in capsys.readouterr().err
     assert main(["plan", model, "--bpw", "4.7", "--rates", "uniform"]) == 2
     error = capsys.readouterr().err
-    assert "--bpw 4.7: uniform rates come in halves" in error and "--rates mixed" in error
+    assert "--bpw 4.7: uniform rates must be multiples" in error and "--rates mixed" in error
 
 
 def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
@@ -58,7 +58,7 @@ def test_what_an_extra_brings_is_named(
 
     monkeypatch.setattr(commands, "plan", lambda _: fail("filelock"))
     assert main(["plan", str(tmp_path)]) == 2
-    assert "qamw: no module filelock: pip install '.[quantize]'" in capsys.readouterr().err
+    assert "qamw: no module filelock; run: pip install '.[quantize]'" in capsys.readouterr().err
     monkeypatch.setattr(commands, "plan", lambda _: fail("offline_quantize.plans"))
     with pytest.raises(ModuleNotFoundError):  # a bug
         main(["plan", str(tmp_path)])
@@ -86,7 +86,7 @@ def test_a_checkpoint_is_signed_anew(tmp_path: Path, capsys: pytest.CaptureFixtu
     edited = copy_model(Path(__file__).parents[1] / "golden" / "quantized", tmp_path / "edited")
     (edited / "README.md").write_text("edited")
     assert main(["verify", str(edited)]) == 2
-    assert "what was changed on purpose, qamw verify with --sign lists" in capsys.readouterr().err
+    assert "if you changed files on purpose, qamw verify writes a new" in capsys.readouterr().err
     assert main(["verify", "--sign", str(edited)]) == 0
     assert "README.md: 6 bytes, qamw_manifest.json says" in capsys.readouterr().out
     assert main(["verify", str(edited)]) == 0
@@ -108,7 +108,7 @@ def test_tokens_without_an_embedding_are_not_measured(
     model = str(tiny_model(tmp_path / "model", "llama", vocab_size=300))
     options = ["--text", str(DEFAULT_TEXT), "--windows", "1", "--convention", "llama.cpp-512"]
     assert main(["eval", model, "--reference", model, *options]) == 2
-    message = r"its tokenizer makes token 3\d\d of the text, but vocab_size in config.json is 300"
+    message = r"produces token id 3\d\d from the text, but vocab_size in config.json is 300"
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -163,7 +163,7 @@ def test_resume_is_offered_once_something_was_written(
     # Progress, first shard, progress, second shard
     with counted_writes(out, kill_at=3, error=KeyboardInterrupt()):
         assert main(arguments) == 130
-    assert "interrupted; --resume goes on after 1 finished shards" in capsys.readouterr().err
+    assert "interrupted; --resume continues after 1 finished shards" in capsys.readouterr().err
     assert main([*arguments, "--resume"]) == 0
 
 
@@ -186,7 +186,7 @@ def test_too_little_memory_is_one_line(
     with counted_writes(tmp_path, kill_at=1, error=MemoryError()):
         assert main(arguments) == 2
     error = capsys.readouterr().err
-    assert "not enough memory, the run takes about" in error and "--resume goes on" in error
+    assert "not enough memory, the run needs about" in error and "--resume continues" in error
     with error_when_opened(tiny_llama / "config.json", MemoryError()):
         assert main(["plan", str(tiny_llama)]) == 2
     assert "qamw: not enough memory" in capsys.readouterr().err

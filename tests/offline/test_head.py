@@ -43,7 +43,7 @@ def test_head(architecture: str, tmp_path: Path) -> None:
     head = head_of(report)
     assert head.index_bits == 12 and head.nmse < 0.001
     assert head.output_nmse < head_of(nearest).output_nmse
-    assert "The head has 6 bits per weight" in (out / "README.md").read_text()
+    assert "In addition, the head has 6 bits per weight" in (out / "README.md").read_text()
     assert (nearest.calibration_tokens, nearest.encoder, nearest.rates) == (
         512,
         "nearest",

@@ -170,7 +170,7 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("device='nonsense': ", device="nonsense")
     refused("device='meta': expected auto, cpu or cuda", device="meta")
     refused("already quantized with qamw", model=calibrated)
-    least = r"bpw=3.01: the least is 3\.\d+, 3 for indices and the rest for norms"
+    least = r"bpw=3.01: expected at least 3\.\d+: 3 for indices and the rest for norms"
     refused(least, bpw=3.01, calibration=DEFAULT_TEXT)
     refused(r"ignore=\['\*.nothing'\] matches no linear layer", ignore=["*.nothing"])
     refused("ignore all or none of them", ignore=["*.q_proj"])
@@ -239,7 +239,7 @@ def test_rates(tmp_path: Path, tiny_llama: Path) -> None:
 
 def test_a_write_that_fails_names_its_file(tmp_path: Path, tiny_llama: Path) -> None:
     """A full disk is no OSError to safetensors and torch."""
-    message = r"out/model-00001-of-00002.safetensors: .*File too large.*resume=True goes on"
+    message = r"out/model-00001-of-00002.safetensors: .*File too large.*resume=True continues"
     with file_size_limit(100_000), pytest.raises(QuantizeError, match=message):
         quantize(tiny_llama, tmp_path / "out", UNCALIBRATED)
     other = tmp_path / "other"  # another disk may be mounted there
@@ -252,6 +252,6 @@ def test_a_write_that_fails_names_its_file(tmp_path: Path, tiny_llama: Path) -> 
 
 def test_tokens_without_an_embedding_are_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "llama", vocab_size=300)
-    message = r"its tokenizer makes token 3\d\d of the text, but lm_head.weight has 300 rows"
+    message = r"produces token id 3\d\d from the text, but lm_head.weight has 300 rows"
     with pytest.raises(QuantizeError, match=message):
         quantize(model, tmp_path / "out")

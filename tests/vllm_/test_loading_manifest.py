@@ -52,7 +52,7 @@ def flip(path: Path) -> None:
 def test_files_are_hashed_once(checkpoint: Path, cache: Path) -> None:
     first, second = check_checkpoint(checkpoint, cache), check_checkpoint(checkpoint, cache)
     assert (first.num_files, first.num_hashed, second.num_hashed) == (SERVED, SERVED, 0)
-    assert str(second) == f"5 files, 0.00 GB: as {MANIFEST} lists them (known from before)"
+    assert str(second) == f"5 files, 0.00 GB: they match {MANIFEST} (checked before)"
     assert [path.suffix for path in cache.glob("*.json")] == [".json"]
     os.utime(checkpoint / "tokenizer.json")  # touched, with the same content
     assert check_checkpoint(checkpoint, cache).num_hashed == 1

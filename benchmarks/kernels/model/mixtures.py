@@ -29,8 +29,8 @@ INTRODUCTION = f"""\
 Qwen3-30B-A3B: every token is sent to {MIXTURE.top_k} of {MIXTURE.experts} experts, all equally
 likely. Gate and up are one product, down is another; rotations and gaps between launches
 are included, routing and the activation between the products are not. The reference is a grouped
-product in bf16 that reads every expert with tokens once at the speed of a copy, 2.0 us beside. Of
-large launches a twelfth is replayed, on a twelfth of the GPU.
+product in bf16 that reads every expert that has tokens once, at the speed of a copy, plus 2.0 us.
+Of large launches, only one twelfth is replayed, on one twelfth of the GPU.
 """
 
 
@@ -101,7 +101,7 @@ def markdown(found: Sequence[dict[str, Any]]) -> str:
     for gpu in GPUS:
         names = " | ".join(MIXTURE.shapes)
         lines += [
-            f"{gpu.name}: per cent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s).",
+            f"{gpu.name}: percent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s).",
             "",
             f"| M | experts hit | {names} | over bf16 |",
             "|---" * (len(MIXTURE.shapes) + 3) + "|",

@@ -38,17 +38,18 @@ RATES = (Rate(11), Rate(11, TRELLIS), Rate(8))
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 ROTATION_BLOCK_SIZE = 128
 INTRODUCTION = f"""\
-# What a model of an H100 and an H200 says of the kernels
+# What a model of an H100 and an H200 says about the kernels
 
 Written by `make kernels-model`, without a GPU: **modeled, not measured**. The compiled kernels are
 replayed instruction by instruction on a model of the multiprocessors and their memory
-(`benchmarks/kernels/model`, every assumption with its source in `assumptions.py`). bfloat16, the
-layers of Llama-3-8B, rotation and gaps between launches included. A bf16 product takes 2.0 us and
-its bytes at the speed of a copy, or its arithmetic at 650 TFLOP/s. docs/kernels.md says how far off
-this is, where an H100 was measured (`h100.json`).
+(`benchmarks/kernels/model`; `assumptions.py` has every assumption with its source). The figures are
+for bfloat16 and the layers of Llama-3-8B; rotation and gaps between launches are included. The
+time of a bf16 product is 2.0 us plus the time to copy its bytes, or to do its arithmetic at
+650 TFLOP/s, whichever is longer. docs/kernels.md compares the model with measurements on an H100
+(`h100.json`).
 
-Of decoding into a workspace, for more than {wide.MAX_TOKENS} tokens, only the traffic counts here:
-those figures are too good.
+For more than {wide.MAX_TOKENS} tokens, weights are decoded into a workspace. Only the memory
+traffic of decoding is counted here, so those figures are too good.
 """
 
 
@@ -162,7 +163,7 @@ def markdown(found: list[dict[str, Any]]) -> str:
             lines += [
                 f"## {gpu.name}, b = {rate.index_bits}, {rate.code} code: modeled, not measured",
                 "",
-                f"Per cent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s) for each",
+                f"Percent of the datasheet's bandwidth ({gpu.datasheet / 1e12} TB/s) for each",
                 "layer, and the speed-up of all four over bf16.",
                 "",
                 f"| M | {' | '.join(SHAPES)} | over bf16 |",

@@ -50,7 +50,7 @@ def decode_checked(quantized: QuantizedWeight, name: str, dtype: torch.dtype) ->
             row, column = (~rounded[part].isfinite()).nonzero()[0].tolist()
             raise TensorError(
                 f"{name}.weight[{start + row}, {column}] decodes to {float(weight[row, column])}, "
-                f"which {dtype} does not hold; bfloat16 and float32 have a wider range"
+                f"too large for {dtype}; bfloat16 and float32 have a wider range"
             )
     return rounded
 

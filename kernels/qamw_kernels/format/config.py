@@ -247,8 +247,8 @@ def _check_keys(config: Mapping[str, Any]) -> None:
     version = config.get("format_version")
     if type(version) is not int or version not in _CODE_KEYS:  # true and 1.0 are equal to 1
         raise FormatError(
-            f"quantization_config: format_version {version!r} is not supported, this reader knows "
-            f"{' and '.join(map(str, _CODE_KEYS))}"
+            f"quantization_config: format_version {version!r} is not supported, this version of "
+            f"qamw reads {' and '.join(map(str, _CODE_KEYS))}"
         )
     required = _KEYS | _CODE_KEYS[version]
     if missing := required - set(config):

@@ -90,7 +90,7 @@ class Manifest:
         if type(version) is not int or version != MANIFEST_VERSION:
             raise FormatError(
                 f"{path}: manifest_version {version!r} is not supported, "
-                f"this reader knows {MANIFEST_VERSION}"
+                f"this version of qamw reads {MANIFEST_VERSION}"
             )
         if unknown := sorted(set(content) - {"manifest_version", "files", "sources"}):
             raise FormatError(f"{path}: unknown keys {unknown}")

@@ -77,8 +77,8 @@ class QuantizedWeight:
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
             raise TensorError(
-                f"{name}.row_norms: float32 does not hold what row {row} can decode to: its norm "
-                f"is {float(self.row_norms[row])}, with these input scales at most {most} can be"
+                f"{name}.row_norms: float32 cannot hold what row {row} can decode to: its norm "
+                f"is {float(self.row_norms[row])}, expected at most {most} with these input scales"
             )
 
 

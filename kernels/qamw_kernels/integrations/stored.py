@@ -132,8 +132,8 @@ def destinations(model: Any, stored: Stored, transforms: Iterable[WeightTransfor
             found.merged.setdefault(targets, []).append(module)
         elif suffix == "qweight":
             raise TensorError(
-                f"{name}: transformers merges or splits it while loading, which a packed one "
-                "cannot be; use qamw dequantize, or vLLM"
+                f"{name}: transformers merges or splits it while loading, but it is "
+                "packed, so this is impossible; use qamw dequantize, or vLLM"
             )
     return found
 
@@ -196,4 +196,4 @@ def check_filled(model: Any, found: Destinations) -> None:
             or tied.get(name, name) in shared
             or any(re.search(pattern, name) for pattern in ignored)
         ):
-            raise TensorError(f"the checkpoint lacks {name}, or the tensors that make it")
+            raise TensorError(f"the checkpoint lacks {name}, or the tensors that it is made of")

@@ -77,7 +77,7 @@ def test_plain_weights_are_of_floating_point_and_finite(name: str) -> None:
     [
         ("row_norms", -1.0, r"up\.row_norms: expected finite.* got -1\.0 in row 3"),
         ("row_norms", math.nan, r"up\.row_norms: expected finite.* got nan in row 3"),
-        ("row_norms", 3e38, r"up\.row_norms: float32 does not hold what row 3 can decode to"),
+        ("row_norms", 3e38, r"up\.row_norms: float32 cannot hold what row 3 can decode to"),
         ("input_scales", 0.0, r"up\.input_scales\[3\] = 0\.0: expected a finite, normal"),
     ],
 )

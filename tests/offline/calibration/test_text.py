@@ -72,7 +72,7 @@ def test_texts_that_cannot_be_used(
 
 def test_a_short_text_names_the_way_out(tmp_path: Path, tiny_llama: Path) -> None:
     (tmp_path / "text").write_text("too short")
-    with pytest.raises(QuantizeError, match=r"unless calibration_tokens asks for less$"):
+    with pytest.raises(QuantizeError, match=r"unless calibration_tokens has a smaller value$"):
         calibration_windows(tiny_llama, tmp_path / "text", 1000, at_least=512)
 
 
@@ -88,7 +88,7 @@ def test_an_empty_vocabulary_is_not_blamed_on_the_text(tmp_path: Path, tiny_llam
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     text = tmp_path / "text"
     text.write_text("a text")
-    message = "model: its tokenizer makes no token of .*text: is its vocabulary empty"
+    message = "model: its tokenizer finds no tokens in .*text: is its vocabulary empty"
     with pytest.raises(QuantizeError, match=message):
         calibration_windows(model, text, 1000)
 

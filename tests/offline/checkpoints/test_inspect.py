@@ -20,7 +20,7 @@ def test_layers_with_and_without_a_report(tmp_path: Path, calibrated: Path) -> N
     first = with_report[1].split()
     assert first[0] == "model.layers.0.mlp.down_proj" and len(first) == 8
     assert with_report[-2].startswith("14 layers, ")
-    assert "values were not checked: verify does" in with_report[-1]
+    assert "qamw verify also checks bytes and values" in with_report[-1]
     copy = copy_model(calibrated, tmp_path / "copy")
     (copy / REPORT).unlink()
     without = inspect(copy).split("\n")
@@ -35,9 +35,9 @@ def test_layers_with_and_without_a_report(tmp_path: Path, calibrated: Path) -> N
         ("[]", "expected a JSON object, got list"),
         ("{}", "layers must be an array, got NoneType"),
         ('{"layers": 3}', "layers must be an array, got int"),
-        ('{"layers": [3]}', r"layers\[0\] must be an object with a name"),
-        ('{"layers": [{"name": ["x"]}]}', r"layers\[0\] must be an object with a name"),
-        ('{"layers": [{"name": "x"}, {"name": "x"}]}', r"layers\[1\] .* a name of its own"),
+        ('{"layers": [3]}', r"layers\[0\] must be an object with a unique name"),
+        ('{"layers": [{"name": ["x"]}]}', r"layers\[0\] must be an object with a unique name"),
+        ('{"layers": [{"name": "x"}, {"name": "x"}]}', r"layers\[1\] .* a unique name"),
         *(
             (f'{{"layers": [{{"name": "x", "sqnr_db": {value}}}]}}', "sqnr_db of x must be a numb")
             for value in ('"30"', "true", "NaN", "1e999", "1" + 400 * "0", "[1]", "{}")
@@ -59,6 +59,6 @@ def test_a_layer_of_the_ignore_list_is_refused(tmp_path: Path) -> None:
     copy = copy_model(GOLDEN, tmp_path / "copy")
     change_quantization_config(copy, ignore=["model.layers.0.mlp.up_proj"])
     with pytest.raises(
-        QuantizeError, match=r"up_proj\.qweight is in the way: config\.json's ignore"
+        QuantizeError, match=r"up_proj\.qweight is quantized, but config\.json's ignore"
     ):
         inspect(copy)

@@ -75,7 +75,7 @@ def test_bad_options_are_refused(
     text.write_text(RAW, encoding="utf-8")
     usual = [tiny_llama, "--reference", tiny_llama, "--text", text]
     too_long = (
-        "gptq-2048 has the model read 2047 tokens at once, but its context is 512: "
+        "gptq-2048 needs 2047 tokens of context, but the context of the model is 512: "
         "choose another --convention"
     )
     assert too_long in refused(capsys, *usual)
@@ -108,7 +108,7 @@ def test_checkpoints_that_do_not_fit_are_refused(
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:5]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert f"{other}: its tokenizer makes other tokens of the text" in refused(
+    assert f"{other}: its tokenizer splits the text into other tokens" in refused(
         capsys, other, *usual
     )
     (other / "tokenizer.json").unlink()

@@ -58,7 +58,7 @@ def test_a_pickle_is_not_read(model: Path) -> None:
 
 def test_shards_without_index(model: Path) -> None:
     (model / SINGLE).rename(model / "model-00001-of-00002.safetensors")
-    assert_refused(model, "model-00001-of-00002.safetensors.*read with the index only")
+    assert_refused(model, "model-00001-of-00002.safetensors.*can only be read with the index")
 
 
 def test_a_truncated_shard(model: Path) -> None:

@@ -252,7 +252,7 @@ def test_plan_says_so(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fp8_checkpoint(llama)
     assert main(["plan", str(llama), "--calibration", "none"]) == 0
     shown = capsys.readouterr().out
-    assert "quantized already, fp8 in blocks of 128 x 128: decoded when it is read" in shown
+    assert "already quantized (fp8 in blocks of 128 x 128), and is decoded first" in shown
     stored = sum(t.nbytes for t in load_file(llama / "model.safetensors").values())
     assert f"instead of {stored / 1e6:.1f} MB" in shown
 

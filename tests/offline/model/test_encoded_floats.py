@@ -70,7 +70,7 @@ def test_scales_that_contradict_weights_are_refused(fp8: Path) -> None:
     with pytest.raises(QuantizeError, match=f"^{SCALES}: a scale is negative"):
         load()
     change_tensor(fp8, SCALES, torch.zeros_like)
-    with pytest.raises(QuantizeError, match=f"^{WEIGHT}: a scale is zero, but not the weights"):
+    with pytest.raises(QuantizeError, match=f"^{WEIGHT}: a scale is zero, but its weights are not"):
         load()
     change_tensor(fp8, WEIGHT, torch.zeros_like)
     load()
@@ -83,7 +83,7 @@ def test_vectors_with_scales_are_refused(
 ) -> None:
     change_tensor(fp8, WEIGHT, lambda _: torch.ones(shape).to(dtype))
     change_tensor(fp8, SCALES, lambda _: torch.ones(()))
-    with pytest.raises(QuantizeError, match=f"{WEIGHT}: .* with a scale, but it is no matrix"):
+    with pytest.raises(QuantizeError, match=f"{WEIGHT}: .* with a scale, but it is not a matrix"):
         Checkpoint(fp8)
 
 

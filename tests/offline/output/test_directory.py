@@ -66,7 +66,7 @@ def test_shards_belong_to_what_was_measured(tmp_path: Path) -> None:
 
 def test_who_is_unfinished_says_how_to_go_on(tmp_path: Path) -> None:
     output = unfinished(tmp_path)
-    message = "too-large: File too large; once that is mended, resume=True goes on"
+    message = "too-large: File too large; when this is fixed, resume=True continues"
     with file_size_limit(1000), pytest.raises(QuantizeError, match=message):
         output.write_bytes("too-large", bytes(2000))
     output = unfinished(tmp_path, resumable=False)
@@ -84,7 +84,7 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
     Output.check_target(out, source, resume=False)
     with pytest.raises(QuantizeError, match="nothing to resume, the directory holds no unfinished"):
         Output.check_target(out, source, resume=True)
-    with pytest.raises(QuantizeError, match="nothing to resume, the directory is not there"):
+    with pytest.raises(QuantizeError, match="nothing to resume, the directory does not exist"):
         Output.check_target(tmp_path / "absent", source, resume=True)
     (out / CONFIG).touch()
     with pytest.raises(QuantizeError, match="nothing to resume, the directory is finished"):
@@ -101,7 +101,7 @@ def test_targets_that_are_refused(tmp_path: Path) -> None:
 
 def test_a_link_to_nothing_is_no_target(tmp_path: Path) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "absent")
-    with pytest.raises(QuantizeError, match=r"out: a link to .*absent, which is not there"):
+    with pytest.raises(QuantizeError, match=r"out: a link to .*absent, which does not exist"):
         Output.check_target(tmp_path / "out", tmp_path / "model", resume=False)
 
 

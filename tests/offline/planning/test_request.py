@@ -41,7 +41,7 @@ def test_paths_may_be_strings_and_patterns_a_list() -> None:
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"bpw": 5.3}, "bpw=5.3: uniform rates come in halves"),
+        ({"bpw": 5.3}, "bpw=5.3: uniform rates must be multiples of 0.5"),
         ({"bpw": 7}, "bpw=7: expected 3 to 6, got 7"),
         ({"bpw": float("nan")}, "bpw=nan: expected 3 to 6"),
         ({"encoder": "feedback"}, "encoder='feedback' needs a calibration text"),

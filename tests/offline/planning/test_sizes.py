@@ -112,12 +112,12 @@ def test_encoding_and_logits_do_not_come_together() -> None:
 def test_too_little_memory_is_explained(tmp_path: Path, tiny_llama: Path, error: Exception) -> None:
     plan = make_plan(tiny_llama)
     message = (
-        r"not enough memory, the run takes about \d.\d GiB .*calibration_tokens, or calibration"
+        r"not enough memory, the run needs about \d.\d GiB .*calibration_tokens, or calibration"
     )
     with pytest.raises(QuantizeError, match=message), explained_memory_errors(plan, 512, tmp_path):
         raise error
     (tmp_path / PROGRESS).touch()
-    message = r"not enough memory, .*with more memory, resume=True goes on"
+    message = r"not enough memory, .*with more memory, resume=True continues the run"
     with pytest.raises(QuantizeError, match=message), explained_memory_errors(plan, 0, tmp_path):
         raise error
     with pytest.raises(RuntimeError, match="a bug"), explained_memory_errors(plan, 0, tmp_path):
