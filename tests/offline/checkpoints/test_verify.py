@@ -97,9 +97,9 @@ def hide_a_shard(directory: Path, place: str) -> None:
     [
         (".cache/huggingface/a.safetensors", r"huggingface/a\.safetensors: a shard that is not in"),
         (".git/a.safetensors", r"\.git/a\.safetensors: a shard that is not in"),
-        (".cache/a.safetensors", r"\.cache/a\.safetensors: hidden"),
-        (".a.safetensors", r"\.a\.safetensors: hidden"),
-        ("sub/.a.safetensors", r"\.a\.safetensors: hidden"),
+        (".cache/a.safetensors", r"\.cache/a\.safetensors: a hidden file"),
+        (".a.safetensors", r"\.a\.safetensors: a hidden file"),
+        ("sub/.a.safetensors", r"\.a\.safetensors: a hidden file"),
     ],
 )
 def test_shards_that_no_manifest_covers(place: str, message: str, damaged: Path) -> None:
@@ -133,7 +133,7 @@ def looping_link(path: Path) -> None:
         (looping_link, "extra", "extra: .*symbolic links"),
         (linked_folder, "extra", "extra: a link to a folder"),
         (linked_folder, ".git", "a link to a folder"),
-        (Path.touch, ".extra", r"\.extra: hidden"),
+        (Path.touch, ".extra", r"\.extra: a hidden file"),
         (Path.touch, "\x1b[2J", r"\\x1b\[2J': a name that some operating systems do not allow"),
     ],
 )
