@@ -140,7 +140,7 @@ def _run(
     plan, tokens = decisions.plan, decisions.tokens
     sensitivities: list[list[Sensitivity]] = []
     if tokens is not None and plan.request.mixed:
-        sensitivities = ranks.decide(lambda: _kept_sensitivities(out, unfinished))
+        sensitivities = ranks.decide(lambda: _kept_sensitivities(plan, out, unfinished))
         if not sensitivities:
             checkpoint, scratch = plan.checkpoint, existing_parent(out)
             measured = measure_sensitivities(
@@ -164,12 +164,14 @@ def _run(
     return ranks.decide(finish)
 
 
-def _kept_sensitivities(out: Path, unfinished: Journal | None) -> list[list[Sensitivity]]:
+def _kept_sensitivities(
+    plan: Plan, out: Path, unfinished: Journal | None
+) -> list[list[Sensitivity]]:
     """What the interrupted run measured; empty if there was no such run, or its file is lost."""
     state = unfinished.read_state(out) if unfinished else {}
     if state is None:
         logger.warning("%s is damaged: sensitivities are measured again", out / STATE)
-    return from_state(state or {})
+    return from_state(state or {}, len(plan.layers))
 
 
 def _allocate(plan: Plan, sensitivities: Sequence[Sequence[Sensitivity]]) -> Plan:

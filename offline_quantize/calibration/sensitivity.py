@@ -69,15 +69,21 @@ def to_state(sensitivities: Sequence[Sequence[Sensitivity]]) -> dict[str, torch.
     return state
 
 
-def from_state(state: Mapping[str, torch.Tensor]) -> list[list[Sensitivity]]:
-    """The sensitivities that :func:`to_state` made tensors of; an empty list for no tensors."""
-    found: dict[int, dict[int, Sensitivity]] = {}
+def from_state(state: Mapping[str, torch.Tensor], num_layers: int) -> list[list[Sensitivity]]:
+    """The sensitivities that :func:`to_state` made tensors of; an empty list for no tensors.
+
+    Args:
+        num_layers: of the model; those without groups have no tensors.
+    """
+    if not state:
+        return []
+    found: list[dict[int, Sensitivity]] = [{} for _ in range(num_layers)]
     for name, cost in state.items():
         layer, group, kind = name.split(".")
         if kind == "distortion_cost":
             importance = state.get(f"{layer}.{group}.importance")
-            found.setdefault(int(layer), {})[int(group)] = Sensitivity(float(cost), importance)
-    return [[groups[group] for group in sorted(groups)] for _, groups in sorted(found.items())]
+            found[int(layer)][int(group)] = Sensitivity(float(cost), importance)
+    return [[groups[group] for group in sorted(groups)] for groups in found]
 
 
 def feedback_cost(hessian: torch.Tensor, num_tokens: int) -> float:

@@ -10,7 +10,7 @@ from offline_quantize.checkpoints.quantized import decoded_tensors
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.conventions import Window
 from offline_quantize.model.checkpoint import Checkpoint
-from offline_quantize.model.empty import build_empty_model, set_parameters
+from offline_quantize.model.empty import build_empty_model, loaded_dtype, set_parameters
 from offline_quantize.model.products import quick_products
 from offline_quantize.model.tied import share_tensors
 from offline_quantize.model.unwanted import unwanted
@@ -24,7 +24,8 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The transformers model of a checkpoint, plain or QAM-W (decoded), on the CPU.
 
     Args:
-        dtype: of the parameters; buffers, such as rotary frequencies, stay as the model makes them.
+        dtype: of the parameters, see :func:`loaded_dtype`; buffers that no checkpoint has, such as
+            rotary frequencies, stay as the model makes them.
     Raises:
         QuantizeError: a parameter of the model has no tensor, or a tensor no parameter.
     """
@@ -32,9 +33,10 @@ def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> Any:
     model, tensor_map = build_empty_model(checkpoint)
     tensors = tensor_map.apart(decoded_tensors(checkpoint, dtype))
     values = dict(tensor_map.parameters(tensors))
+    dtype_of = loaded_dtype(model, dtype)
 
     def real(name: str, old: torch.Tensor) -> torch.Tensor:
-        return values.pop(name).to(dtype) if name in values else old
+        return values.pop(name).to(dtype_of(name, old)) if name in values else old
 
     set_parameters(model, real, buffers=True)
     share_tensors(model, tensor_map.shared())

@@ -55,9 +55,7 @@ def render_chats(
     try:
         written = run_limited(__name__, given, text_bytes, base_seconds)
     except EndedError as how:
-        raise QuantizeError(
-            f"{path}: its chat template fails on {len(chats)} chats: {how}"
-        ) from None
+        raise QuantizeError(f"{path}: its chat template fails: {how}") from None
     return [Rendered(*values) for values in json.loads(written.splitlines()[-1])]
 
 

@@ -16,6 +16,7 @@ from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.experts import unfuse_experts
 from offline_quantize.model.tensor_map import Shape, TensorMap, plain_shapes
 from offline_quantize.model.transposed import straighten
+from qamw_kernels.integrations.dtypes import kept_in_float32
 
 # Names in config.json of the numbers of layers and experts, which have tensors of their own.
 _COUNTS = frozenset(
@@ -228,6 +229,32 @@ def _few_parameters(checkpoint: Checkpoint) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+def loaded_dtype(
+    model: Any, dtype: torch.dtype
+) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """The dtype of a tensor in a model that is loaded in ``dtype``.
+
+    What transformers keeps in float32 is not rounded: among it are the biases by which routers
+    choose experts, and their choice depends on small differences of large values.
+
+    Returns:
+        Is called with the name of a parameter or buffer and the empty tensor in its place.
+    """
+    kept = kept_in_float32(model, dtype)
+
+    def dtype_of(name: str, empty: torch.Tensor) -> torch.dtype:
+        # Norms in float32 would pass float32 on to layers in bfloat16: so fails DeepSeek-V4 in
+        # transformers itself.
+        if kept(name) and "norm" not in name:
+            return torch.float32
+        if not empty.is_floating_point():  # tables of experts
+            return empty.dtype
+        is_parameter = isinstance(empty, nn.Parameter)
+        return dtype if is_parameter else torch.promote_types(empty.dtype, dtype)
+
+    return dtype_of
 
 
 def text_decoder(model: Any) -> Any:

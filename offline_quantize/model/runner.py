@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.checkpoint import Checkpoint
 from offline_quantize.model.empty import (
     build_empty_model,
     decoder_layers,
+    loaded_dtype,
     name_of,
     set_parameters,
     text_decoder,
@@ -46,14 +46,12 @@ class LayerRunner:
         tokens: torch.Tensor,
         device: torch.device,
         dtype: torch.dtype = DTYPE,
-        batch: int = BATCH,
     ) -> None:
         """Load all but the decoder layers, and embed the tokens.
 
         Args:
             tokens: [windows, T] int64; there may be no window.
-            dtype: of parameters and hidden states.
-            batch: windows per forward call.
+            dtype: of parameters, see :func:`loaded_dtype`, and hidden states.
         Raises:
             QuantizeError: the architecture is not supported.
             TensorError: a tensor outside the decoder layers is not finite.
@@ -61,13 +59,13 @@ class LayerRunner:
         self.device = device
         self.model, self._tensor_map = build_empty_model(checkpoint)
         self.layers_name, self.layers = decoder_layers(self.model)
-        self._dtype = dtype
+        self._dtype_of = loaded_dtype(self.model, dtype)
         self._load_outside_layers(checkpoint)
         self.hidden: list[torch.Tensor] = []
         self.calls: list[LayerCall] = []
         # Masks and positions: (args, kwargs) for every batch and layer.
         self._arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-        for part in torch.split(tokens, batch) if len(tokens) else ():
+        for part in torch.split(tokens, BATCH) if len(tokens) else ():
             calls = record_layer_calls(self.model, self.layers, part.to(device))
             self._arguments.append([(call.args, call.kwargs) for call in calls])
             self.hidden.append(calls[0].hidden.cpu())
@@ -88,7 +86,7 @@ class LayerRunner:
 
         def stored(name: str, old: torch.Tensor) -> torch.Tensor:
             if name in values:
-                return values.pop(name).to(self.device, self._dtype)
+                return values.pop(name).to(self.device, self._dtype_of(name, old))
             if old.is_meta and old.is_floating_point():
                 # Models take a device from any weight. NaN shows if its values are used.
                 return old.new_full((), math.nan, device=self.device).expand(old.shape)
@@ -106,11 +104,11 @@ class LayerRunner:
         parameters = dict(self._tensor_map.parameters(apart))
 
         def given(name: str, old: torch.Tensor) -> torch.Tensor:
-            tensor = parameters.get(f"{layer.name}.{name}")
+            full = f"{layer.name}.{name}"
+            tensor = parameters.get(full)
             if tensor is None:
                 return old.to(self.device)
-            is_parameter = isinstance(old, nn.Parameter)  # routers have buffers of float32
-            return tensor.to(self.device, self._dtype if is_parameter else old.dtype)
+            return tensor.to(self.device, self._dtype_of(full, old))
 
         set_parameters(self.layers[layer.index], given, buffers=True)
 

@@ -175,6 +175,8 @@ class Output:
                 "%s: measurements differ from the first run, so all shards are written again",
                 self.directory,
             )
+            for file in unfinished.files:  # other rates may make other shards
+                (self.directory / file).unlink(missing_ok=True)
             return
         for file, entry in unfinished.files.items():
             path = self.directory / file

@@ -159,6 +159,17 @@ def test_sensitivities_are_measured_once(tmp_path: Path, tiny_llama: Path) -> No
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("ignored", [0, 1])
+def test_a_layer_that_is_ignored_has_no_sensitivities(
+    tmp_path: Path, tiny_llama: Path, ignored: int
+) -> None:
+    request = replace(CALIBRATED, ignore=[f"*.layers.{ignored}.*"], allow_partial=True)
+    quantize(tiny_llama, tmp_path / "whole", request)
+    quantize_until(4, tiny_llama, tmp_path / "out", request)
+    quantize(tiny_llama, tmp_path / "out", request, resume=True)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
 def test_a_second_run_is_refused_and_names_the_first(tmp_path: Path, tiny_llama: Path) -> None:
     """Fresh or resumed, before any work; the first run is not disturbed."""
     out, refused = tmp_path / "out", []

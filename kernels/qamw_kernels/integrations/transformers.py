@@ -8,7 +8,6 @@ linear layers stay packed and the kernels run. Matrices that transformers merges
 loading, such as those of experts, are decoded on a GPU too, and take the memory of 16 bits.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +30,7 @@ from qamw_kernels.integrations.conversion import (
     expert_converters,
     takes_matrices,
 )
+from qamw_kernels.integrations.dtypes import kept_in_float32
 from qamw_kernels.integrations.linears import LINEARS, sizes
 from qamw_kernels.integrations.stored import (
     check_filled,
@@ -237,9 +237,9 @@ def _forget_quantization(model: Any) -> None:
 
 def _dtypes(model: Any) -> dict[str, torch.dtype]:
     """The dtypes in which transformers loads parameters and buffers of a plain checkpoint."""
-    plan = model._get_dtype_plan(model.dtype)  # pattern -> dtype, for those that keep another one
+    kept = kept_in_float32(model, model.dtype)
     return {
-        name: next((plan[x] for x in plan if re.search(x.replace("*", ".*"), name)), tensor.dtype)
+        name: torch.float32 if kept(name) else tensor.dtype
         for name, tensor in model.state_dict().items()
         if tensor.is_floating_point()
     }

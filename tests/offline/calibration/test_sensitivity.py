@@ -93,10 +93,10 @@ def test_progress_and_state(tiny_llama: Path, tmp_path: Path) -> None:
     assert seen == [("sensitivity", done, 6) for done in (0, 1, 2, 4, 6)]
     assert not list(tmp_path.iterdir())
     state = to_state(sensitivities)
-    restored = to_state(from_state(state))
+    restored = to_state(from_state(state, len(plan.layers)))
     assert list(restored) == list(state)
     assert all(torch.equal(restored[name], state[name]) for name in state)
-    assert from_state({}) == []
+    assert from_state({}, len(plan.layers)) == []
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gemma3n_text", "deepseek_v4"])

@@ -11,7 +11,7 @@ from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.evaluation.request import EvaluationRequest
 from offline_quantize.evaluation.run import evaluate
-from tests.helpers.models import copy_model
+from tests.helpers.models import copy_model, tiny_model
 from tests.offline.evaluation.texts import RAW
 
 
@@ -49,3 +49,20 @@ def test_a_tensor_without_a_place_is_refused(tmp_path: Path, tiny_llama: Path) -
     expected = r"no tensor lm_head.weight, which the logits need"
     with pytest.raises(QuantizeError, match=expected):
         evaluate(request)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "deepseek_v3"])
+def test_dtypes_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
+    """In bfloat16, the biases of routers stay float32: other experts would be chosen."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(tmp_path / "model", architecture)
+    expected = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).state_dict()
+    tensors = load_model(model, torch.bfloat16).state_dict()
+    common = tensors.keys() & expected.keys()
+    assert {name: tensors[name].dtype for name in common} == {
+        name: expected[name].dtype for name in common
+    }
+    kept = [name for name in common if tensors[name].dtype == torch.float32]
+    assert bool(kept) == (architecture != "llama")
+    assert all(torch.equal(tensors[name], expected[name]) for name in kept)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from offline_quantize.calibration.text import DEFAULT_TEXT, calibration_windows
 from offline_quantize.evaluation.engines import load_model
@@ -33,3 +34,20 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
         expected = whole.base_model(input_ids=tokens).last_hidden_state
     normed = whole.base_model.norm(torch.cat(runner.hidden))
     torch.testing.assert_close(normed, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bias_by_which_a_router_chooses_is_not_rounded(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    model = tiny_model(tmp_path / "model", "deepseek_v3")
+    file, name = model / "model.safetensors", "model.layers.1.mlp.gate.e_score_correction_bias"
+    tensors = load_file(file)
+    tensors[name] = 5 + torch.rand(tensors[name].shape) / 100
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = Checkpoint(model)
+    layer = find_structure(checkpoint).layers[1]
+    runner = LayerRunner(checkpoint, torch.zeros(0, 8, dtype=int), torch.device("cpu"), dtype)
+    runner.load(layer, layer.load(checkpoint))
+    loaded = dict(runner.model.named_buffers())
+    assert torch.equal(loaded[name], tensors[name])
