@@ -227,9 +227,7 @@ def _print_sizes(made: "Plan", processes: int) -> None:
     from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
     from qamw_kernels.format.rates import nominal_bits_per_weight
 
-    request, tokens = made.request, 0
-    if request.calibration:
-        tokens = request.calibration_tokens or request.default_tokens(made.widest)
+    request, tokens = made.request, made.calibration_tokens
     weights = made.num_quantized_weights
     effective = made.effective_bits_per_weight + 8 * made.bytes_left / weights
     head = f", and the head at {nominal_bits_per_weight(HEAD_INDEX_BITS):g}" if made.head else ""
@@ -249,7 +247,7 @@ def _print_sizes(made: "Plan", processes: int) -> None:
         show(f"the model is already quantized ({made.checkpoint.encoding}), and is decoded first")
     gibibytes = estimate_memory(made, tokens, processes).total / 2**30
     each = f" in each of {processes} processes" if processes > 1 else ""
-    read = f", for {tokens} tokens of calibration text" if tokens else ""
+    read = f", for up to {tokens} tokens of calibration text" if tokens else ""
     show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{each}{read}")
     if kept := kept_matrices(made.structure):
         show(

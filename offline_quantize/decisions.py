@@ -105,16 +105,14 @@ def _read_tokens(plan: Plan) -> torch.Tensor | None:
     request, directory = plan.request, plan.checkpoint.directory
     if request.calibration is None:
         return None
-    num_tokens, at_least = request.calibration_tokens, None
-    if num_tokens is None:
-        num_tokens, at_least = request.default_tokens(plan.widest), MIN_TOKENS
+    at_least = MIN_TOKENS if request.calibration_tokens is None else None
     tokens = calibration_windows(
-        directory, request.calibration, num_tokens, at_least, request.window_tokens
+        directory, request.calibration, plan.calibration_tokens, at_least, request.window_tokens
     )
     if tokens.max() >= plan.vocabulary:
         raise QuantizeError(
             f"{directory}: its tokenizer produces token id {tokens.max()} from the text, "
-            f"but {plan.structure.head_source} has {plan.vocabulary} rows; use ",
+            f"but {plan.vocabulary_tensor} has {plan.vocabulary} rows; use ",
             Option("calibration", None),
         )
     return tokens

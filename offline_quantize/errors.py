@@ -67,6 +67,18 @@ class QuantizeError(QamwError):
         return "".join(spell(part) if isinstance(part, Option) else part for part in self.parts)
 
 
+def check_at_least(name: str, value: int, minimum: int) -> None:
+    """Refuse a number that is too small.
+
+    Args:
+        name: of the parameter.
+    Raises:
+        QuantizeError: it is.
+    """
+    if value < minimum:
+        raise QuantizeError(Option(name, value), f": expected at least {minimum}")
+
+
 class EndedElsewhereError(Exception):
     """Another process of this run was the first to fail, and says why."""
 

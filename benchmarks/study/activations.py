@@ -6,10 +6,9 @@ from typing import Any
 import torch
 
 from offline_quantize.model.products import quick_products
+from offline_quantize.model.runner import BATCH
 from offline_quantize.model.structure import InputGroup, Structure
 from offline_quantize.model.tracing import LayerCall, on_linear_inputs, record_layer_calls
-
-BATCH = 4  # windows per forward call
 
 Fold = Callable[[torch.Tensor | None, torch.Tensor], torch.Tensor]
 """(statistic so far or None, inputs [rows, K] float32) -> statistic."""

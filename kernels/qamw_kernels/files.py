@@ -13,7 +13,7 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qamw_kernels.errors import FileError
@@ -61,6 +61,13 @@ class Stamp:
         return Stamp(stat.st_size, stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
+def is_inside(name: str) -> bool:
+    """Whether the name of a file, with ``/`` between folders, cannot lead out of a directory."""
+    path = PurePosixPath(name)
+    leads_out = path.is_absolute() or ".." in path.parts or "\\" in name
+    return bool(path.name) and not leads_out
+
+
 def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file to read it; links to one are followed.
 
@@ -69,16 +76,16 @@ def open_regular(path: Path) -> io.BufferedReader:
     """
     try:
         # O_NONBLOCK, because opening a FIFO would wait for a writer; regular files ignore it.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except OSError as error:
         raise FileError(f"{path}: {error.strerror}") from None
-    kind = stat.S_IFMT(os.fstat(file.fileno()).st_mode)
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
-        file.close()
+        os.close(descriptor)
         raise FileError(f"{path}: {_KINDS.get(kind, 'no file')}, expected a regular file")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from offline_quantize.files import CONFIG, check_finished
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
-from qamw_kernels.files import read_json
 from qamw_kernels.format import rates
 from qamw_kernels.format.config import LAYER_TENSORS, QUANT_METHOD, QamwFormat
 from qamw_kernels.format.packing import packed_shape
@@ -137,10 +136,11 @@ def effective_bits_per_weight(directory: Path) -> float | None:
     Raises:
         QuantizeError: a QAM-W checkpoint that :func:`open_quantized` refuses.
     """
-    quantization = read_json(directory / CONFIG).get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+    checkpoint = Checkpoint(directory)
+    if checkpoint.quantization.get("quant_method") != QUANT_METHOD:
         return None
-    return open_quantized(directory).effective_bits_per_weight
+    check_finished(directory)
+    return QuantizedCheckpoint.of(checkpoint).effective_bits_per_weight
 
 
 def decoded_tensors(

@@ -84,7 +84,7 @@ class Bos:
             )
         needs_it = token_id is not None and model_type.startswith("gemma")
         every_window = option == "yes" or (option == "auto" and needs_it)
-        by_itself = token_id is not None and tokenizer("a")["input_ids"][0] == token_id
+        by_itself = token_id is not None and tokenizer("a")["input_ids"][:1] == [token_id]
         return Bos(token_id, every_window, by_itself and option != "no")
 
     def __str__(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, check_at_least
 from offline_quantize.evaluation.conventions import BOS_OPTIONS, CONVENTIONS
 from offline_quantize.evaluation.engines import ENGINES
 
@@ -57,15 +57,10 @@ class EvaluationRequest:
         _check_choice("bos", self.bos, BOS_OPTIONS)
         _check_choice("engine", self.engine, ENGINES)
         if self.windows is not None:
-            _check_at_least("windows", self.windows, 1)
-        _check_at_least("noise_windows", self.noise_windows, 0)
+            check_at_least("windows", self.windows, 1)
+        check_at_least("noise_windows", self.noise_windows, 0)
 
 
 def _check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     if value not in (allowed := tuple(choices)):
         raise QuantizeError(Option(name, value), f": expected one of {', '.join(allowed)}")
-
-
-def _check_at_least(name: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise QuantizeError(Option(name, value), f": expected at least {minimum}")

@@ -69,21 +69,27 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
     needed = {name for name in shared if name.startswith(f"{layers_name}.")}
     if output is not None and shared.get(embeddings) == f"{name_of(model, output)}.weight":
         needed.add(embeddings)
+    num_heads, num_kv_heads, kv_rows = _attention_heads(model.config.get_text_config())
+    head_source = ""
+    if output is not None:
+        head_source = tensor_map.tensor_of(f"{name_of(model, output)}.weight")
     return Structure(
-        layers_name,
-        tuple(layers),
-        *_attention_heads(model.config.get_text_config()),
-        head,
-        tensor_map.tensor_of(f"{name_of(model, output)}.weight") if output is not None else "",
-        tensor_map.tensor_of(embeddings),
-        {name: tensor_map.tensor_of(name) for name in needed},
-        tensor_map.stored_twice(),
-        type(model).__name__,
-        calls[0].hidden.numel() // TRACED_TOKENS,
-        tensor_map.expected,
-        tensor_map.stacks,
-        unwanted(model, tensor_map),
-        kept,
+        layers_name=layers_name,
+        layers=tuple(layers),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        kv_rows=kv_rows,
+        head=head,
+        head_source=head_source,
+        embeddings=tensor_map.tensor_of(embeddings),
+        tied={name: tensor_map.tensor_of(name) for name in needed},
+        stored_twice=tensor_map.stored_twice(),
+        architecture=type(model).__name__,
+        state_width=calls[0].hidden.numel() // TRACED_TOKENS,
+        expected=tensor_map.expected,
+        stacks=tensor_map.stacks,
+        unwanted=unwanted(model, tensor_map),
+        kept=kept,
     )
 
 

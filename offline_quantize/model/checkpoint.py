@@ -176,6 +176,10 @@ class Checkpoint:
                 tensor = encoded.values(parts)
             yield name, tensor
 
+    def decodes(self, name: str) -> bool:
+        """Whether the shards do not have the tensor itself, but what it is decoded from."""
+        return name in self._encoded
+
     def load_finite(self, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """As :meth:`load`, and check every value.
 

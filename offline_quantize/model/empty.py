@@ -231,9 +231,7 @@ def _few_parameters(checkpoint: Checkpoint) -> Iterator[None]:
         handle.remove()
 
 
-def loaded_dtype(
-    model: Any, dtype: torch.dtype
-) -> Callable[[str, torch.Tensor], torch.dtype]:
+def loaded_dtype(model: Any, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
     """The dtype of a tensor in a model that is loaded in ``dtype``.
 
     What transformers keeps in float32 is not rounded: among it are the biases by which routers

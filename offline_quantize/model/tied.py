@@ -40,7 +40,10 @@ def share_tensors(model: Any, shared: Mapping[str, str]) -> None:
 
 
 def any_differ(checkpoint: Checkpoint, pairs: Collection[tuple[str, str]]) -> bool:
-    """Whether the two tensors of any pair have different values; they are read in parts."""
+    """Whether the two tensors of any pair have different values.
+
+    They are read in parts, unless they have to be decoded.
+    """
     return any(_differ(checkpoint, *pair) for pair in pairs)
 
 
@@ -48,6 +51,8 @@ def _differ(checkpoint: Checkpoint, first: str, second: str) -> bool:
     infos = [checkpoint.tensors[name] for name in (first, second)]
     if infos[0].shape != infos[1].shape or infos[0].dtype != infos[1].dtype:
         return True
+    if checkpoint.decodes(first) or checkpoint.decodes(second):
+        return not torch.equal(*(tensor for _, tensor in checkpoint.load((first, second))))
     rows, *others = infos[0].shape
     step = max(1, _COMPARED_ELEMENTS // max(1, torch.Size(others).numel()))
     files: list[Path] = [checkpoint.directory / info.file for info in infos]

@@ -161,11 +161,21 @@ class Plan:
         return max(linear.num_inputs for linear in self.linears())
 
     @property
+    def calibration_tokens(self) -> int:
+        """The most tokens of the calibration text that are read; 0 without calibration."""
+        if self.request.calibration is None:
+            return 0
+        return self.request.calibration_tokens or self.request.default_tokens(self.widest)
+
+    @property
+    def vocabulary_tensor(self) -> str:
+        """The weight with a row for every token: of the head, or of the embeddings without one."""
+        return self.structure.head_source or self.structure.embeddings
+
+    @property
     def vocabulary(self) -> int:
-        """Rows of the weight of the head, or of the embeddings where there is no head."""
-        return self.checkpoint.tensors[
-            self.structure.head_source or self.structure.embeddings
-        ].shape[0]
+        """How many token ids there are."""
+        return self.checkpoint.tensors[self.vocabulary_tensor].shape[0]
 
     @property
     def num_quantized_weights(self) -> int:
@@ -220,13 +230,14 @@ def make_plan(directory: Path, request: QuantizeRequest = DEFAULT_REQUEST) -> Pl
     checkpoint = Checkpoint(directory)
     _check_decodable(checkpoint)
     structure = find_structure(checkpoint)
-    structure = as_served(structure, vllm_architecture(checkpoint, structure))
+    architecture = vllm_architecture(checkpoint, structure)
+    structure = as_served(structure, architecture)
     check_complete(checkpoint, structure)
     check_share(structure, request.allow_partial)
     layers = select_layers(structure, request.ignore)
     linears = [linear for layer in layers for linear in layer.linears()]
-    head = select_head(checkpoint, structure, request.quantize_lm_head)
-    check_tensors(checkpoint, structure, linears, head)
+    head = select_head(structure, architecture, request.quantize_lm_head)
+    check_tensors(checkpoint, structure, architecture, linears, head)
     possible = possible_tensor_parallel_sizes(
         structure.num_heads, structure.num_kv_heads, request.tp_max
     )

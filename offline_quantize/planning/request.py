@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from offline_quantize.calibration.text import DEFAULT_TEXT, WINDOW_TOKENS, default_num_tokens
 from offline_quantize.encoding.group import CODERS, ENCODERS
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, check_at_least
 from offline_quantize.planning.shards import MAX_SHARD_BYTES
 from qamw_kernels.errors import FormatError
 from qamw_kernels.format.codebook import CODES, PLAIN
@@ -126,8 +126,11 @@ class QuantizeRequest:
             object.__setattr__(self, name, value)  # the dataclass is frozen
         self._check_choices()
         self._check_rate()
-        if tp_max < 1:
-            raise QuantizeError(Option("tp_max", tp_max), ": expected at least 1")
+        check_at_least("tp_max", tp_max, 1)
+        check_at_least("max_shard_bytes", max_shard_bytes, 1)
+        check_at_least("window_tokens", window_tokens, 2)  # BOS may be one
+        if calibration_tokens is not None:
+            check_at_least("calibration_tokens", calibration_tokens, 1)
 
     def _check_choices(self) -> None:
         choices = (  # name, value, all values, those that need a calibration text

@@ -93,9 +93,11 @@ def select_layers(structure: Structure, ignore: Sequence[str]) -> tuple[DecoderL
     return layers
 
 
-def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> Linear | None:
+def select_head(structure: Structure, architecture: str, wanted: bool) -> Linear | None:
     """The head, if it is to be quantized.
 
+    Args:
+        architecture: of :func:`vllm_architecture`.
     Raises:
         QuantizeError: vLLM could not serve it.
     """
@@ -105,7 +107,6 @@ def select_head(checkpoint: Checkpoint, structure: Structure, wanted: bool) -> L
         raise QuantizeError(
             Option("quantize_lm_head", True), f": {structure.architecture} makes no logits"
         )
-    architecture = vllm_architecture(checkpoint, structure)
     if fault := served(architecture).head_fault:
         raise QuantizeError(
             Option("quantize_lm_head", True),
@@ -143,13 +144,16 @@ def unquantized_matrices(
 def check_tensors(
     checkpoint: Checkpoint,
     structure: Structure,
+    architecture: str,
     linears: Sequence[Linear],
     head: Linear | None,
 ) -> None:
-    """Check the headers of every tensor that is quantized.
+    """Check the headers of every tensor that is quantized, and that vLLM uses the model's head.
 
+    Args:
+        architecture: of :func:`vllm_architecture`.
     Raises:
-        QuantizeError: one has a shape or dtype that cannot be quantized.
+        QuantizeError: one has a shape or dtype that cannot be quantized, or the head is not used.
     """
     stacked = {part: stack for stack in structure.stacks.values() for part in stack.slices}
     for linear in linears:
@@ -165,7 +169,7 @@ def check_tensors(
                 f": {structure.head_source} has {head.num_inputs} inputs, "
                 f"not a multiple of {UNIT_INPUTS}",
             )
-    _check_unserved_head(checkpoint, structure)
+    _check_unserved_head(checkpoint, structure, architecture)
 
 
 def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
@@ -176,10 +180,9 @@ def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
     return name_in_vllm(names) or names[0]
 
 
-def _check_unserved_head(checkpoint: Checkpoint, structure: Structure) -> None:
+def _check_unserved_head(checkpoint: Checkpoint, structure: Structure, architecture: str) -> None:
     """Refuse a head that transformers uses, but vLLM does not."""
     embeddings, head = structure.embeddings, structure.head_source
-    architecture = vllm_architecture(checkpoint, structure)
     no_head = served(architecture).head_fault == NO_HEAD
     if structure.head is None or head == embeddings or not no_head:
         return
@@ -195,7 +198,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def _check_patterns(structure: Structure, ignore: Sequence[str]) -> None:
-    names = [linear.name for linear in structure.linears()] or ["none"]
+    names = [linear.name for linear in structure.linears()]
     kept = [name.removesuffix(".weight") for name in structure.kept]  # so they stay anyway
     for pattern in ignore:
         if not any(_matches(name, [pattern]) for name in (*names, *kept)):

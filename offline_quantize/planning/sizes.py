@@ -10,13 +10,12 @@ import torch
 from offline_quantize import files
 from offline_quantize.errors import Option, QuantizeError, is_out_of_memory, shortened
 from offline_quantize.model.checkpoint import TensorInfo
-from offline_quantize.model.runner import BATCH
+from offline_quantize.model.runner import BATCH, DTYPE
 from offline_quantize.planning.plan import Plan
 from offline_quantize.planning.shards import total_bytes
 
 LIBRARIES_BYTES = 1100 * 2**20  # Python, torch, transformers and matplotlib, imported
 SPARE_DISK_BYTES = 64 * 2**20  # for report, plot, index, manifest and what the file system takes
-HIDDEN_STATE_BYTES = 2  # of an element: bfloat16
 STATES_OF_A_LAYER = 3  # its inputs, its outputs, their gradients
 ACTIVATIONS_OF_A_LAYER = 4  # as wide as the widest input, in bfloat16, at once
 SHARD_COPIES = 2  # safetensors serializes a copy
@@ -83,7 +82,7 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0, processes: int = 1)
     own_tokens = min(calibration_tokens, -(-batches // processes) * BATCH * window)
     widths = [list(layer.input_widths().values()) for layer in plan.layers]
     hessians, factoring = max(map(_encoding_bytes, widths), key=sum)
-    activations = ACTIVATIONS_OF_A_LAYER * HIDDEN_STATE_BYTES * BATCH * window
+    activations = ACTIVATIONS_OF_A_LAYER * DTYPE.itemsize * BATCH * window
     return MemoryEstimate(
         libraries,
         layer,
@@ -136,7 +135,7 @@ def explained_memory_errors(
 
 def state_bytes(plan: Plan, calibration_tokens: int) -> int:
     """Hidden states of all calibration tokens at the input of one layer."""
-    return HIDDEN_STATE_BYTES * calibration_tokens * plan.structure.state_width
+    return DTYPE.itemsize * calibration_tokens * plan.structure.state_width
 
 
 def scratch_bytes(plan: Plan, calibration_tokens: int) -> int:

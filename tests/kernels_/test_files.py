@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from qamw_kernels.files import Stamp, hash_file, leftovers, sha256_of, write_atomically
+from qamw_kernels.errors import FileError
+from qamw_kernels.files import (
+    Stamp,
+    hash_file,
+    is_inside,
+    leftovers,
+    open_regular,
+    sha256_of,
+    write_atomically,
+)
 
 
 def test_a_write_that_fails_keeps_the_old_file(tmp_path: Path) -> None:
@@ -52,3 +61,23 @@ def test_a_hash_is_of_one_version_of_a_file(tmp_path: Path) -> None:
     assert hash_file(file, parts.append) == (digest, Stamp.of(file.stat()))
     assert parts == [2**20, 2**20] and sha256_of(file) == digest
     assert hash_file(file, lambda _: os.utime(file, (1, 1))) == (digest, None)
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """What is refused is closed again."""
+    os.mkfifo(tmp_path / "fifo")
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for path, kind in ((tmp_path, "a directory"), (tmp_path / "fifo", "a FIFO")):
+        with pytest.raises(FileError, match=f"{path}: {kind}, expected a regular file"):
+            open_regular(path)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+@pytest.mark.parametrize("name", ["a", "a/b.c", ".a", "a..b"])
+def test_names_inside_a_directory(name: str) -> None:
+    assert is_inside(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "/a", "..", "../a", "a/../../b", "a\\b"])
+def test_names_that_lead_out_of_a_directory(name: str) -> None:
+    assert not is_inside(name)

@@ -30,7 +30,7 @@ def test_plan(tmp_path: Path, tiny_llama: Path, capsys: pytest.CaptureFixture[st
     text = capsys.readouterr().out
     assert "mixed rates, rotation" in text and "at 4.700 effective" in text
     assert main(["plan", model, "--processes", "2"]) == 0
-    assert " GiB in each of 2 processes, for 16384 tokens" in capsys.readouterr().out
+    assert " GiB in each of 2 processes, for up to 16384 tokens" in capsys.readouterr().out
     assert main(["plan", model, "--bpw", "4", "--calibration", "none", "--quantize-lm-head"]) == 0
     assert ", and the head at 6" in capsys.readouterr().out
     assert main(["plan", model, "--calibration", str(tmp_path / "absent.txt")]) == 2

@@ -110,7 +110,7 @@ class QamwFormat:
     def __post_init__(self) -> None:
         if self.code not in CODES:
             raise FormatError(f"code: expected one of {', '.join(CODES)}, got {self.code!r}")
-        for name, bits in {"index_bits": self.index_bits, **self.layer_index_bits}.items():
+        for name, bits in [("index_bits", self.index_bits), *self.layer_index_bits.items()]:
             if type(bits) is not int or bits not in INDEX_BITS:
                 raise FormatError(
                     f"{name}: index bits must be in {INDEX_BITS.start}..{INDEX_BITS.stop - 1}, "

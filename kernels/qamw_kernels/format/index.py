@@ -1,9 +1,9 @@
 """model.safetensors.index.json: which file holds which tensor."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from qamw_kernels.errors import FormatError
-from qamw_kernels.files import read_json
+from qamw_kernels.files import is_inside, read_json
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -25,15 +25,10 @@ def read_index(directory: Path) -> dict[str, str]:
             f"got {type(weight_map).__name__}"
         )
     for file in weight_map.values():
-        if not isinstance(file, str) or not _is_safe_shard(file):
+        is_shard = isinstance(file, str) and is_inside(file) and file.endswith(".safetensors")
+        if not is_shard:
             raise FormatError(
                 f"{path}: weight_map names {file!r}, "
                 "expected a .safetensors file inside the directory"
             )
     return dict(weight_map)
-
-
-def _is_safe_shard(file: str) -> bool:
-    path = PurePosixPath(file)
-    escapes = path.is_absolute() or ".." in path.parts or "\\" in file
-    return not escapes and path.suffix == ".safetensors"

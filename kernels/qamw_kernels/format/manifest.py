@@ -1,13 +1,13 @@
 """qamw_manifest.json: size and SHA-256 of every file of a checkpoint, see docs/format.md."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from qamw_kernels.errors import FormatError
-from qamw_kernels.files import read_json, sha256_of
+from qamw_kernels.files import is_inside, read_json, sha256_of
 
 MANIFEST = "qamw_manifest.json"
 MANIFEST_VERSION = 1
@@ -105,7 +105,7 @@ def _entries(path: Path, key: str, entries: Any) -> dict[str, FileEntry]:
 
 
 def _entry(path: Path, name: str, entry: Any) -> FileEntry:
-    if not _is_inside(name):
+    if not is_inside(name):
         raise FormatError(f"{path}: {name!r} is not the path of a file inside the directory")
     if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
         raise FormatError(f"{path}: {name} must have bytes and sha256 and nothing else")
@@ -115,8 +115,3 @@ def _entry(path: Path, name: str, entry: Any) -> FileEntry:
     if not isinstance(digest, str) or not _SHA256.fullmatch(digest):
         raise FormatError(f"{path}: sha256 of {name} must be 64 hexadecimal digits, got {digest!r}")
     return FileEntry(digest, size)
-
-
-def _is_inside(name: str) -> bool:
-    parts: Iterable[str] = PurePosixPath(name).parts
-    return bool(name) and not name.startswith("/") and ".." not in parts and "\\" not in name

@@ -51,6 +51,7 @@ def test_mixed_rates_name_both_codebooks() -> None:
         ({"index_bits": "11"}, "got '11'"),
         ({"index_bits": True}, "got True"),
         ({"layer_index_bits": {"a": 5}}, "a: index bits"),
+        ({"index_bits": 99, "layer_index_bits": {"index_bits": 11}}, "index_bits: .* got 99"),
         ({"layer_index_bits": []}, "layer_index_bits must be a JSON object"),
         ({"ignore": "lm_head"}, "ignore must be a JSON array"),
         ({"rotation_block_sizes": {"100": 64}}, "100 inputs cannot be rotated"),

@@ -1,5 +1,6 @@
 """Opening a quantized checkpoint, and what it stands for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from offline_quantize.checkpoints.quantized import (
     open_quantized,
 )
 from offline_quantize.errors import QuantizeError
+from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.format.index import INDEX
 from tests.helpers.checkpoints import change_quantization_config, change_tensor, decoded
@@ -30,6 +32,16 @@ def test_modules_and_their_sizes(calibrated: Path, tiny_llama: Path) -> None:
     assert shape.num_bytes == num_bytes
     assert effective_bits_per_weight(calibrated) == quantized.effective_bits_per_weight
     assert effective_bits_per_weight(tiny_llama) is None
+
+
+def test_multimodal_models_may_say_how_they_are_quantized_in_text_config(
+    calibrated: Path, tmp_path: Path
+) -> None:
+    other = copy_model(calibrated, tmp_path / "other")
+    config = json.loads((other / CONFIG).read_text())
+    config["text_config"] = {"quantization_config": config.pop("quantization_config")}
+    (other / CONFIG).write_text(json.dumps(config))
+    assert effective_bits_per_weight(other) == effective_bits_per_weight(calibrated)
 
 
 def test_only_wanted_tensors_are_decoded(calibrated: Path) -> None:

@@ -11,6 +11,16 @@ from offline_quantize.evaluation.wikitext import detokenized
 from tests.offline.evaluation.texts import PAGES, RAW, tokenizer_of
 
 
+class EmptyTokenizer:
+    """A tokenizer whose vocabulary has no part of any text."""
+
+    def __init__(self, bos_token_id: int) -> None:
+        self.bos_token_id = bos_token_id
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": []}
+
+
 def test_rolling_windows_of_a_long_page(tiny_llama: Path) -> None:
     tokenizer = tokenizer_of(tiny_llama)
     windows = Text(RAW, tokenizer, Bos(1, False, False), 100).windows("lm-eval")
@@ -66,3 +76,7 @@ def test_a_tokenizer_without_bos_cannot_put_it_everywhere(tiny_llama: Path) -> N
     tokenizer.bos_token = None
     with pytest.raises(QuantizeError, match=r"bos='yes': the tokenizer of .* has no BOS token"):
         Bos.choose(tokenizer, "llama", "yes")
+
+
+def test_a_tokenizer_that_finds_no_tokens_has_no_bos_by_itself() -> None:
+    assert str(Bos.choose(EmptyTokenizer(bos_token_id=1), "llama", "auto")) == "none"

@@ -12,6 +12,7 @@ from offline_quantize.cli import main
 from offline_quantize.errors import QuantizeError
 from offline_quantize.evaluation.engines import load_model
 from offline_quantize.model.checkpoint import Checkpoint
+from offline_quantize.model.tied import any_differ
 from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
@@ -80,6 +81,17 @@ def test_fp8_in_blocks(llama: Path) -> None:
     expected = loaded_by_transformers(llama).state_dict()
     for name, tensor in read(llama).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_tensors_are_compared_as_they_are_once_decoded(llama: Path) -> None:
+    """Two that have the same bytes, but other scales, differ."""
+    fp8_checkpoint(llama)
+    one, other = (f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))
+    tensors = load_file(llama / "model.safetensors")
+    change_tensor(llama, other, lambda _: tensors[one])
+    assert any_differ(Checkpoint(llama), [(one, other)])
+    change_tensor(llama, f"{other}_scale_inv", lambda _: tensors[f"{one}_scale_inv"])
+    assert not any_differ(Checkpoint(llama), [(one, other)])
 
 
 @pytest.mark.parametrize("shape", [(70, 100), (128, 64), (3, 5)])

@@ -52,6 +52,8 @@ def test_paths_may_be_strings_and_patterns_a_list() -> None:
         ({"rates": "good"}, "rates='good': expected one of mixed, uniform"),
         ({"calibration_tokens": 99}, "calibration_tokens=99 needs a calibration text"),
         ({"tp_max": 0}, "tp_max=0: expected at least 1"),
+        ({"window_tokens": 1}, "window_tokens=1: expected at least 2"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes=0: expected at least 1"),
     ],
     ids=str,
 )
@@ -85,3 +87,8 @@ def test_a_name_that_is_no_utf_8(tmp_path: Path) -> None:
     """It could be neither in JSON nor in the model card."""
     request = QuantizeRequest(calibration=tmp_path / "te\udcffxt.txt")
     assert request.calibration_name == "te\ufffdxt.txt"
+
+
+def test_no_tokens_are_no_calibration() -> None:
+    with pytest.raises(QuantizeError, match="calibration_tokens=0: expected at least 1"):
+        QuantizeRequest(calibration_tokens=0)

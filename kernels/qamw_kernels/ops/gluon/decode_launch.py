@@ -87,7 +87,7 @@ def fits(
     rate: Rate,
     processor: Processor | None,
 ) -> bool:
-    """Whether the kernel runs on a processor; it takes any number of tokens and inputs."""
+    """Whether the kernel runs on a processor, with any number of inputs and M * N < 2**31."""
     if processor is None or not table.fits(dtype, rate, processor):
         return False
     return shared_bytes(rate, processor.shared_memory) <= processor.shared_memory

@@ -208,7 +208,7 @@ def fits(
     rate: Rate,
     processor: Processor | None,
 ) -> bool:
-    """Whether the kernel runs on a processor; it takes any number of tokens and inputs."""
+    """Whether the kernel runs on a processor, with any number of inputs and M * N < 2**31."""
     hopper = processor is not None and processor.compute_capability == 90
     return hopper and kernels is not None and table.fits(dtype, rate, processor)
 

@@ -56,7 +56,7 @@ GEMM_TILES = {
 }
 # The Hadamard matrix is built and multiplied in pieces of at most this many inputs.
 DEQUANTIZE_WIDTH = 128
-DEQUANTIZE_TILE = Tile(BLOCK_M=0, ROW_TILES=4, num_warps=4, num_stages=1)
+DEQUANTIZE_ROW_TILES = 4  # of a program
 
 
 @functools.cache
@@ -85,16 +85,15 @@ def dequantize_constants(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     """Compile-time arguments of ``dequantize_kernel``, and options of its compiler."""
-    tile = DEQUANTIZE_TILE
     return {
         "INDEX_BITS": rate.index_bits,
         "ENTRY_BITS": rate.entry_bits,
         "B": rotation_block_size,
         "WIDTH": min(max(rotation_block_size, 32), DEQUANTIZE_WIDTH),
         "DTYPE": TL_DTYPES[dtype],
-        "ROW_TILES": tile.ROW_TILES,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "ROW_TILES": DEQUANTIZE_ROW_TILES,
+        "num_warps": 4,
+        "num_stages": 1,
     }
 
 
