@@ -43,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # for terminals without a plus-minus sign
     try:
         args.run(args)
-        sys.stdout.flush()
+        if sys.stdout:  # it may have been closed
+            sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except EndedElsewhereError as error:  # another process prints the message

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offline_quantize.errors import QuantizeError, printable
+from offline_quantize.errors import Option, QuantizeError, printable
 from offline_quantize.files import PROGRESS, REPORT
 from offline_quantize.progress import Progress
 from qamw_kernels.files import write_atomically
@@ -129,6 +129,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for path in (args.json, args.plot):
         if path:
             _check_writable(path)  # known before the work, not after it
+    if args.json and args.json == args.plot:
+        raise QuantizeError(Option("json"), " and ", Option("plot"), f" are both {args.plot}")
     text, device = read_text(args.text), usable_device(args.device)  # before a download
     request = EvaluationRequest(
         reference=resolve_model(args.reference),
@@ -145,12 +147,14 @@ def evaluate(args: argparse.Namespace) -> None:
     with progress_bars(unit="window", delay=1) as progress:
         evaluation = evaluate(request, progress)
     settings = {"engine": args.engine, "dtype": args.dtype}
-    if args.json:
-        content = to_json(evaluation, args.command_line, args.text, request.text, settings)
-        write_report(args.json, content)
-    if args.plot:
-        write_report(args.plot, plot(evaluation))
-    show(table(evaluation, settings))
+    try:
+        if args.json:
+            content = to_json(evaluation, args.command_line, args.text, request.text, settings)
+            write_report(args.json, content)
+        if args.plot:
+            write_report(args.plot, plot(evaluation))
+    finally:  # figures are not lost where a file cannot be written
+        show(table(evaluation, settings))
 
 
 def environment(args: argparse.Namespace) -> None:

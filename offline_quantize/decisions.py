@@ -107,7 +107,7 @@ def _read_tokens(plan: Plan) -> torch.Tensor | None:
         return None
     at_least = MIN_TOKENS if request.calibration_tokens is None else None
     tokens = calibration_windows(
-        directory, request.calibration, plan.calibration_tokens, at_least, request.window_tokens
+        directory, request.calibration, plan.calibration_tokens, at_least, plan.window_tokens
     )
     if tokens.max() >= plan.vocabulary:
         raise QuantizeError(

@@ -2,7 +2,7 @@
 
 import torch
 
-from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.errors import Option, QuantizeError, shortened
 
 
 def usable_device(device: str, local: int = 0) -> torch.device:
@@ -24,7 +24,7 @@ def usable_device(device: str, local: int = 0) -> torch.device:
             torch.cuda.set_device(usable)  # also for other packages' kernels, as mamba_ssm's
         return usable
     except Exception as error:  # torch raises several kinds
-        raise QuantizeError(Option("device", device), f": {error}") from None
+        raise QuantizeError(Option("device", device), f": {shortened(error)}") from None
 
 
 def kind_of(device: torch.device) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ WEIGHT_SUFFIXES = (
     ".ot",
     ".llamafile",
 )
+
+
+def can_be_listed(name: str) -> bool:
+    """Whether a manifest can have a file of this name, and all operating systems a file of it."""
+    is_utf8 = not any("\ud800" <= c <= "\udfff" for c in name)
+    return is_utf8 and not any(c == "\\" or unicodedata.category(c) == "Cc" for c in name)
 
 
 def json_bytes(value: Any) -> bytes:

@@ -135,7 +135,7 @@ def joined() -> Iterator[Ranks]:
         QuantizeError: the environment names several processes, but not how to reach them.
         EndedElsewhereError: in place of an error, where another process has failed before.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
     # Imported here, as not every build of torch has it, and before our process group exists: its

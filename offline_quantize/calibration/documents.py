@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from offline_quantize.errors import QuantizeError, printable, shortened
 from offline_quantize.model.chat_template import render_chats
+from qamw_kernels.errors import FileError
 from qamw_kernels.files import parse_json
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
@@ -57,9 +58,8 @@ def read_documents(path: Path) -> list[Document]:
     "tools": see :class:`Chat`. Other keys and empty lines are ignored.
 
     Raises:
-        QuantizeError: no such file, not UTF-8, no document in it, or a line has other content;
-            names file and line.
-        FileError: a line is not a JSON object; names file and line.
+        QuantizeError: no such file, not UTF-8, no document in it, or a line is no JSON object or
+            has other content; names file and line.
     """
     text = read_text(path)
     if path.suffix.lower() not in JSON_LINES:
@@ -72,7 +72,10 @@ def read_documents(path: Path) -> list[Document]:
 
 
 def _document(line: str, place: str) -> Document:
-    values = parse_json(line.encode(), Path(place))
+    try:
+        values = parse_json(line.encode(), Path(place))
+    except FileError as error:
+        raise QuantizeError(f"{error}; expected a JSON object on every line") from None
     text, messages, tools = values.get(TEXT), values.get(CHAT), values.get("tools")
     if isinstance(text, str) and messages is None:
         return text

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from offline_quantize.files import can_be_listed
 from qamw_kernels.errors import FileError
 from qamw_kernels.files import open_regular, sha256_of
 from qamw_kernels.format.manifest import MANIFEST, Manifest
@@ -36,7 +37,7 @@ def find_files(directory: Path) -> tuple[set[str], list[str]]:
 
 def _fault(path: Path, name: str) -> str:
     """What is wrong with a file itself, whatever its bytes are; empty where nothing is."""
-    if not name.isprintable() or "\\" in name:  # also what is not UTF-8
+    if not can_be_listed(name):
         return f"{str(path)!r}: a name that some operating systems do not allow"
     if name not in _NOT_LISTED and any(part.startswith(".") for part in name.split("/")):
         return f"{path}: a hidden file, expected none in a checkpoint"

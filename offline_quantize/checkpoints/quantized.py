@@ -8,7 +8,7 @@ import torch
 
 from offline_quantize.checkpoints.headers import find_modules, header_faults
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import CONFIG, check_finished
+from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint
 from qamw_kernels.codec.decode import decode_checked
 from qamw_kernels.errors import FormatError
@@ -124,7 +124,6 @@ def open_quantized(directory: Path) -> QuantizedCheckpoint:
     Raises:
         QuantizeError: unfinished, or :meth:`QuantizedCheckpoint.of` refuses it.
     """
-    check_finished(directory)
     return QuantizedCheckpoint.of(Checkpoint(directory))
 
 
@@ -139,7 +138,6 @@ def effective_bits_per_weight(directory: Path) -> float | None:
     checkpoint = Checkpoint(directory)
     if checkpoint.quantization.get("quant_method") != QUANT_METHOD:
         return None
-    check_finished(directory)
     return QuantizedCheckpoint.of(checkpoint).effective_bits_per_weight
 
 

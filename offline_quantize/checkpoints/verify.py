@@ -5,6 +5,7 @@ build on earlier ones: files as the manifest lists them; headers as the format d
 tensors that the architecture wants; values; then input scales that layers share.
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from offline_quantize.checkpoints.quantized import QuantizedCheckpoint, open_qua
 from offline_quantize.errors import Option, QuantizeError
 from offline_quantize.files import check_finished, json_bytes
 from offline_quantize.model.analysis import find_structure
+from offline_quantize.model.copied import module_folders
 from offline_quantize.model.structure import InputGroup, Structure
 from qamw_kernels.errors import QamwError
 from qamw_kernels.files import write_atomically
@@ -93,7 +95,12 @@ def _shard_faults(quantized: QuantizedCheckpoint, files: set[str]) -> list[str]:
     directory, tensors = quantized.directory, quantized.checkpoint.tensors
     shards = {info.file for info in tensors.values()}
     faults = [f"{directory / f}: a shard that is not in {MANIFEST}" for f in shards - files]
-    weights = {file for file in files if file.endswith(".safetensors")}
+    modules = module_folders(directory)  # with weights of their own
+    weights = {
+        file
+        for file in files
+        if file.endswith(".safetensors") and os.path.dirname(file) not in modules
+    }
     faults += [f"{directory / file}: not in {INDEX}" for file in weights - shards]
     if (directory / INDEX).is_file():
         indexed = set(read_index(directory))

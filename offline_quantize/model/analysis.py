@@ -85,6 +85,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         tied={name: tensor_map.tensor_of(name) for name in needed},
         stored_twice=tensor_map.stored_twice(),
         architecture=type(model).__name__,
+        context=shared_setting(model.config.get_text_config(), "max_position_embeddings"),
         state_width=calls[0].hidden.numel() // TRACED_TOKENS,
         expected=tensor_map.expected,
         stacks=tensor_map.stacks,

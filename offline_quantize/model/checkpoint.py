@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from offline_quantize.errors import QuantizeError, explained
-from offline_quantize.files import CARD, CONFIG, SINGLE, WEIGHT_SUFFIXES
+from offline_quantize.files import CARD, CONFIG, SINGLE, WEIGHT_SUFFIXES, check_finished
 from offline_quantize.model.copied import copied_files
 from offline_quantize.model.encoded import find_encoding
 from offline_quantize.model.encoded_tensor import Encoded
@@ -79,9 +79,10 @@ class Checkpoint:
 
         Raises:
             FileError, FormatError: config.json or the index cannot be understood.
-            QuantizeError: a shard is missing or cannot be read, or they contradict each other or
-                config.json.
+            QuantizeError: the run that writes it is unfinished; a shard is missing or cannot be
+                read; or shards contradict each other or config.json.
         """
+        check_finished(directory)
         self.directory = directory
         self.name = _model_name(directory)
         self.sources = Sources(directory)
@@ -122,7 +123,13 @@ class Checkpoint:
         """The index: name of a tensor -> its file. None where one file holds all."""
         if (self.directory / INDEX).exists():
             self.sources.note(INDEX)
-            return read_index(self.directory)
+            weight_map = read_index(self.directory)
+            if (self.directory / SINGLE).exists() and SINGLE not in weight_map.values():
+                raise QuantizeError(
+                    f"{self.directory}: {INDEX} names other files than {SINGLE}, which is there "
+                    "too; vLLM would read those, and transformers this: remove what does not belong"
+                )
+            return weight_map
         if not (self.directory / SINGLE).exists():
             raise QuantizeError(self._no_weights())
         return None

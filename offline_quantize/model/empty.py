@@ -74,7 +74,7 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
     """
     config = transformers_config(checkpoint)
     unsupported = f"{checkpoint.directory / CONFIG}: unsupported architecture"
-    model_class = _model_class(config)
+    model_class = _model_class(config, unsupported)
     if model_class is None:
         names = [config.model_type, *map(str, config.architectures or ())]
         raise QuantizeError(
@@ -93,16 +93,27 @@ def build_empty_model(checkpoint: Checkpoint) -> tuple[Any, TensorMap]:
     return model.eval(), tensor_map
 
 
-def _model_class(config: Any) -> Any:
-    """The class that config.json names, or else transformers' own choice; None if it has none."""
+def _model_class(config: Any, unsupported: str) -> Any:
+    """The class that config.json names, or else transformers' own choice; None if it has none.
+
+    Args:
+        unsupported: begins the message.
+    Raises:
+        QuantizeError: it names the class of another kind of model.
+    """
     import transformers
 
     listed = config.architectures if isinstance(config.architectures, list) else []
     for name in listed[:1]:
         found: Any = getattr(transformers, str(name), None)
-        known = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-        if known and isinstance(config, found.config_class or ()):
-            return found
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            if isinstance(config, found.config_class or ()):
+                return found
+            raise QuantizeError(
+                f"{unsupported}: architectures has {name}, but model_type is "
+                f"{config.model_type!r}: transformers would go by the latter, and vLLM by the "
+                "former"
+            )
     for mapping in (
         transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
         transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,

@@ -171,6 +171,7 @@ class Structure:
             where only the head has one -> the tensor of another parameter that they use.
         stored_twice: pairs of tensors that config.json says are one.
         architecture: the model's class in transformers.
+        context: the most tokens that the model can read; None where config.json has no number.
         state_width: numbers of the hidden states of one token at a layer's input; more than the
             hidden size where a token has several states (Gemma 3n, DeepSeek-V4).
         expected: name -> shape of every tensor that a checkpoint must have.
@@ -192,6 +193,7 @@ class Structure:
     tied: Mapping[str, str]
     stored_twice: tuple[tuple[str, str], ...]
     architecture: str
+    context: int | None
     state_width: int
     expected: Mapping[str, tuple[int, ...]]
     stacks: Mapping[str, Stack]

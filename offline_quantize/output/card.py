@@ -1,5 +1,8 @@
 """The model card of a quantized checkpoint, the same for the same request."""
 
+import json
+import re
+
 from offline_quantize.files import PLOT, REPORT
 from offline_quantize.output.report import Report
 from offline_quantize.planning.plan import HEAD_INDEX_BITS, Plan
@@ -14,7 +17,7 @@ def model_card(plan: Plan, report: Report) -> str:
     worst = "\n".join(f"- {line}" for line in report.worst_layers)
     sizes = ", ".join(map(str, report.tensor_parallel_sizes))
     return f"""---
-base_model: {name}
+base_model: {_yaml(name)}
 library_name: vllm
 tags: [qamw]
 ---
@@ -38,6 +41,11 @@ Largest errors (all layers in {REPORT} and {PLOT}):
 
 {worst}
 """
+
+
+def _yaml(text: str) -> str:
+    """A string in YAML, quoted where it must be: a directory may have any name."""
+    return text if re.fullmatch(r"[A-Za-z0-9][\w./-]*", text) else json.dumps(text)
 
 
 def _head(plan: Plan) -> str:

@@ -21,7 +21,7 @@ from offline_quantize.files import CONFIG, LOCK, PROGRESS, STATE, check_finished
 from offline_quantize.output.journal import Journal
 from offline_quantize.output.lock import locked
 from qamw_kernels.errors import TensorError
-from qamw_kernels.files import TEMPORARY, sync, write_atomically
+from qamw_kernels.files import leftovers, sync, write_atomically
 from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST, FileEntry, Manifest
 
@@ -93,10 +93,18 @@ class Output:
         Args:
             source: the directory that is read.
         Raises:
-            QuantizeError: the directory is ``source`` or inside it; it has content but is not to be
+            QuantizeError: the directory is ``source`` or inside it; its path is not UTF-8, or a
+                link to itself; it has content but is not to be
                 resumed; or it is to be resumed and holds no unfinished run.
         """
-        if source.resolve() in (directory.resolve(), *directory.resolve().parents):
+        try:
+            target = directory.resolve()
+            str(target).encode()  # safetensors reads no other
+        except UnicodeEncodeError:
+            raise QuantizeError(f"{directory}: its path is not UTF-8") from None
+        except (OSError, RuntimeError):  # which of them depends on the version of Python
+            raise QuantizeError(f"{directory}: a link that leads to itself") from None
+        if source.resolve() in (target, *target.parents):
             raise QuantizeError(
                 f"{directory}: the output must not be the model's own directory, nor inside it"
             )
@@ -224,9 +232,8 @@ def _is_blank(directory: Path) -> bool:
     """Whether it is empty, or holds only what a run left that died before its first progress."""
     if not directory.is_dir():
         return False
-    return all(
-        path.name in (LOCK, STATE) or path.name.endswith(TEMPORARY) for path in directory.iterdir()
-    )
+    left = leftovers(directory)
+    return all(path.name in (LOCK, STATE) or path in left for path in directory.iterdir())
 
 
 def _check_new(directory: Path) -> None:

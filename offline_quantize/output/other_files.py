@@ -1,6 +1,7 @@
 """What a quantized checkpoint has besides its shards."""
 
 import functools
+import logging
 import os
 import shutil
 from importlib.metadata import version
@@ -27,6 +28,8 @@ from offline_quantize.planning.plan import Plan
 from qamw_kernels.format.index import INDEX
 from qamw_kernels.format.manifest import MANIFEST
 
+logger = logging.getLogger(__name__)
+
 
 def check_copies(plan: Plan, out: Path) -> None:
     """Refuse, before any work, files of the model that could not be copied into ``out``.
@@ -36,9 +39,16 @@ def check_copies(plan: Plan, out: Path) -> None:
     """
     written = {CONFIG, INDEX, MANIFEST, REPORT, PLOT, CARD, BASE_CARD}
     written |= {shard.file for shard in plan.shards}
+    others = plan.checkpoint.other_files()
+    for file in others:
+        if file in (REPORT, PLOT) or (file == BASE_CARD and CARD in others):
+            logger.warning(
+                "%s is not copied: a file of the result has this name",
+                plan.checkpoint.directory / file,
+            )
     parent = existing_parent(out)
     longest = {kind: os.pathconf(parent, kind) for kind in ("PC_NAME_MAX", "PC_PATH_MAX")}
-    for file in plan.checkpoint.other_files():
+    for file in others:
         path, parts = plan.checkpoint.directory / file, Path(file).parts
         if len(parts) > 1 and parts[0] in written:
             raise QuantizeError(
@@ -62,8 +72,10 @@ def write_other_files(plan: Plan, output: Output, num_tokens: int) -> Report:
         num_tokens: calibration tokens that were read.
     """
     source = plan.checkpoint
-    for file in source.other_files():
-        if file == MANIFEST:  # of a model that was dequantized
+    others = source.other_files()
+    for file in others:
+        # The manifest is that of a model that was dequantized.
+        if file in (MANIFEST, REPORT, PLOT) or (file == BASE_CARD and CARD in others):
             continue
         target = BASE_CARD if file == CARD else file
         output.write(target, functools.partial(shutil.copyfile, source.directory / file))

@@ -5,6 +5,7 @@ A plan is decided from config.json and the headers of the shards; no tensor is r
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -30,7 +31,7 @@ from offline_quantize.planning.selection import (
 from offline_quantize.planning.served import as_served
 from offline_quantize.planning.shards import Shard, make_shards
 from qamw_kernels.format.codebook import INDEX_BITS
-from qamw_kernels.format.config import QamwFormat, layer_tensors, role_of
+from qamw_kernels.format.config import QUANT_METHOD, QamwFormat, layer_tensors, role_of
 from qamw_kernels.format.rates import (
     MIN_BITS_PER_WEIGHT,
     QuantizedShape,
@@ -168,6 +169,11 @@ class Plan:
         return self.request.calibration_tokens or self.request.default_tokens(self.widest)
 
     @property
+    def window_tokens(self) -> int:
+        """Tokens of the calibration text that are read together."""
+        return min(self.request.window_tokens, self.structure.context or sys.maxsize)
+
+    @property
     def vocabulary_tensor(self) -> str:
         """The weight with a row for every token: of the head, or of the embeddings without one."""
         return self.structure.head_source or self.structure.embeddings
@@ -270,6 +276,11 @@ def _head_rate(head: Linear | None) -> dict[str, int]:
 
 def _check_decodable(checkpoint: Checkpoint) -> None:
     """Refuse what another method quantized, unless it is decoded while it is read."""
+    if checkpoint.quantization.get("quant_method") == QUANT_METHOD:
+        raise QuantizeError(
+            f"{checkpoint.directory}: already a QAM-W checkpoint; start from the original model"
+            f"{checkpoint.base_model()}, or from what qamw dequantize makes of this one"
+        )
     if checkpoint.quantization and not checkpoint.encoding:
         raise QuantizeError(
             f"{checkpoint.directory}: already quantized with {describe(checkpoint.quantization)}, "

@@ -59,7 +59,7 @@ class QuantizeRequest:
         quantize_lm_head: also quantize the head, at 6 bits per weight; it no longer shares its
             weight with the embeddings.
         max_shard_bytes: largest output file, unless one layer or tensor is larger.
-        window_tokens: tokens of the calibration text that are read together.
+        window_tokens: tokens of the calibration text that are read together, at most.
         balance_scales: False encodes with input scales of one, for comparisons.
     """
 

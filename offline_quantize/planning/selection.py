@@ -4,6 +4,7 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 
 from offline_quantize.errors import Option, QuantizeError
+from offline_quantize.files import CONFIG
 from offline_quantize.model.checkpoint import Checkpoint, TensorInfo
 from offline_quantize.model.structure import DecoderLayer, InputGroup, Linear, Structure
 from offline_quantize.model.tied import any_differ
@@ -173,11 +174,22 @@ def check_tensors(
 
 
 def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
-    """The architecture name under which vLLM looks up its model class."""
+    """The architecture name under which vLLM looks up its model class.
+
+    Raises:
+        QuantizeError: config.json names one that neither vLLM nor transformers knows.
+    """
     listed = checkpoint.config.get("architectures")
     names = list(map(str, listed)) if isinstance(listed, list) else []
     names = names or [structure.architecture]
-    return name_in_vllm(names) or names[0]
+    if known := name_in_vllm(names):
+        return known
+    if names[0] != structure.architecture:  # transformers goes by model_type
+        raise QuantizeError(
+            f"{checkpoint.directory / CONFIG}: unsupported architecture {names[0]}: expected one "
+            f"that vLLM or transformers knows, such as {structure.architecture}"
+        )
+    return names[0]
 
 
 def _check_unserved_head(checkpoint: Checkpoint, structure: Structure, architecture: str) -> None:

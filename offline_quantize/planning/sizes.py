@@ -77,7 +77,7 @@ def estimate_memory(plan: Plan, calibration_tokens: int = 0, processes: int = 1)
     if not calibration_tokens:
         return MemoryEstimate(libraries, layer, shards)
 
-    window = plan.request.window_tokens
+    window = plan.window_tokens
     batches = -(-calibration_tokens // (BATCH * window))
     own_tokens = min(calibration_tokens, -(-batches // processes) * BATCH * window)
     widths = [list(layer.input_widths().values()) for layer in plan.layers]

@@ -169,7 +169,10 @@ def test_refused_before_any_work(tmp_path: Path, tiny_llama: Path, calibrated: P
     refused("nor inside it", out=tiny_llama / "nested" / "out")
     refused("device='nonsense': ", device="nonsense")
     refused("device='meta': expected auto, cpu or cuda", device="meta")
-    refused("already quantized with qamw", model=calibrated)
+    refused("already a QAM-W checkpoint; start from the original model", model=calibrated)
+    refused("its path is not UTF-8", out=tmp_path / "\udcff")
+    (tmp_path / "loop").symlink_to("loop")
+    refused("loop: a link that leads to itself", out=tmp_path / "loop")
     least = r"bpw=3.01: expected at least 3\.\d+: 3 for indices and the rest for norms"
     refused(least, bpw=3.01, calibration=DEFAULT_TEXT)
     refused(r"ignore=\['\*.nothing'\] matches no linear layer", ignore=["*.nothing"])

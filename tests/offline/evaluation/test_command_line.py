@@ -46,6 +46,13 @@ def test_command_line(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert plot.read_bytes().startswith(b"\x89PNG")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["eval.json", "eval.png", "out", "text.txt"]  # nothing half-written
+    arguments[arguments.index(str(report))] = str(plot)
+    assert main(arguments) == 2
+    assert f"--json and --plot are both {plot}" in capsys.readouterr().err
+    arguments[arguments.index(str(plot))] = "/dev/full"
+    assert main(arguments) == 2
+    printed, error = capsys.readouterr()
+    assert "noise floor" in printed and "/dev/full: No space left" in error
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offline_quantize.errors import QuantizeError
-from offline_quantize.files import SINGLE
+from offline_quantize.files import PROGRESS, SINGLE
 from offline_quantize.model.checkpoint import Checkpoint, resolve_model
 from offline_quantize.pipeline import quantize
+from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.errors import QamwError, TensorError
 from qamw_kernels.format.index import INDEX
@@ -59,6 +60,22 @@ def test_a_pickle_is_not_read(model: Path) -> None:
 def test_shards_without_index(model: Path) -> None:
     (model / SINGLE).rename(model / "model-00001-of-00002.safetensors")
     assert_refused(model, "model-00001-of-00002.safetensors.*can only be read with the index")
+
+
+def test_two_sets_of_weights(model: Path) -> None:
+    """transformers would read the single file, and vLLM what the index names."""
+    other = "model-00001-of-00001.safetensors"
+    index = {"weight_map": dict.fromkeys(Checkpoint(model).tensors, other)}
+    (model / other).write_bytes((model / SINGLE).read_bytes())
+    (model / INDEX).write_text(json.dumps(index))
+    assert_refused(model, f"{INDEX} names other files than {SINGLE}, which is there too")
+    (model / SINGLE).unlink()
+    make_plan(model)
+
+
+def test_an_unfinished_run(model: Path) -> None:
+    (model / PROGRESS).touch()
+    assert_refused(model, "model: unfinished: continue qamw quantize")
 
 
 def test_a_truncated_shard(model: Path) -> None:

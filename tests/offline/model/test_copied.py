@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from offline_quantize.checkpoints.verify import verify
 from offline_quantize.errors import QuantizeError
 from offline_quantize.model.copied import MAX_DEPTH, copied_files
+from offline_quantize.pipeline import quantize
+from offline_quantize.planning.request import QuantizeRequest
+from tests.helpers.models import copy_model
 
 
 def touch(directory: Path, *files: str) -> None:
@@ -33,17 +37,35 @@ def test_what_holds_no_weights_is_copied(tmp_path: Path) -> None:
     assert copied_files(tmp_path) == copied
 
 
-@pytest.mark.parametrize("name", ["a\\b", "a\nb", "\x1b[31m"])
+def test_modules_behind_the_model_keep_their_weights(tmp_path: Path) -> None:
+    """Pooling and dense layers of sentence-transformers, as EmbeddingGemma has them."""
+    dense, other = "2_Dense/model.safetensors", "onnx/model.onnx"
+    touch(tmp_path, "model.safetensors", "1_Pooling/config.json", dense, other)
+    assert copied_files(tmp_path) == ["1_Pooling/config.json"]
+    (tmp_path / "modules.json").write_text(
+        '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {}, 5]'
+    )
+    assert copied_files(tmp_path) == ["1_Pooling/config.json", dense, "modules.json"]
+    for content in ("{}", "[", "null", '{"path": "2_Dense"}'):  # a file of something else
+        (tmp_path / "modules.json").write_text(content)
+        assert copied_files(tmp_path) == ["1_Pooling/config.json", "modules.json"]
+
+
+@pytest.mark.parametrize("name", ["a\\b", "a\nb", "\x1b[31m", "\udcff.txt"])
 def test_names_that_no_manifest_can_list(tmp_path: Path, name: str) -> None:
     touch(tmp_path, name)
-    with pytest.raises(QuantizeError, match="a backslash or a control character in its name"):
+    message = "its name is not UTF-8, or has a backslash or a control character; rename"
+    with pytest.raises(QuantizeError, match=message):
         copied_files(tmp_path)
 
 
-def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
-    touch(tmp_path, "\udcff.txt")
-    with pytest.raises(QuantizeError, match="its name is not UTF-8"):
-        copied_files(tmp_path)
+@pytest.mark.parametrize("name", ["3.00\u202fPM.png", "説明\u3000書.txt", "\ue000", "\U0001fadf"])
+def test_unusual_names_are_copied_and_verified(tmp_path: Path, tiny_llama: Path, name: str) -> None:
+    """Whatever Python's tables of Unicode say of them."""
+    model = copy_model(tiny_llama, tmp_path / "model")
+    (model / name).touch()
+    quantize(model, tmp_path / "out", QuantizeRequest(calibration=None))
+    assert (tmp_path / "out" / name).exists() and verify(tmp_path / "out")
 
 
 def test_deep_folders_and_links_in_a_circle(tmp_path: Path) -> None:
@@ -62,4 +84,5 @@ def test_deep_folders_and_links_in_a_circle(tmp_path: Path) -> None:
     (circle / "a").unlink()
     (circle / "b").unlink()
     (circle / "folder").symlink_to(circle)
-    assert copied_files(circle) == []
+    with pytest.raises(QuantizeError, match="folder: a link to a folder; replace it with a copy"):
+        copied_files(circle)

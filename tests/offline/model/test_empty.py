@@ -36,6 +36,17 @@ def test_what_is_no_text_model_is_refused_in_one_line(
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
+def test_architectures_and_model_type_agree(tmp_path: Path, tiny_llama: Path) -> None:
+    """vLLM goes by the one, and transformers by the other."""
+    model = changed(tiny_llama, tmp_path / "other", architectures=["Qwen2ForCausalLM"])
+    message = "architectures has Qwen2ForCausalLM, but model_type is 'llama'"
+    with pytest.raises(QuantizeError, match=message):
+        make_plan(model)
+    model = changed(tiny_llama, tmp_path / "unknown", architectures=["FooForCausalLM"])
+    with pytest.raises(QuantizeError, match="unsupported architecture FooForCausalLM: expected"):
+        make_plan(model)
+
+
 def test_an_unknown_architecture_is_refused_by_name(tmp_path: Path, tiny_llama: Path) -> None:
     model = changed(tiny_llama, tmp_path / "model", model_type="llama99")
     expected = "config.json: unsupported architecture: model_type is 'llama99', expected one that"

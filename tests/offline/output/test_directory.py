@@ -120,3 +120,11 @@ def test_who_may_read(tmp_path: Path) -> None:
         os.umask(umask)
     assert (tmp_path / "figures.json").stat().st_mode & 0o777 == 0o600
     assert (tmp_path / "out" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def test_files_of_others_are_not_taken_for_leftovers(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.partial").touch()
+    with pytest.raises(QuantizeError, match="a new or empty directory was expected"):
+        Output.check_target(out, tmp_path / "model", resume=False)
