@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # for terminals without a plus-minus sign
     try:
         args.run(args)
-        if sys.stdout:  # it may have been closed
-            sys.stdout.flush()
+        print(end="", flush=True)  # also if standard output is closed
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except EndedElsewhereError as error:  # another process prints the message

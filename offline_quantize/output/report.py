@@ -5,7 +5,7 @@ Report and plot are the same bytes for the same request.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +66,11 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of qamw_report.json; without ``output_nmse`` where that is None."""
-        entry = {
-            "name": self.name,
-            "shape": list(self.shape),
-            "index_bits": self.index_bits,
-            "rotation_block_size": self.rotation_block_size,
-            "effective_bits_per_weight": self.effective_bits_per_weight,
-            "sqnr_db": self.sqnr_db,
-            "nmse": self.nmse,
-        }
-        return entry if self.output_nmse is None else entry | {"output_nmse": self.output_nmse}
+        entry = asdict(self)
+        return {key: entry[key] for key in entry if key != "output_nmse" or entry[key] is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """A whole run.
 
@@ -93,10 +85,10 @@ class Report:
         effective_bits_per_weight: all stored bytes of the quantized decoder layers.
         quantized_weights: number of weights in them.
         source_bytes: of the model's tensors, as they are on disk.
+        source_encoding: how the model was quantized before; empty for a plain one.
         output_bytes: of the tensors that were written.
         tensor_parallel_sizes: that the result can be served with.
         layers: every quantized linear, the head last.
-        source_encoding: how the model was quantized before; empty for a plain one.
     """
 
     qamw_version: str
@@ -109,10 +101,10 @@ class Report:
     effective_bits_per_weight: float
     quantized_weights: int
     source_bytes: int
+    source_encoding: str = ""
     output_bytes: int
     tensor_parallel_sizes: tuple[int, ...]
     layers: tuple[LayerReport, ...]
-    source_encoding: str = ""
 
     @property
     def error_name(self) -> str:
@@ -140,21 +132,12 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of qamw_report.json."""
-        encoding = {"source_encoding": self.source_encoding} if self.source_encoding else {}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        del values["layers"]  # they come last
+        if not self.source_encoding:
+            del values["source_encoding"]
         return {
-            "qamw_version": self.qamw_version,
-            "calibration": self.calibration,
-            "calibration_tokens": self.calibration_tokens,
-            "encoder": self.encoder,
-            "code": self.code,
-            "rates": self.rates,
-            "nominal_bits_per_weight": self.nominal_bits_per_weight,
-            "effective_bits_per_weight": self.effective_bits_per_weight,
-            "quantized_weights": self.quantized_weights,
-            "source_bytes": self.source_bytes,
-            **encoding,
-            "output_bytes": self.output_bytes,
-            "tensor_parallel_sizes": list(self.tensor_parallel_sizes),
+            **values,
             "not_reached": self.not_reached,
             "worst_layers": self.worst_layers,
             "layers": [layer.to_dict() for layer in self.layers],

@@ -8,7 +8,19 @@ from offline_quantize.output.report import LayerReport, Report
 
 LAYER = LayerReport("model.layers.0.mlp.up_proj", (64, 128), 11, 128, 5.9, 30.0, 1e-3, 2e-4)
 REPORT = Report(
-    "1", "text.txt", 512, "feedback", "plain", "mixed", 5.5, 5.9, 8192, 16384, 6000, (1, 2), ()
+    qamw_version="1",
+    calibration="text.txt",
+    calibration_tokens=512,
+    encoder="feedback",
+    code="plain",
+    rates="mixed",
+    nominal_bits_per_weight=5.5,
+    effective_bits_per_weight=5.9,
+    quantized_weights=8192,
+    source_bytes=16384,
+    output_bytes=6000,
+    tensor_parallel_sizes=(1, 2),
+    layers=(),
 )
 
 
@@ -33,5 +45,6 @@ def test_report_on_disk_has_every_key_in_order(calibrated: Path) -> None:
     layers = tuple(map(LayerReport.from_dict, report["layers"]))
     rest = {k: v for k, v in report.items() if k not in ("not_reached", "worst_layers")}
     sizes = tuple(report["tensor_parallel_sizes"])
-    again = Report(**{**rest, "layers": layers, "tensor_parallel_sizes": sizes}).to_dict()
+    made = Report(**{**rest, "layers": layers, "tensor_parallel_sizes": sizes})
+    again = json.loads(json.dumps(made.to_dict()))
     assert again == report and list(again) == list(report)
