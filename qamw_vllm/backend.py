@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -43,11 +44,16 @@ def choose_backend(
         interpreted: whether Triton's interpreter runs the kernels; None to find out.
 
     Raises:
-        BackendError: another platform, an unknown value, or ``triton`` on the CPU without the
-            interpreter.
+        BackendError: another platform, an unknown value, ``triton`` on the CPU without the
+            interpreter, or results on CUDA are to be the same in every batch.
     """
     platform = current_platform if platform is None else platform
     if platform.is_cuda():
+        if envs.VLLM_BATCH_INVARIANT:
+            raise BackendError(
+                "VLLM_BATCH_INVARIANT=1: the kernels of qamw depend on the number of tokens, so "
+                "results differ in their last bits"
+            )
         return "triton"
     if not platform.is_cpu():
         raise BackendError(f"qamw runs on CUDA and on the CPU, not on {platform.device_name}")

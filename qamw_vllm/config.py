@@ -273,7 +273,7 @@ class QamwConfig(QuantizationConfig):
             return QamwOnlineMoEMethod(layer, prefix, self.online_plan, self.summary, self.backend)
         first = f"{prefix}.0."  # the first expert's matrices, whatever they are called
         ignored = [x.removeprefix(first) for x in self.format.ignore if x.startswith(first)]
-        if len(ignored) == 3:
+        if len(ignored) == (3 if layer.moe_config.is_act_and_mul else 2):
             return None
         if ignored:
             raise FormatError(

@@ -52,3 +52,10 @@ def check_exchange(parallel: Any, prefix: str) -> None:
             f"{prefix}: all2all_backend={parallel.all2all_backend!r} does not support packed "
             f"experts, expected {EXCHANGES[0]!r}"
         )
+    # vLLM then leaves the exchange to its own kernels, which cannot multiply with packed experts.
+    alone = parallel.dp_size == 1 and not parallel.is_sequence_parallel
+    if parallel.use_ep and getattr(parallel, "pcp_size", 1) > 1 and alone:
+        raise BackendError(
+            f"{prefix}: prefill context parallelism with expert parallelism does not support "
+            "packed experts, expected one of the two"
+        )

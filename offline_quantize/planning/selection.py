@@ -184,7 +184,8 @@ def vllm_architecture(checkpoint: Checkpoint, structure: Structure) -> str:
     names = names or [structure.architecture]
     if known := name_in_vllm(names):
         return known
-    if names[0] != structure.architecture:  # transformers goes by model_type
+    # transformers goes by model_type; it spells MPTForCausalLM in another way.
+    if names[0].lower() != structure.architecture.lower():
         raise QuantizeError(
             f"{checkpoint.directory / CONFIG}: unsupported architecture {names[0]}: expected one "
             f"that vLLM or transformers knows, such as {structure.architecture}"

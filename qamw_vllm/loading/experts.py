@@ -63,6 +63,7 @@ class ExpertsLoader:
         self._rated: set[str] = set()  # w13, w2: those of which planes have arrived
         self.dummy = loads_dummy_weights()
         self.arrived: set[tuple[int, str, str]] = set()  # expert on this rank, shard id, tensor
+        self._is_reload = False
 
     def wrap(self, load_weights: LayerLoadWeights) -> LayerLoadWeights:
         """vLLM's loader of the whole layer, changed to accept the planes of one expert.
@@ -174,9 +175,17 @@ class ExpertsLoader:
         Afterwards the arrivals are forgotten, so that a later reload is checked too.
 
         Raises:
-            TensorError: names the tensor, what was expected and what was found.
+            TensorError: names the tensor, what was expected and what was found; or experts with
+                biases are reloaded.
         """
         plain = self.form.index_bits is None
+        if self._is_reload and not plain and hasattr(self.layer, "w13_bias"):
+            # The model writes them into parameters that have no memory during a reload.
+            raise TensorError(
+                f"{self.prefix}: vLLM does not reload the biases of experts; start it again with "
+                "the other checkpoint"
+            )
+        self._is_reload = True
         if self.dummy:
             for stem in () if plain else MATRICES:
                 parameters = (getattr(self.layer, f"{stem}_{suffix}") for suffix in LAYER_TENSORS)

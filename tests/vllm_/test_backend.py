@@ -41,8 +41,12 @@ def test_cpu_backend_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("TRITON_INTERPRET")
 
 
-def test_other_platforms() -> None:
+def test_other_platforms(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend(platform=platform("cuda")) == "triton"
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert choose_backend(platform=platform("cpu"), interpreted=False) == "decode"
+    with pytest.raises(BackendError, match="VLLM_BATCH_INVARIANT=1: the kernels of qamw depend"):
+        choose_backend(platform=platform("cuda"))
     with pytest.raises(BackendError, match="qamw runs on CUDA and on the CPU, not on tpu"):
         choose_backend(platform=platform("tpu"))
 

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,7 +116,8 @@ def test_model_prefixes_are_mapped() -> None:
 
 def test_experts_are_ignored_together() -> None:
     prefix = "model.layers.0.mlp.experts"
-    layer = torch.nn.Module.__new__(RoutedExperts)  # of which only the class matters
+    layer = torch.nn.Module.__new__(RoutedExperts)  # of which only the class and this matter
+    layer.moe_config = SimpleNamespace(is_act_and_mul=True)
     names = [f"{prefix}.0.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
     config = QamwConfig(QamwFormat(BITS, {}, ignore=tuple(names)))
     assert config.get_quant_method(layer, prefix) is None
@@ -123,3 +125,5 @@ def test_experts_are_ignored_together() -> None:
     message = r"together, but config.json ignores only up_proj, down_proj"
     with pytest.raises(FormatError, match=message):
         config.get_quant_method(layer, prefix)
+    layer.moe_config.is_act_and_mul = False  # Nemotron-H has no gate
+    assert config.get_quant_method(layer, prefix) is None

@@ -144,6 +144,8 @@ def test_biases_and_gates_that_take_turns(monkeypatch: pytest.MonkeyPatch) -> No
     set_biases(layer, generator)
     layer.quant_method.process_weights_after_loading(layer)
     assert_computes(layer, decoded(weights), generator)
+    with pytest.raises(TensorError, match="vLLM does not reload the biases of experts"):
+        layer.quant_method._loader.check_loaded()
 
 
 @needs_cpu

@@ -35,13 +35,21 @@ def test_ranks_of_vllm_sum_and_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_exchanges_with_kernels_of_their_own_are_refused() -> None:
-    parallel = SimpleNamespace(use_all2all_kernels=True, all2all_backend="deepep_low_latency")
+    several = {"use_ep": True, "dp_size": 2, "pcp_size": 1, "is_sequence_parallel": False}
+    parallel = SimpleNamespace(
+        use_all2all_kernels=True, all2all_backend="deepep_low_latency", **several
+    )
     message = r"mlp\.experts: all2all_backend='deepep_low_latency' .* 'allgather_reducescatter'"
     with pytest.raises(BackendError, match=message):
         check_exchange(parallel, "mlp.experts")
     parallel.all2all_backend = "allgather_reducescatter"
     check_exchange(parallel, "mlp.experts")
-    check_exchange(SimpleNamespace(use_all2all_kernels=False), "mlp.experts")
+    check_exchange(SimpleNamespace(**vars(parallel) | {"use_ep": False}), "mlp.experts")
+    parallel.pcp_size = 2
+    check_exchange(parallel, "mlp.experts")
+    parallel.dp_size = 1
+    with pytest.raises(BackendError, match="prefill context parallelism with expert"):
+        check_exchange(parallel, "mlp.experts")
 
 
 def test_sizes_without_a_model() -> None:
