@@ -85,7 +85,7 @@ def find_structure(checkpoint: Checkpoint) -> Structure:
         tied={name: tensor_map.tensor_of(name) for name in needed},
         stored_twice=tensor_map.stored_twice(),
         architecture=type(model).__name__,
-        context=shared_setting(model.config.get_text_config(), "max_position_embeddings"),
+        context=_context(model.config.get_text_config()),
         state_width=calls[0].hidden.numel() // TRACED_TOKENS,
         expected=tensor_map.expected,
         stacks=tensor_map.stacks,
@@ -279,6 +279,12 @@ def _attention_heads(config: Any) -> tuple[int | None, int | None, int | None]:
     if not head_dim and num_heads and hidden_size:
         head_dim = hidden_size // num_heads
     return num_heads, num_kv_heads, num_kv_heads * head_dim if num_kv_heads and head_dim else None
+
+
+def _context(config: Any) -> int | None:
+    """``context`` of :class:`Structure`; what is no number of tokens is left to transformers."""
+    context = shared_setting(config, "max_position_embeddings")
+    return context if isinstance(context, int) and context > 1 else None
 
 
 def _head(model: Any, tensor_map: TensorMap) -> Linear | None:

@@ -66,9 +66,10 @@ def module_folders(directory: Path) -> frozenset[str]:
     try:
         with open_regular(directory / _MODULES) as file:
             modules = json.load(file)
-    except (FileError, ValueError):  # there is none, or it is something else
+    except (FileError, ValueError, RecursionError):  # there is none, or it is something else
         return frozenset()
-    paths = [m.get("path") for m in modules if isinstance(m, dict)] if modules else []
+    entries = modules if isinstance(modules, list) else []
+    paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]
     return frozenset(path for path in paths if isinstance(path, str) and path)
 
 

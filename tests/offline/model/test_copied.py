@@ -46,7 +46,14 @@ def test_modules_behind_the_model_keep_their_weights(tmp_path: Path) -> None:
         '[{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {}, 5]'
     )
     assert copied_files(tmp_path) == ["1_Pooling/config.json", dense, "modules.json"]
-    for content in ("{}", "[", "null", '{"path": "2_Dense"}'):  # a file of something else
+    for content in (
+        "{}",
+        "[",
+        "[" * 10**5,
+        "null",
+        "5",
+        '{"path": "2_Dense"}',
+    ):  # a file of something else
         (tmp_path / "modules.json").write_text(content)
         assert copied_files(tmp_path) == ["1_Pooling/config.json", "modules.json"]
 

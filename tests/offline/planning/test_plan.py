@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from offline_quantize.errors import QuantizeError
+from offline_quantize.pipeline import quantize
 from offline_quantize.planning.plan import make_plan
 from offline_quantize.planning.request import QuantizeRequest
 from qamw_kernels.format.config import QamwFormat
@@ -77,3 +78,17 @@ def test_head_that_vllm_does_not_have_is_refused(tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", "gemma2")
     with pytest.raises(QuantizeError, match="of Gemma2ForCausalLM, which has no head"):
         make_plan(model, QuantizeRequest(quantize_lm_head=True))
+
+
+@pytest.mark.parametrize("context, expected", [(64, 64), (10**6, 512), (-1, 512)])
+def test_windows_are_no_longer_than_the_context(
+    tmp_path: Path, context: int, expected: int
+) -> None:
+    """GPT-2 has a position embedding for every token of it, and no more."""
+    model = tiny_model(tmp_path / "model", "llama", max_position_embeddings=context)
+    assert make_plan(model).window_tokens == expected
+
+
+def test_a_model_with_a_short_context_is_calibrated(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "model", "gpt2", n_positions=64)
+    quantize(model, tmp_path / "out", QuantizeRequest(calibration_tokens=256))
