@@ -226,6 +226,7 @@ def _print_table(made: "Plan") -> None:
 
 
 def _print_sizes(made: "Plan", processes: int) -> None:
+    from offline_quantize.planning.duration import MACHINE, estimate_seconds, in_words
     from offline_quantize.planning.plan import HEAD_INDEX_BITS
     from offline_quantize.planning.selection import kept_matrices
     from offline_quantize.planning.sizes import estimate_memory, scratch_bytes
@@ -253,6 +254,8 @@ def _print_sizes(made: "Plan", processes: int) -> None:
     each = f" in each of {processes} processes" if processes > 1 else ""
     read = f", for up to {tokens} tokens of calibration text" if tokens else ""
     show(f"peak memory while quantizing: about {gibibytes:.1f} GiB{each}{read}")
+    if processes == 1:
+        show(f"time: {in_words(estimate_seconds(made))} on {MACHINE} (estimated)")
     if kept := kept_matrices(made.structure):
         show(
             f"{made.structure.kept_share:.1%} of the decoder's weights stay as they are:",
