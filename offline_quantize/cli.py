@@ -235,7 +235,7 @@ def _add_calibration_options(command: argparse.ArgumentParser) -> None:
         default="normal",
         help="how long to look for good codings, of the same size and speed: fast is --rates "
         "uniform in half the time, best is --encoder beam with twice the calibration tokens, in "
-        "several times the time (default normal)",
+        "three times the time (default normal)",
     )
     add(
         "--encoder",
