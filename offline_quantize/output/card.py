@@ -45,7 +45,9 @@ Largest errors (all layers in {REPORT} and {PLOT}):
 
 def _yaml(text: str) -> str:
     """A string in YAML, quoted where it must be: a directory may have any name."""
-    return text if re.fullmatch(r"[A-Za-z0-9][\w./-]*", text) else json.dumps(text)
+    return (
+        text if re.fullmatch(r"[A-Za-z0-9][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
+    )
 
 
 def _head(plan: Plan) -> str:

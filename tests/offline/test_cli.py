@@ -50,6 +50,22 @@ def test_environment(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["transformers"] == transformers.__version__
 
 
+def test_standard_output_may_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["env"]) == 0
+
+
+def test_a_number_of_processes_that_is_none(
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    assert main(["quantize", str(tiny_llama), str(tmp_path / "out")]) == 2
+    assert "WORLD_SIZE=abc: start the processes with torchrun" in capsys.readouterr().err
+
+
 def test_what_an_extra_brings_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
